@@ -1,0 +1,46 @@
+# `make serve` and `make test` build all they need; the light environment is .venv, the engine's is in the user's cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := service/pins
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
+
+.PHONY: serve test check bench bench-boot locks clean
+
+serve: $(VENV)/light
+	@$(BIN)/vllm-service up $(MODEL)
+
+test: $(VENV)/dev
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: bench-boot
+
+bench-boot: $(VENV)/dev
+	@$(BIN)/python -m bench.boot
+
+# The pins of every environment, with hashes and without index addresses.
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+locks: $(VENV)/light
+	$(COMPILE) --extra install pyproject.toml -o $(PINS)/light.lock
+	$(COMPILE) --extra install --extra dev pyproject.toml -o $(PINS)/dev.lock
+	$(COMPILE) $(PINS)/engine-cuda.in -o $(PINS)/engine-cuda.lock
+	$(COMPILE) --override $(PINS)/engine-cpu-overrides.txt $(PINS)/engine-cpu.in -o $(PINS)/engine-cpu.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/light: $(PINS)/light.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or sys.exit("Python %d.%d is outside 3.11 to 3.14, which vLLM is built for. Name another: make PYTHON=python3.12 ..." % v)'
+	@echo "Building the light environment, once: $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -r $(PINS)/light.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/light $(PINS)/dev.lock
+	@echo "Adding the tools of the tests: $(VENV)"
+	@$(INSTALL) -r $(PINS)/dev.lock
+	@touch $@

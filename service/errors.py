@@ -1,0 +1,87 @@
+"""The tree of errors. Each sentence says what, the actual value, what was expected and the next action; never a secret.
+
+Library code raises these; only `cli.py` turns them into an exit code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ServiceError(Exception):
+    """Anything this service refuses or fails at. `exit_code` is what a command ends with."""
+
+    exit_code = 1
+
+
+class UsageError(ServiceError):
+    """The user's input is wrong: a setting, a file, a name. Nothing was started."""
+
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    """A `SERVICE_` variable is unknown or its value is outside the valid range."""
+
+
+class RegistryError(UsageError):
+    """A models file cannot be read, or one of its entries is wrong."""
+
+
+class UnknownModelError(UsageError):
+    """No registry entry answers to this name."""
+
+
+class UnknownGpuError(UsageError):
+    """Modal offers no GPU of this name, or not so many in one container."""
+
+
+class UnsupportedPlatformError(ServiceError):
+    """The engine has no build for this operating system, processor or Python."""
+
+
+class DiskSpaceError(ServiceError):
+    """There is not enough room for the engine's environment or for the weights."""
+
+
+class MemoryTooSmallError(ServiceError):
+    """The weights alone are more than this machine's memory."""
+
+
+class EnvironmentBuildError(ServiceError):
+    """The engine's environment could not be installed."""
+
+
+class OpenDoorError(UsageError):
+    """Without keys the server would answer anybody who can reach it."""
+
+
+class PortInUseError(ServiceError):
+    """Somebody else listens where the service should."""
+
+
+class GpuCountError(ServiceError):
+    """The container or machine shows fewer GPUs than the model is to be spread over."""
+
+
+class WeightsError(ServiceError):
+    """The weights could not be fetched."""
+
+
+class GatedModelError(WeightsError):
+    """The hub gives this model only to those who accepted its licence, and no token of theirs is here."""
+
+
+class EngineError(ServiceError):
+    """The engine did not become ready, or died afterwards."""
+
+
+class EngineTimeoutError(EngineError):
+    """The engine lives but did not get to the next stop in time."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name.lower(), sorted(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

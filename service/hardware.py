@@ -1,0 +1,120 @@
+"""What this machine or container has: platform, GPUs, room, ports. The only module that asks.
+
+Never touches torch: under a CPU snapshot that would freeze "no GPU" into the process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, PortInUseError, UnsupportedPlatformError
+
+MIN_PYTHON, MAX_PYTHON = (3, 11), (3, 14)
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+def check_platform() -> None:
+    """Refuse what vLLM has no build for.
+
+    Raises:
+        UnsupportedPlatformError: Another system than Linux, another processor, or another Python.
+    """
+    machine = platform.machine().lower()
+    if sys.platform != "linux" or machine not in {"x86_64", "amd64", "aarch64", "arm64"}:
+        raise UnsupportedPlatformError(
+            f"vLLM has no build for {platform.system()} on {machine}; it runs on Linux on x86_64 and aarch64. "
+            "Use such a machine or a Linux virtual machine, or deploy to Modal, which needs no engine here."
+        )
+    version = sys.version_info[:2]
+    if not MIN_PYTHON <= version <= MAX_PYTHON:
+        raise UnsupportedPlatformError(
+            f"Python {version[0]}.{version[1]} is outside what vLLM is built for, 3.11 to 3.14. "
+            "Remove .venv and run make again with PYTHON=python3.12, say."
+        )
+
+
+def visible_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use: what the driver lists, less what CUDA_VISIBLE_DEVICES hides."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    ids = [part.strip() for part in chosen.split(",")]
+    valid = ids[: next((i for i, part in enumerate(ids) if part in {"", "-1"}), len(ids))]  # CUDA stops at the first bad one
+    return min(present, len(valid))
+
+
+def check_gpu_count(n_gpu: int, model: str) -> None:
+    """Refuse to spread a model over more GPUs than there are.
+
+    Raises:
+        GpuCountError: Fewer than `n_gpu` are visible.
+    """
+    visible = visible_gpus()
+    if n_gpu > visible:
+        raise GpuCountError(
+            f"'{model}' is to run on n_gpu={n_gpu} GPUs and {visible} are visible here. On Modal deploy with "
+            f"SERVICE_N_GPU={n_gpu} or use a variant with gpu='<GPU>:{n_gpu}'; otherwise lower n_gpu."
+        )
+
+
+def check_room(directory: Path, needed_gb: float, purpose: str, remedy: str) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        DiskSpaceError: The file system of `directory` has less than `needed_gb` (10^9 bytes) free.
+    """
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    free_gb = shutil.disk_usage(existing).free / 1e9
+    if free_gb < needed_gb:
+        raise DiskSpaceError(
+            f"{purpose} needs {needed_gb:.1f} GB and {existing} has {free_gb:.1f} GB free. Free some, or {remedy}."
+        )
+
+
+def check_memory(weights_gb: float | None, model: str) -> None:
+    """Refuse a model whose weights alone are more than this machine's memory, before it is downloaded.
+
+    Raises:
+        MemoryTooSmallError: `weights_gb` (10^9 bytes) is more than there is; None is not checked.
+    """
+    memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if weights_gb and weights_gb > memory_gb:
+        raise MemoryTooSmallError(
+            f"The weights of '{model}' are {weights_gb:.0f} GB and this machine has {memory_gb:.0f} GB of memory. "
+            "Serve a smaller one here (vllm-service models), or deploy it: SERVICE_MODEL="
+            f"{model} modal deploy -m service.server."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach a server that listens on `host`."""
+    return host in _LOOPBACK
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that somebody listens on.
+
+    Raises:
+        PortInUseError: It is taken, or this user may not have it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortInUseError(
+                f"Port {port} on {host} cannot be had: {error.strerror}. "
+                f"Stop what listens there, or choose another: make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."
+            ) from error

@@ -1,0 +1,62 @@
+"""The engine's side of the two pipes to its parent: events out, words in.
+
+Words come as JSON lines. The first, `release`, ends the hold and carries what must be in no command line, environment or
+snapshot: the digests of the keys. The end of the pipe means that the parent is gone, and then the engine's whole process
+group is killed at once: nothing may go on holding a GPU that nobody watches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+FDS_VARIABLE = "ENGINE_PIPES"  # "<words read end>,<events write end>"
+
+
+class Control:
+    """The pipes, read on a thread of their own. One per process; see `current`."""
+
+    def __init__(self, words_fd: int, events_fd: int) -> None:
+        self._words = os.fdopen(words_fd, "rb", buffering=0)
+        self._events_fd = events_fd
+        self._released = threading.Event()
+        self.release: dict[str, Any] = {}
+        threading.Thread(target=self._listen, name="vllm_service-control", daemon=True).start()
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Report an event with the time it happened (CLOCK_MONOTONIC, the same in every process of a machine)."""
+        line = json.dumps({"event": event, "at": time.monotonic(), **fields}) + "\n"
+        os.write(self._events_fd, line.encode())
+
+    def wait_for_release(self) -> dict[str, Any]:
+        """Block until the parent says `release` and return what it said."""
+        self._released.wait()
+        return self.release
+
+    def _listen(self) -> None:
+        buffer = b""
+        while chunk := self._words.read(65536):
+            buffer += chunk
+            *lines, buffer = buffer.split(b"\n")
+            for line in lines:
+                self.release = json.loads(line)
+                self._released.set()
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+_current: Control | None = None
+
+
+def current() -> Control | None:
+    """Return this process's control, opened on the first call; None in vLLM's own child processes and outside the service."""
+    global _current  # noqa: PLW0603 - one pipe, one reader
+    if _current is None and (fds := os.environ.pop(FDS_VARIABLE, None)):
+        words_fd, events_fd = (int(fd) for fd in fds.split(","))
+        for fd in (words_fd, events_fd):
+            os.set_inheritable(fd, False)
+        _current = Control(words_fd, events_fd)
+    return _current

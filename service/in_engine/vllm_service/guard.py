@@ -1,0 +1,177 @@
+"""What stands in front of vLLM's routes: only those listed here exist, each with its key and its body limit.
+
+vLLM's own `--api-key` covers a few prefixes and leaves full inference open on others, so the rule is turned round:
+default deny. Pure ASGI, no imports of vLLM; `--middleware vllm_service.guard.Guard` makes it the outermost layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_service import control
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+MIB = 1024 * 1024
+BODY_LIMIT = 32 * MIB  # a dozen photographs in base64
+TEXT_BODY_LIMIT = 1 * MIB  # tokenizing 30 MB took the engine 40 s and 6 GB
+
+# path -> methods, needs a key, body limit
+_OPEN = {"/health": {"GET"}, "/docs": {"GET"}, "/openapi.json": {"GET"}}
+_KEYED = {
+    "/v1/models": {"GET"},
+    "/v1/chat/completions": {"POST"},
+    "/v1/completions": {"POST"},
+    "/v1/responses": {"POST"},
+    "/v1/messages": {"POST"},
+    "/v1/messages/count_tokens": {"POST"},
+    "/v1/embeddings": {"POST"},
+    "/tokenize": {"POST"},
+    "/detokenize": {"POST"},
+    "/metrics": {"GET"},
+}
+_KEYED_PATTERNS = (
+    (re.compile(r"/v1/responses/[\w-]+"), {"GET"}),
+    (re.compile(r"/v1/responses/[\w-]+/cancel"), {"POST"}),
+)
+_TEXT_ONLY = {"/tokenize", "/detokenize"}
+_HEALTHY = b'{"status":"ok"}'
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: vLLM's application.
+        digests: SHA-256 of each key in hexadecimal; empty means that no key is asked for. Default: what the parent's
+            release carried, which is refused to be absent.
+    """
+
+    def __init__(self, app: App, digests: list[str] | None = None) -> None:
+        self.app = app
+        self._given = digests
+
+    @property
+    def _digests(self) -> list[str]:
+        if self._given is None:
+            link = control.current()
+            if link is None or "digests" not in link.release:
+                raise RuntimeError("The guard got no word about keys; it serves nobody.")
+            self._given = list(link.release["digests"])
+        return self._given
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer it in OpenAI's error shape."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await receive()
+            await send({"type": "websocket.close", "code": 4404})
+        else:
+            await self._http(scope, receive, send)
+
+    async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        allowed = _methods(path)
+        if allowed is None:
+            await refuse(send, 404, f"No route {path}. What this service has is listed at /docs.", "not_found_error")
+        elif method not in allowed | {"HEAD", "OPTIONS"} or (method == "HEAD" and "GET" not in allowed):
+            await refuse(send, 405, f"{method} is not allowed on {path}; use {', '.join(sorted(allowed))}.")
+        elif path not in _OPEN and method != "OPTIONS" and not self._admits(scope):
+            await refuse(send, 401, "A valid API key is needed: send 'Authorization: Bearer <key>'.",
+                         "authentication_error", "invalid_api_key", ((b"www-authenticate", b"Bearer"),))
+        else:
+            await self._pass_on(scope, receive, send, TEXT_BODY_LIMIT if path in _TEXT_ONLY else BODY_LIMIT)
+
+    def _admits(self, scope: Message) -> bool:
+        if not self._digests:
+            return True
+        headers = dict(scope["headers"])
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        digest = hashlib.sha256(key).hexdigest()
+        return any([hmac.compare_digest(digest, known) for known in self._digests])  # a list: compare with every one
+
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send, limit: int) -> None:
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        body = _LimitedBody(receive, send, limit)
+        if not declared.isdigit() or int(declared) > limit:
+            await body.refuse()
+        elif scope["path"] == "/health":
+            await self.app(scope, receive, _healthy(send))
+        else:
+            await self.app(scope, body.receive, body.send)
+
+
+class _LimitedBody:
+    """Counts a body as it comes and ends the request with 413 once it is over the limit."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._seen, self._started, self._refused = 0, False, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._limit and not self._refused:
+            if not self._started:
+                await self.refuse()
+            self._refused = True
+        return {"type": "http.disconnect"} if self._refused else message
+
+    async def send(self, message: Message) -> None:
+        self._started = True
+        if not self._refused:
+            await self._send(message)
+
+    async def refuse(self) -> None:
+        self._refused = True
+        await refuse(self._send, 413, f"The body is over the limit of {self._limit // MIB} MiB for this route.")
+
+
+def _methods(path: str) -> set[str] | None:
+    """Return the methods a path allows; None when there is no such path."""
+    exact = _OPEN.get(path) or _KEYED.get(path)
+    return exact or next((methods for pattern, methods in _KEYED_PATTERNS if pattern.fullmatch(path)), None)
+
+
+def _healthy(send: Send) -> Send:
+    """Give vLLM's empty 200 of /health a body; other answers pass as they are."""
+    ok = False
+
+    async def wrapped(message: Message) -> None:
+        nonlocal ok
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            ok = True
+            message = {**message, "headers": _json_headers(_HEALTHY)}
+        elif message["type"] == "http.response.body" and ok:
+            message = {"type": "http.response.body", "body": _HEALTHY}
+        await send(message)
+
+    return wrapped
+
+
+async def refuse(
+    send: Send,
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    """Answer with an error in OpenAI's shape."""
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    await send({"type": "http.response.start", "status": status, "headers": [*_json_headers(body), *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _json_headers(body: bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

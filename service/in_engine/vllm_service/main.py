@@ -1,0 +1,77 @@
+"""The engine's program: import, hold when told to, then become vLLM's own API server in the same process.
+
+Run as `python -m vllm_service.main <arguments of vllm serve>`. What it imports before the hold is everything that a
+process without a GPU may import: vLLM decides its platform at import and keeps it, so under a snapshot that is taken
+where no GPU is visible vLLM itself comes after the hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from vllm_service import control
+
+HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
+IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported before the hold?
+
+START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
+
+NEUTRAL = ("torch", "transformers", "tokenizers", "fastapi", "openai", "uvloop", "xgrammar", "llguidance")
+SERVER = (
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+)
+
+
+def main() -> None:
+    """Import, hold, serve."""
+    link = control.current()
+    if link is None:
+        sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
+    link.tell("started", pid=os.getpid())
+    for name in NEUTRAL + (SERVER if os.environ.get(IMPORTS_VARIABLE) == "all" else ()):
+        importlib.import_module(name)
+    link.tell("imported")
+    if os.environ.get(HOLD_VARIABLE) == "imported":
+        link.wait_for_release()
+    serve(sys.argv[1:])
+
+
+def serve(argv: list[str]) -> None:
+    """Run vLLM's API server with these arguments, as its own command does."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    os.environ.setdefault(START_METHOD_VARIABLE, "fork")  # the engine core inherits the imports: 6 s less than "spawn"
+    cli_env_setup()
+    _keep_fork_on_cpu()
+    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
+    validate_parsed_serve_args(args)
+    uvloop.run(run_server(args))
+
+
+def _keep_fork_on_cpu() -> None:
+    """Undo that vLLM's CPU platform insists on "spawn"; a process that has computed nothing yet may fork."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    platform = type(current_platform)
+    insist = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        insist(vllm_config)
+        os.environ[START_METHOD_VARIABLE] = "fork"
+
+    platform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()

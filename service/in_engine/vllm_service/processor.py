@@ -1,0 +1,11 @@
+"""A cure for vLLM's CPU build, which dies of an illegal instruction on a first prompt of fewer than about six tokens."""
+
+from __future__ import annotations
+
+
+def prepare() -> None:
+    """Switch on the processor's matrix unit where torch knows one; vLLM calls this in each of its processes."""
+    import torch
+
+    if not torch.cuda.is_available() and hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()  # noqa: SLF001 - torch has no public name for it

@@ -1,0 +1,230 @@
+"""The registry: which models there are and how the engine is to run each. Data in `models.toml`, rules here.
+
+A name is a key (`gemma-3-12b`), an alias, a hub id in any case, `llm` for the default model, or any of these with a GPU
+behind it (`gemma-3-12b-h100`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from service.errors import RegistryError, UnknownGpuError, UnknownModelError, did_you_mean
+from service.gpus import GPUS, Gpu, check_count, find_gpu
+
+BUILT_IN = Path(__file__).with_name("models.toml")
+DEFAULT_ALIAS = "llm"
+_KEY = r"^[a-z0-9][a-z0-9.-]*$"
+_HUB_ID = r"^[\w.-]+/[\w.-]+$"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Speculative(_Entry):
+    """A draft model whose guesses the served model verifies: several tokens a step, same output."""
+
+    method: Literal["eagle", "eagle3", "mtp", "ngram", "draft_model"]
+    num_speculative_tokens: int = Field(ge=1, le=32)
+    hub_id: str | None = Field(None, pattern=_HUB_ID)
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+
+
+class ModelSpec(_Entry):
+    """One registry entry. Names of engine options are vLLM's own.
+
+    Attributes:
+        key: Short name; the first of the names that responses carry.
+        hub_id: Repository on the hub; exactly one of `hub_id` and `path` is set.
+        path: Directory with the model, relative to this package unless absolute.
+        revision: Commit that is served, 40 hexadecimal digits.
+        gpu: GPU that Modal runs it on, unless `SERVICE_GPU` says otherwise.
+        weights_gb: What the engine reads, in 10^9 bytes.
+        max_model_len: Longest prompt and answer together, in tokens; None leaves it to the model's own configuration.
+        ignore_patterns: Files of the repository that are not fetched.
+        extra_args: Further arguments of `vllm serve`, passed as they are.
+    """
+
+    key: str = Field(pattern=_KEY)
+    hub_id: str | None = Field(None, pattern=_HUB_ID)
+    path: str | None = Field(None, min_length=1)
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    aliases: tuple[str, ...] = ()
+    gated: bool = False
+    gpu: str = "H100"
+    n_gpu: int = Field(1, ge=1, le=8)
+    weights_gb: float | None = Field(None, gt=0)
+    max_model_len: int | None = Field(None, ge=16)
+    modalities: tuple[Literal["text", "image", "video", "audio"], ...] = ("text",)
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
+    kv_cache_dtype: str | None = None
+    moe_backend: str | None = None
+    async_scheduling: bool | None = None
+    fusion_passes: tuple[str, ...] = ()
+    limit_mm_per_prompt: dict[str, int] = {}
+    speculative: Speculative | None = None
+    ignore_patterns: tuple[str, ...] = ()
+    extra_args: tuple[str, ...] = ()
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu_is_offered(cls, gpu: str) -> str:
+        return find_gpu(gpu).name
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if (self.hub_id is None) == (self.path is None):
+            raise RegistryError("give exactly one of hub_id (a repository on the hub) and path (a directory)")
+        check_count(self.gpu_tier, self.n_gpu)
+        return self
+
+    @property
+    def gpu_tier(self) -> Gpu:
+        """The entry's GPU with its memory and price."""
+        return GPUS[self.gpu]
+
+    @property
+    def dollars_per_hour(self) -> float:
+        """Price of one replica's GPUs."""
+        return self.gpu_tier.dollars_per_hour * self.n_gpu
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the model lies when it does not come from the hub."""
+        return None if self.path is None else Path(__file__).parent / self.path
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the model itself: key, hub id, aliases."""
+        return (self.key, *([self.hub_id] if self.hub_id else []), *self.aliases)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a name stands for: a model, and a GPU when the name ended in one."""
+
+    spec: ModelSpec
+    gpu: Gpu | None = None
+
+
+class Registry:
+    """All models by name. Immutable once loaded."""
+
+    def __init__(self, specs: dict[str, ModelSpec]) -> None:
+        self.specs = specs
+        self._by_name: dict[str, ModelSpec] = {}
+        for spec in specs.values():
+            for name in (spec.key, *spec.aliases):
+                self._claim(name, spec)
+        for spec in specs.values():
+            if spec.hub_id:  # two entries may serve one repository differently: its id means the first of them
+                self._by_name.setdefault(spec.hub_id.lower(), spec)
+
+    def _claim(self, name: str, spec: ModelSpec) -> None:
+        owner = self._by_name.setdefault(name.lower(), spec)
+        if owner is not spec or name.lower() == DEFAULT_ALIAS:
+            other = f"model '{owner.key}'" if owner is not spec else "the default model"
+            raise RegistryError(f"'{name}' of model '{spec.key}' is already a name of {other}; choose another alias.")
+
+    @classmethod
+    def load(cls, models_file: str | Path | None = None) -> Registry:
+        """Read the built-in models and then those of `models_file`, which may replace one by its key.
+
+        Raises:
+            RegistryError: The file is missing, is no TOML, or an entry is wrong; the sentence names entry and field.
+        """
+        specs = _read(BUILT_IN)
+        if models_file:
+            specs |= _read(Path(models_file).expanduser())
+        return cls(specs)
+
+    def find(self, name: str, default: str | None = None) -> Choice:
+        """Return what `name` stands for; `llm` is `default`.
+
+        Raises:
+            UnknownModelError: Nothing answers to the name; the sentence offers the nearest.
+        """
+        lowered = name.lower()
+        if lowered == DEFAULT_ALIAS and default:
+            return self.find(default)
+        if spec := self._by_name.get(lowered):
+            return Choice(spec)
+        for gpu in GPUS.values():
+            if spec := self._by_name.get(lowered.removesuffix(f"-{gpu.slug}")):
+                return Choice(spec, gpu)
+        raise UnknownModelError(
+            f"Unknown model '{name}'.{did_you_mean(name, self._by_name)} "
+            f"Registered: {', '.join(self.specs)} (vllm-service models). "
+            "Add your own in a TOML file and name it in SERVICE_MODELS_FILE."
+        )
+
+
+def unregistered(name: str) -> ModelSpec:
+    """Return an entry for a hub id or a model directory that is in no registry: vLLM's own defaults, newest revision."""
+    directory = Path(name).expanduser()
+    if (directory / "config.json").is_file():
+        key = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
+        return ModelSpec(key=key or "model", path=str(directory.resolve()))
+    return ModelSpec(key=name.rpartition("/")[2].lower().replace("_", "-"), hub_id=name)
+
+
+def looks_like_a_source(name: str) -> bool:
+    """Tell whether `name` could be a hub id or a model directory rather than a mistyped key."""
+    return name.count("/") == 1 or (Path(name).expanduser() / "config.json").is_file()
+
+
+def _read(file: Path) -> dict[str, ModelSpec]:
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise RegistryError(
+            f"Models file '{file}' cannot be read: {error.strerror}. Set SERVICE_MODELS_FILE to a TOML file, or unset it."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RegistryError(f"Models file '{file}' is not TOML: {error}.") from error
+    entries = table.pop("models", None)
+    if table or not isinstance(entries, dict):
+        stray = f"holds '{next(iter(table))}' at its top" if table else "has no [models.<key>] table"
+        raise RegistryError(f"Models file '{file}' {stray}; write one [models.<key>] table a model.")
+    return {key: _entry(file, key, fields) for key, fields in entries.items()}
+
+
+def _entry(file: Path, key: str, fields: Any) -> ModelSpec:
+    where = f"Models file '{file}', model '{key}'"
+    if not isinstance(fields, dict):
+        raise RegistryError(f"{where}: {fields!r} is not a table; write [models.{key}] and its fields below.")
+    if isinstance(path := fields.get("path"), str) and file != BUILT_IN:
+        fields["path"] = str((file.parent / path).resolve())  # relative to the file that names it
+    try:
+        return ModelSpec.model_validate({"key": key, **_tuples(fields)})
+    except ValidationError as error:
+        raise RegistryError(f"{where}: {_sentence(error)}") from error
+    except (RegistryError, UnknownGpuError) as error:
+        raise RegistryError(f"{where}: {error}") from error
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Turn TOML's arrays into tuples, which is what frozen entries hold, and whole numbers into weights."""
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if isinstance(frozen.get("weights_gb"), int):
+        frozen["weights_gb"] = float(frozen["weights_gb"])
+    return frozen
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say the first of pydantic's complaints with the field's name and its value."""
+    detail = error.errors()[0]
+    field = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = Speculative.model_fields if detail["loc"][0] == "speculative" else ModelSpec.model_fields
+        return f"unknown field '{field}'.{did_you_mean(str(detail['loc'][-1]), known)} Known: {', '.join(known)}."
+    if detail["type"] == "missing":
+        return f"field '{field}' is missing."
+    return f"field '{field}' is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}."

@@ -1,0 +1,132 @@
+"""What people see: the progress of a local run, and tables. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.table import Table
+
+from service.local import Ready
+from service.models import Registry
+
+_PHASES = {
+    "weights": "Looking for the weights",
+    "spawned": "Starting the engine",
+    "started": "Importing vLLM",
+    "imported": "Loading the model",
+    "loaded": "Generating the first tokens",
+    "canary": "Opening the port",
+    "draining": "Stopping: streams in flight may finish (Ctrl-C again ends them)",
+}
+
+
+class Terminal:
+    """The screen of `vllm-service up`: a spinner on a terminal, plain lines elsewhere; the engine's output in a file.
+
+    Args:
+        log_file: Where the engine's output goes; replaced by each run.
+        verbose: Show the engine's output here too.
+    """
+
+    def __init__(self, log_file: Path, verbose: bool) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._status = self._console.status("") if self._console.is_terminal and not verbose else None
+        self._log_file, self._verbose = log_file, verbose
+
+    def __enter__(self) -> Self:
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self._log_file.open("w", buffering=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+        self._log.close()
+
+    def say(self, text: str) -> None:
+        """Show a sentence that stays."""
+        self._console.print(text, markup=False)
+
+    def phase(self, text: str) -> None:
+        """Show what is being waited for."""
+        shown = _PHASES.get(text)
+        if shown and self._status:
+            self._status.update(f"{shown} …")
+            self._status.start()
+        elif shown:
+            self.say(shown)
+
+    def engine_line(self, line: str) -> None:
+        """Keep a line of the engine's output, and show it when asked to."""
+        if not self._log.closed:
+            self._log.write(line + "\n")
+        if self._verbose:
+            self._console.print(line, markup=False)
+
+    def ready(self, ready: Ready) -> None:
+        """Print what to paste."""
+        if self._status:
+            self._status.stop()
+        Console(highlight=False, soft_wrap=True).print(_greeting(ready, self._log_file), markup=False)
+
+
+def _greeting(ready: Ready, log_file: Path) -> str:
+    bearer = " -H 'Authorization: Bearer '\"$API_KEY\"" if ready.asks_for_key else ""
+    key = 'os.environ["API_KEY"]' if ready.asks_for_key else '"none"'
+    imports = "import os\n" if ready.asks_for_key else ""
+    return f"""
+Ready after {ready.seconds:.1f} s: {ready.spec.key} at {ready.base_url} (the engine's output: {log_file})
+
+curl {ready.base_url}/chat/completions{bearer} -H 'Content-Type: application/json' \\
+  -d '{{"model": "llm", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+{imports}from openai import OpenAI  # pip install openai
+client = OpenAI(base_url="{ready.base_url}", api_key={key})
+chat = client.chat.completions.create(model="llm", messages=[{{"role": "user", "content": "Hello!"}}])
+print(chat.choices[0].message.content)
+
+Ctrl-C stops it."""
+
+
+def print_models(registry: Registry, default: str, as_json: bool) -> None:
+    """Print the registry as a table, or as a JSON array with one object a model."""
+    default_key = registry.find(default, default).spec.key
+    rows = [
+        {
+            "key": spec.key,
+            "hub_id": spec.hub_id,
+            "revision": spec.revision,
+            "gpu": spec.gpu,
+            "n_gpu": spec.n_gpu,
+            "dollars_per_hour": round(spec.dollars_per_hour, 2),
+            "max_model_len": spec.max_model_len,
+            "weights_gb": spec.weights_gb,
+            "modalities": list(spec.modalities),
+            "tool_call_parser": spec.tool_call_parser,
+            "reasoning_parser": spec.reasoning_parser,
+            "gated": spec.gated,
+            "default": spec.key == default_key,
+        }
+        for spec in registry.specs.values()
+    ]
+    console = Console(highlight=False, soft_wrap=as_json)
+    if as_json:
+        console.print(json.dumps(rows, indent=2), markup=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header, justify in (("model", "left"), ("hub id", "left"), ("GPU", "left"), ("$/h", "right"), ("context", "right"),
+                            ("tools", "left"), ("reasoning", "left"), ("gated", "left")):  # fmt: skip
+        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        gpu = row["gpu"] if row["n_gpu"] == 1 else f"{row['n_gpu']} x {row['gpu']}"
+        name = f"{row['key']} *" if row["default"] else str(row["key"])
+        context = "-" if row["max_model_len"] is None else f"{row['max_model_len']:,}"
+        table.add_row(
+            name, str(row["hub_id"] or "built in"), str(gpu), f"{row['dollars_per_hour']:.2f}", context,
+            str(row["tool_call_parser"] or "-"), str(row["reasoning_parser"] or "-"), "yes" if row["gated"] else "no",
+        )  # fmt: skip
+    console.print(table)
+    console.print("* what 'llm' and a deploy without SERVICE_MODEL mean; prices: modal.com/pricing, 2026-09-26", markup=False)
