@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +34,6 @@ class Plan:
         device: `cuda` or `cpu`.
         python: Interpreter of the environment that has vLLM.
         parent_env: Environment handed on to the engine, less secrets and settings.
-        digests: SHA-256 of the keys that are accepted, by name; empty: no key is asked for.
     """
 
     spec: ModelSpec
@@ -48,7 +49,6 @@ class Plan:
     startup_timeout_s: float = 1800
     shutdown_timeout_s: int = SHUTDOWN_TIMEOUT_S
     hub_token: str | None = field(default=None, repr=False)
-    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Replica:
@@ -73,6 +73,7 @@ class Replica:
     ) -> None:
         self.plan = plan
         self.phases: dict[str, float] = {}
+        self.own_key: str | None = None
         self._say, self._on_line, self._on_event, self._on_death = say, on_line, on_event, on_death
         self._began = time.monotonic()
         self._weights: weights.Weights | None = None
@@ -97,8 +98,12 @@ class Replica:
             self._spawn(hold=True)
             self._engine_reached(State.IMPORTED)
 
-    def start(self) -> None:
+    def start(self, digests: Mapping[str, str] | None = None) -> None:
         """Bring the engine to READY; on any failure nothing is left running.
+
+        Args:
+            digests: SHA-256 of the keys that are accepted, by name; empty: no key is asked for. They come this late so
+                that no snapshot holds them.
 
         Raises:
             GpuCountError: The model is to be spread over more GPUs than are visible.
@@ -109,7 +114,7 @@ class Replica:
                 check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
             if self._engine is None:
                 self._spawn(hold=False)
-            self.engine.release(self.plan.digests.values())
+            self.engine.release(self._accepted(digests or {}))
             self._engine_reached(State.READY)
         except BaseException:
             self.stop(0)
@@ -119,6 +124,13 @@ class Replica:
         """Let streams finish within the grace, then end everything. Idempotent; never raises for a dead engine."""
         if self._engine:
             self._engine.stop(self.plan.shutdown_timeout_s + 2 if grace_s is None else grace_s)
+
+    def _accepted(self, digests: Mapping[str, str]) -> list[str]:
+        """Return the digests to accept: the users', and where those ask for a key, one for this process alone."""
+        if not digests:
+            return []
+        self.own_key = secrets.token_urlsafe(32)
+        return [*digests.values(), hashlib.sha256(self.own_key.encode()).hexdigest()]
 
     def _spawn(self, *, hold: bool) -> None:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input

@@ -103,9 +103,8 @@ def serve(
         startup_timeout_s=settings.startup_timeout_s,
         shutdown_timeout_s=DRAIN_S,
         hub_token=environ.get("HF_TOKEN"),
-        digests=digests,
     )
-    _run(plan, screen, on_ready)
+    _run(plan, digests, screen, on_ready)
 
 
 def log_file(port: int) -> Path:
@@ -123,7 +122,7 @@ def _check_door(host: str, port: int, has_keys: bool) -> None:
     check_port(host, port)
 
 
-def _run(plan: Plan, screen: Screen, on_ready: Callable[[Ready], None]) -> None:
+def _run(plan: Plan, digests: Mapping[str, str], screen: Screen, on_ready: Callable[[Ready], None]) -> None:
     ended = threading.Event()
     death: list[ServiceError] = []
 
@@ -139,8 +138,8 @@ def _run(plan: Plan, screen: Screen, on_ready: Callable[[Ready], None]) -> None:
             screen.phase("weights")
             replica.prepare()
             screen.phase("spawned")
-            replica.start()
-            on_ready(_ready(plan, replica))
+            replica.start(digests)
+            on_ready(_ready(plan, replica, bool(digests)))
             ended.wait()
         except KeyboardInterrupt:
             _drain(replica, screen)
@@ -158,9 +157,9 @@ def _drain(replica: Replica, screen: Screen) -> None:
         replica.stop(0)
 
 
-def _ready(plan: Plan, replica: Replica) -> Ready:
+def _ready(plan: Plan, replica: Replica, asks_for_key: bool) -> Ready:
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
-    return Ready(plan.spec, f"http://{host}:{plan.port}/v1", replica.phases["ready"], bool(plan.digests))
+    return Ready(plan.spec, f"http://{host}:{plan.port}/v1", replica.phases["ready"], asks_for_key)
 
 
 class _signals_interrupt:  # noqa: N801 - a context manager, used like a function

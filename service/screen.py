@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
 
+from service.gpus import PRICES_DATE, PRICES_SOURCE
 from service.local import Ready
 from service.models import Registry
 
@@ -112,21 +113,27 @@ def print_models(registry: Registry, default: str, as_json: bool) -> None:
         }
         for spec in registry.specs.values()
     ]
-    console = Console(highlight=False, soft_wrap=as_json)
+    console = Console(highlight=False, soft_wrap=True)
     if as_json:
         console.print(json.dumps(rows, indent=2), markup=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header, justify in (("model", "left"), ("hub id", "left"), ("GPU", "left"), ("$/h", "right"), ("context", "right"),
-                            ("tools", "left"), ("reasoning", "left"), ("gated", "left")):  # fmt: skip
-        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for header in ("model", "GPU", "$/h", "context", "tools", "reasoning", "gated", "hub id"):
+        table.add_column(header, no_wrap=True, justify="right" if header in {"$/h", "context"} else "left")
     for row in rows:
-        gpu = row["gpu"] if row["n_gpu"] == 1 else f"{row['n_gpu']} x {row['gpu']}"
-        name = f"{row['key']} *" if row["default"] else str(row["key"])
-        context = "-" if row["max_model_len"] is None else f"{row['max_model_len']:,}"
-        table.add_row(
-            name, str(row["hub_id"] or "built in"), str(gpu), f"{row['dollars_per_hour']:.2f}", context,
-            str(row["tool_call_parser"] or "-"), str(row["reasoning_parser"] or "-"), "yes" if row["gated"] else "no",
-        )  # fmt: skip
-    console.print(table)
-    console.print("* what 'llm' and a deploy without SERVICE_MODEL mean; prices: modal.com/pricing, 2026-09-26", markup=False)
+        table.add_row(*_cells(row))
+    console.print(table, soft_wrap=True)
+    console.print(f"* what 'llm' means; prices per replica: {PRICES_SOURCE}, {PRICES_DATE}", markup=False)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['key']} *" if row["default"] else row["key"],
+        row["gpu"] if row["n_gpu"] == 1 else f"{row['n_gpu']} x {row['gpu']}",
+        f"{row['dollars_per_hour']:.2f}",
+        "-" if row["max_model_len"] is None else f"{row['max_model_len']:,}",
+        row["tool_call_parser"] or "-",
+        row["reasoning_parser"] or "-",
+        "yes" if row["gated"] else "no",
+        row["hub_id"] or "built in",
+    ]

@@ -1,0 +1,57 @@
+"""The container image: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU.
+
+The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import modal
+
+from service.engine_env import PINS
+from service.errors import RegistryError
+from service.models import ModelSpec
+from service.settings import Settings
+
+# nvcc and headers are needed at run time (FlashInfer and DeepGEMM compile kernels), hence -devel; vLLM 0.32 is built
+# for CUDA 13.0, which Modal's driver (580) runs.
+BASE = "nvidia/cuda:13.0.2-devel-ubuntu22.04"
+PYTHON = "3.12"
+MODELS_FILE = "/root/service-models.toml"
+# huggingface_hub 1.0 dropped hf_transfer for Xet: the variable that a pinned client honours is the one that is set.
+_FIRST_HUB_WITHOUT_HF_TRANSFER = 1
+
+
+def image(settings: Settings, spec: ModelSpec) -> modal.Image:
+    """Return the image for these settings.
+
+    Raises:
+        RegistryError: The model is a directory of this machine, which no container has.
+    """
+    if spec.path and Path(spec.path).is_absolute():
+        raise RegistryError(f"Model '{spec.key}' is the directory {spec.path} of this machine; on Modal give a hub_id.")
+    built = (
+        modal.Image.from_registry(BASE, add_python=PYTHON)
+        .entrypoint([])
+        .uv_pip_install(requirements=[str(PINS / "engine-cuda.lock")], extra_options="--require-hashes --no-deps")
+    )
+    transfer = fast_transfer(_hub_version())
+    if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
+        built = built.uv_pip_install("hf_transfer==0.1.9")
+    if settings.models_file:
+        built = built.add_local_file(settings.models_file, MODELS_FILE, copy=True)
+        settings = settings.model_copy(update={"models_file": MODELS_FILE})
+    return built.env({**transfer, "TORCHINDUCTOR_COMPILE_THREADS": "1", **settings.to_env()})
+
+
+def fast_transfer(hub_version: str) -> dict[str, str]:
+    """Return the variable that makes this huggingface_hub download at full speed."""
+    if int(hub_version.split(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
+        return {"HF_HUB_ENABLE_HF_TRANSFER": "1"}
+    return {"HF_XET_HIGH_PERFORMANCE": "1"}
+
+
+def _hub_version() -> str:
+    pins = (PINS / "engine-cuda.in").read_text().splitlines()
+    return next(line for line in pins if line.startswith("huggingface_hub==")).partition("==")[2]

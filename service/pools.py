@@ -1,0 +1,43 @@
+"""Pools of a deployed tier, from Python: any model on any GPU, for batches, `.map` and calls that need no endpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import modal
+
+from service.gpus import check_count, find_gpu, tier
+
+
+def variant(
+    model: str,
+    gpu: str,
+    n_gpu: int = 1,
+    fast_boot: bool = True,
+    scaledown_window: int | None = None,
+    *,
+    app: str | None = None,
+) -> Any:
+    """Return the pool that serves `model` on `gpu`: an instance of the deployed class `Server`.
+
+    `variant("qwen3-8b", "H200").complete.remote("/v1/chat/completions", {...})` calls it. Each distinct set of arguments
+    is its own autoscaled pool with snapshots of its own, so this one function builds them all, always in the same order.
+
+    Args:
+        model: Any name of the registry that was deployed.
+        gpu: A GPU that Modal offers.
+        n_gpu: GPUs to spread the model over.
+        fast_boot: Skip compilation and CUDA graphs.
+        scaledown_window: Seconds without a request before a replica stops; None leaves the deployed value.
+        app: The deployed app whose class is used; by default that of the GPU's own tier.
+
+    Raises:
+        UnknownGpuError: Modal offers no such GPU, or not so many.
+        modal.exception.NotFoundError: The app is not deployed (raised at the first call).
+    """
+    kind = find_gpu(gpu)
+    check_count(kind, n_gpu)
+    server = modal.Cls.from_name(app or f"vllm-{tier(kind, n_gpu)}", "Server")
+    request = kind.name if n_gpu == 1 else f"{kind.name}:{n_gpu}"
+    options = server.with_options(gpu=request, scaledown_window=scaledown_window)
+    return options(model=model, fast_boot=fast_boot, n_gpu=n_gpu)

@@ -1,0 +1,115 @@
+"""Wiring to Modal, and nothing else: `modal deploy -m service.server` publishes class `Server`.
+
+One app is one GPU tier; every model of the registry is a container pool of it, named by the class's parameters. The
+module is imported again in the container, where the image's last layer gives it the deployer's settings.
+"""
+# No `from __future__ import annotations`: modal.parameter reads the annotations as types.
+
+import os
+import sys
+from typing import Any
+
+import modal
+import modal.experimental
+
+from service import selftest
+from service.boot import Plan, Replica
+from service.completion import request
+from service.deployment import Deployment
+from service.errors import EngineError, UsageError
+from service.image import image
+from service.keys import digests
+from service.volumes import volumes
+
+try:
+    DEPLOYMENT = Deployment.resolve()
+except UsageError as error:
+    raise SystemExit(f"error: {error}") from None
+SETTINGS = DEPLOYMENT.settings
+
+app = modal.App(DEPLOYMENT.app_name)
+_volumes = volumes()
+
+
+@app.cls(
+    image=image(SETTINGS, DEPLOYMENT.spec),
+    volumes=_volumes,
+    secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
+    **DEPLOYMENT.class_options(),
+)
+@modal.concurrent(max_inputs=SETTINGS.max_inputs, target_inputs=SETTINGS.target_inputs)
+class Server:
+    """A replica of one model. Parameters: `model` (any name of the registry), `fast_boot`, `n_gpu`."""
+
+    model: str = modal.parameter(default=SETTINGS.model)
+    fast_boot: bool = modal.parameter(default=SETTINGS.fast_boot)
+    n_gpu: int = modal.parameter(default=DEPLOYMENT.n_gpu)
+
+    @modal.enter(snap=True)
+    def prepare(self) -> None:
+        """Do all that a memory snapshot can hold."""
+        self.replica = Replica(self._plan(), say=_log, on_line=_log, on_death=_replace)
+        self.replica.prepare()
+
+    @modal.enter(snap=False)
+    def start(self) -> None:
+        """Bring the engine to readiness."""
+        self.replica.start(_keys())
+        _log(f"ready: {self.replica.phases}")
+
+    @modal.web_server(SETTINGS.port, startup_timeout=30, requires_proxy_auth=SETTINGS.direct_auth == "proxy")
+    def serve(self) -> None:
+        """Let Modal's proxy reach the engine, which `start` has left listening."""
+
+    @modal.method()
+    async def complete(self, path: str, body: Any = None) -> tuple[int, Any]:
+        """Send one request to this replica's engine: path and JSON body in, status and JSON out; GET without a body."""
+        return await request(SETTINGS.port, path, body, self.replica.own_key)
+
+    @modal.exit()
+    def stop(self) -> None:
+        """Let streams finish, then end the engine."""
+        self.replica.stop()
+
+    def _plan(self) -> Plan:
+        spec = DEPLOYMENT.registry.find(self.model, SETTINGS.model).spec
+        return Plan(
+            spec=spec,
+            default_key=SETTINGS.model,
+            device=os.environ.get("ENGINE_DEVICE", "cuda"),
+            python=sys.executable,
+            parent_env=os.environ,
+            snapshot=SETTINGS.snapshot,
+            fast_boot=self.fast_boot,
+            n_gpu=self.n_gpu,
+            host="0.0.0.0",  # noqa: S104 - Modal's proxy comes by the container's own address
+            port=SETTINGS.port,
+            startup_timeout_s=SETTINGS.startup_timeout_s,
+            hub_token=os.environ.get("HF_TOKEN"),
+        )
+
+
+def _keys() -> dict[str, str]:
+    if SETTINGS.direct_auth != "keys":
+        return {}
+    if keys := digests(os.environ):
+        return keys
+    raise UsageError(f"Secret '{SETTINGS.keys_secret}' has neither API_KEY nor API_KEYS; put one of them in it.")
+
+
+def _log(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _replace(error: EngineError) -> None:
+    """Have Modal start another replica: one whose engine is dead must take no more requests."""
+    _log(f"engine died: {error}")
+    modal.experimental.stop_fetching_inputs()
+
+
+@app.local_entrypoint()
+def test(content: str = selftest.CONTENT, twice: bool = True) -> None:
+    """Check health and hold two conversations, as `modal run -m service.server`."""
+    server = Server()
+    selftest.run(server.complete.remote, server.serve.get_web_url(), content, twice)
