@@ -1,4 +1,4 @@
-"""One request to the engine in this container, for `Server.complete`: no web endpoint, no proxy, no port to the outside."""
+"""One request to the engine in this container, for `Server.complete`: no web endpoint, no proxy token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import aiohttp
 async def request(port: int, path: str, body: Any | None, key: str | None = None) -> tuple[int, Any]:
     """POST `body` as JSON to the engine's `path` (GET when it is None) and return status and parsed answer.
 
-    An answer that is no JSON is returned as text. Cancelling this coroutine closes the connection, which makes the engine
-    stop generating.
+    An answer that is no JSON is returned as text. Cancelling this coroutine closes the connection, and then the engine
+    stops generating.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = f"http://127.0.0.1:{port}/{path.lstrip('/')}"

@@ -1,4 +1,4 @@
-"""The engine process and its supervisor. The parent owns the process group, watches it, and never outlives or orphans it.
+"""The engine process and its supervisor: the parent owns the process group, watches it, and never orphans it.
 
 | state    | entered when                                        | `wait_for` beyond it                  |
 |----------|-----------------------------------------------------|---------------------------------------|
@@ -127,7 +127,7 @@ class EngineProcess:
         threading.Thread(target=self._reap, args=(events,), name="engine-reaper", daemon=True).start()
 
     def release(self, digests: Iterable[str] = ()) -> None:
-        """End the hold, and tell the engine the SHA-256 digests of the keys it is to accept (none: it asks for no key)."""
+        """End the hold, and tell the engine the SHA-256 digests of the keys it accepts (none: it asks for no key)."""
         word = json.dumps({"word": "release", "digests": list(digests)}) + "\n"
         with self._changed:
             if self._state not in _ENDS:
@@ -159,7 +159,7 @@ class EngineProcess:
             return self._changed.wait_for(lambda: self._state in _ENDS, timeout_s)
 
     def stop(self, grace_s: float) -> None:
-        """End the engine: SIGTERM lets streams finish for `grace_s` seconds, then the whole group is killed. Idempotent."""
+        """End the engine: SIGTERM lets streams finish for `grace_s`, then the whole group is killed. Idempotent."""
         if self._process is None or self._state in _ENDS:
             return
         self._stopping = True

@@ -1,6 +1,6 @@
 """From a registry entry to the engine's command line and environment. Pure: reads no environment, touches no file.
 
-Flags stand in named groups, each with its reason. A test parses every entry's flags with the pinned engine's own parser.
+Flags stand in named groups, each with its reason. A test parses every entry's flags with the pinned engine's parser.
 Neither argv nor environment ever holds a key or a token: they reach the engine through its control pipe.
 """
 
@@ -115,7 +115,7 @@ def _parsers(spec: ModelSpec) -> list[str]:
         flags += ["--reasoning-parser", spec.reasoning_parser]
     if spec.chat_template:
         flags += ["--chat-template", str(Path(__file__).parent / spec.chat_template)]
-    # A schema alone lets a model write spaces for ever; with this backend and no free white space 12 of 12 schemas ended.
+    # A schema alone lets a model write spaces for ever; with this backend and no free space 12 of 12 schemas ended.
     flags += ["--structured-outputs-config", _json({"backend": "guidance", "disable_any_whitespace": True})]
     return flags
 

@@ -1,6 +1,6 @@
 """The engine's own environment on this machine: vLLM with its pins, built once with uv, keyed by those pins.
 
-Two locks, one vLLM version: `cuda` where the driver shows a GPU, `cpu` elsewhere. The same `pins/engine-cuda.lock` makes
+Two locks, one vLLM version: `cuda` where the driver shows a GPU, `cpu` elsewhere. `pins/engine-cuda.lock` also makes
 Modal's image.
 """
 
@@ -108,8 +108,8 @@ def _uv(*arguments: str) -> None:
     code = _run_uv(*arguments).returncode
     if code != 0:
         raise EnvironmentBuildError(
-            f"uv {arguments[0]} {arguments[1]} failed with code {code} while the engine's environment was built; what it "
-            "said stands above. Check the connection and the room on the disk, then run the same command again."
+            f"uv {arguments[0]} {arguments[1]} failed with code {code} while the engine's environment was built; what "
+            "it said stands above. Check the connection and the room on the disk, then run the same command again."
         )
 
 

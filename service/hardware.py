@@ -50,8 +50,8 @@ def visible_gpus() -> int:
     if chosen is None:
         return present
     ids = [part.strip() for part in chosen.split(",")]
-    valid = ids[: next((i for i, part in enumerate(ids) if part in {"", "-1"}), len(ids))]  # CUDA stops at the first bad one
-    return min(present, len(valid))
+    first_bad = next((i for i, part in enumerate(ids) if part in {"", "-1"}), len(ids))  # CUDA reads no further
+    return min(present, first_bad)
 
 
 def check_gpu_count(n_gpu: int, model: str) -> None:
@@ -115,6 +115,6 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PortInUseError(
-                f"Port {port} on {host} cannot be had: {error.strerror}. "
-                f"Stop what listens there, or choose another: make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."
+                f"Port {port} on {host} cannot be had: {error.strerror}. Stop what listens there, or choose another: "
+                f"make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."
             ) from error

@@ -47,7 +47,7 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
 
 def fast_transfer(hub_version: str) -> dict[str, str]:
     """Return the variable that makes this huggingface_hub download at full speed."""
-    if int(hub_version.split(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
+    if int(hub_version.partition(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
         return {"HF_HUB_ENABLE_HF_TRANSFER": "1"}
     return {"HF_XET_HIGH_PERFORMANCE": "1"}
 

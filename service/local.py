@@ -16,7 +16,7 @@ from typing import Protocol
 
 from service import engine_env, keys, weights
 from service.boot import Plan, Replica
-from service.errors import OpenDoorError, ServiceError
+from service.errors import OpenDoorError, ServiceError, UnknownModelError
 from service.hardware import check_gpu_count, check_memory, check_port, is_loopback
 from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.settings import Settings
@@ -57,9 +57,12 @@ def choose_model(name: str | None, registry: Registry, say: Callable[[str], None
         UnknownModelError: The name is in no registry and is neither a hub id nor a model directory.
     """
     if name:
-        if looks_like_a_source(name) and name.lower() not in (n.lower() for s in registry.specs.values() for n in s.names):
+        try:
+            return registry.find(name, DEFAULT_MODEL).spec
+        except UnknownModelError:
+            if not looks_like_a_source(name):
+                raise
             return unregistered(name)
-        return registry.find(name, DEFAULT_MODEL).spec
     spec = registry.find(DEFAULT_MODEL).spec
     if weights.find(spec) or weights.hub_in_reach():
         return spec
@@ -73,6 +76,7 @@ def serve(
     host: str,
     screen: Screen,
     on_ready: Callable[[Ready], None],
+    *,
     environ: Mapping[str, str] = os.environ,
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, which drain; a second one ends at once. Blocks.
@@ -130,9 +134,7 @@ def _run(plan: Plan, digests: Mapping[str, str], screen: Screen, on_ready: Calla
         death.append(error)
         ended.set()
 
-    replica = Replica(
-        plan, say=screen.say, on_line=screen.engine_line, on_event=lambda name: screen.phase(name), on_death=on_death
-    )
+    replica = Replica(plan, say=screen.say, on_line=screen.engine_line, on_event=screen.phase, on_death=on_death)
     with _signals_interrupt():
         try:
             screen.phase("weights")
@@ -173,5 +175,5 @@ class _signals_interrupt:  # noqa: N801 - a context manager, used like a functio
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt

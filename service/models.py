@@ -167,7 +167,7 @@ class Registry:
 
 
 def unregistered(name: str) -> ModelSpec:
-    """Return an entry for a hub id or a model directory that is in no registry: vLLM's own defaults, newest revision."""
+    """Return an entry for a hub id or model directory that is in no registry: vLLM's defaults, newest revision."""
     directory = Path(name).expanduser()
     if (directory / "config.json").is_file():
         key = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
@@ -185,7 +185,8 @@ def _read(file: Path) -> dict[str, ModelSpec]:
         table = tomllib.loads(file.read_text())
     except OSError as error:
         raise RegistryError(
-            f"Models file '{file}' cannot be read: {error.strerror}. Set SERVICE_MODELS_FILE to a TOML file, or unset it."
+            f"Models file '{file}' cannot be read: {error.strerror}. "
+            "Set SERVICE_MODELS_FILE to a TOML file, or unset it."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(f"Models file '{file}' is not TOML: {error}.") from error
@@ -212,7 +213,9 @@ def _entry(file: Path, key: str, fields: Any) -> ModelSpec:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     """Turn TOML's arrays into tuples, which is what frozen entries hold, and whole numbers into weights."""
-    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    frozen: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
     if isinstance(frozen.get("weights_gb"), int):
         frozen["weights_gb"] = float(frozen["weights_gb"])
     return frozen

@@ -20,8 +20,8 @@ def variant(
 ) -> Any:
     """Return the pool that serves `model` on `gpu`: an instance of the deployed class `Server`.
 
-    `variant("qwen3-8b", "H200").complete.remote("/v1/chat/completions", {...})` calls it. Each distinct set of arguments
-    is its own autoscaled pool with snapshots of its own, so this one function builds them all, always in the same order.
+    `variant("qwen3-8b", "H200").complete.remote("/v1/chat/completions", {...})` calls it. Each distinct set of
+    arguments is an autoscaled pool with snapshots of its own, so this one function builds all, always in one order.
 
     Args:
         model: Any name of the registry that was deployed.

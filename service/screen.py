@@ -13,6 +13,7 @@ from service.gpus import PRICES_DATE, PRICES_SOURCE
 from service.local import Ready
 from service.models import Registry
 
+_TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
 _PHASES = {
     "weights": "Looking for the weights",
     "spawned": "Starting the engine",
@@ -122,7 +123,7 @@ def print_models(registry: Registry, default: str, as_json: bool) -> None:
         table.add_column(header, no_wrap=True, justify="right" if header in {"$/h", "context"} else "left")
     for row in rows:
         table.add_row(*_cells(row))
-    console.print(table, soft_wrap=True)
+    Console(highlight=False, width=_TABLE_WIDTH).print(table)
     console.print(f"* what 'llm' means; prices per replica: {PRICES_SOURCE}, {PRICES_DATE}", markup=False)
 
 

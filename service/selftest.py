@@ -11,7 +11,10 @@ from typing import Any
 from service.errors import ServiceError
 
 CONTENT = "Explain the singular value decomposition."
-CHARACTERS = ("You are a pirate who can't help but drop sly reminders that he went to Harvard.", "You are Jar Jar Binks.")
+CHARACTERS = (
+    "You are a pirate who can't help but drop sly reminders that he went to Harvard.",
+    "You are Jar Jar Binks.",
+)
 MAX_TOKENS = 512
 Complete = Callable[[str, Any], tuple[int, Any]]
 
@@ -19,8 +22,8 @@ Complete = Callable[[str, Any], tuple[int, Any]]
 def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
     """Ask, print and check.
 
-    With a proxy token in MODAL_KEY and MODAL_SECRET the answers are streamed over the web endpoint `url`; without one, which
-    Modal would refuse there, they come through `complete`.
+    With a proxy token in MODAL_KEY and MODAL_SECRET the answers are streamed over the web endpoint `url`; without one,
+    which Modal would refuse there, they come through `complete`.
 
     Raises:
         ServiceError: The service is not healthy, or gave no answer.
@@ -29,7 +32,9 @@ def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
     _say(f"Checking health {'of ' + str(url) if streamed else 'through Server.complete'}")
     status, answer = complete("/health", None)
     if (status, answer) != (200, {"status": "ok"}):
-        raise ServiceError(f"/health gave {status} {answer!r}, expected 200 and status ok. Look at the container's log.")
+        raise ServiceError(
+            f"/health gave {status} {answer!r}, expected 200 and status ok. Look at the container's log."
+        )
     _say("Healthy")
     for character in CHARACTERS if twice else CHARACTERS[:1]:
         messages = [{"role": "system", "content": character}, {"role": "user", "content": content}]

@@ -28,12 +28,11 @@ except UsageError as error:
 SETTINGS = DEPLOYMENT.settings
 
 app = modal.App(DEPLOYMENT.app_name)
-_volumes = volumes()
 
 
 @app.cls(
     image=image(SETTINGS, DEPLOYMENT.spec),
-    volumes=_volumes,
+    volumes=volumes(),
     secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
     **DEPLOYMENT.class_options(),
 )

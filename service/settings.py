@@ -37,11 +37,15 @@ class Settings(BaseModel):
     max_containers: int | None = Field(None, ge=1, le=1000, description="replicas at most")
     buffer_containers: int = Field(0, ge=0, le=1000, description="idle replicas kept ahead of load")
     max_inputs: int = Field(64, ge=1, le=1000, description="requests one replica takes at once")
-    target_inputs: int | None = Field(None, ge=1, le=1000, description="requests a replica is meant to have; more scale up")
+    target_inputs: int | None = Field(
+        None, ge=1, le=1000, description="requests a replica is meant to have; more scale up"
+    )
     startup_timeout_s: int = Field(1800, ge=10, le=86400, description="seconds a boot may take")
     request_timeout_s: int = Field(3600, ge=1, le=86400, description="seconds a request may take")
     region: str | None = Field(None, min_length=2, description="a Modal region; multiplies the price by 1.5 to 1.75")
-    direct_auth: Literal["proxy", "keys"] = Field("proxy", description="who refuses strangers: Modal's proxy, or the engine")
+    direct_auth: Literal["proxy", "keys"] = Field(
+        "proxy", description="who refuses strangers: Modal's proxy, or the engine"
+    )
     hold_s: int = Field(120, ge=0, le=3600, description="seconds the gateway holds a request for a cold pool")
     models_file: str | None = Field(None, description="a TOML file with models of your own")
     hub_secret: str | None = Field(None, description="Modal secret with HF_TOKEN, for gated models")
@@ -114,7 +118,8 @@ def _sentence(error: ValidationError) -> str:
     detail = error.errors()[0]
     field, value = str(detail["loc"][0]), str(detail["input"])
     info = Settings.model_fields[field]
-    return f"{PREFIX}{field.upper()}='{value}' is not {_expected(info)}{_hint(value, info)} Meaning: {info.description}."
+    name, expected = f"{PREFIX}{field.upper()}", f"{_expected(info)}{_hint(value, info)}"
+    return f"{name}='{value}' is not {expected} Meaning: {info.description}."
 
 
 def _expected(info: FieldInfo) -> str:

@@ -5,6 +5,8 @@ In the container they are addressed as `~/.cache/...`, which is where the progra
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import modal
 
 MOUNTS = {
@@ -14,6 +16,6 @@ MOUNTS = {
 }
 
 
-def volumes() -> dict[str, modal.Volume]:
+def volumes() -> dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount]:
     """Return mount path -> volume, created at the first deploy."""
     return {path: modal.Volume.from_name(name, create_if_missing=True, version=2) for path, name in MOUNTS.items()}

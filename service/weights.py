@@ -82,7 +82,9 @@ def _endpoint() -> str:
 
 def _existing(directory: Path, key: str) -> Path:
     if not (directory / "config.json").is_file():
-        raise WeightsError(f"'{directory}' of model '{key}' has no config.json. Give the directory of a model, or a hub_id.")
+        raise WeightsError(
+            f"'{directory}' of model '{key}' has no config.json. Give the directory of a model, or a hub_id."
+        )
     return directory
 
 
@@ -122,7 +124,7 @@ def _fetch(
     at = f" at revision {revision}" if revision else ""
     try:
         plan = snapshot_download(hub_id, revision=revision, ignore_patterns=_ignored(ignore), token=token, dry_run=True)
-        missing = sum(file.file_size for file in plan if file.will_download)
+        missing = sum(file.file_size or 0 for file in plan if file.will_download)
         cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
         check_room(cache, missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
         say(f"Fetching {hub_id}{at}: {missing / 1e9:.1f} GB")

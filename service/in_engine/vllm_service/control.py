@@ -1,8 +1,8 @@
 """The engine's side of the two pipes to its parent: events out, words in.
 
-Words come as JSON lines. The first, `release`, ends the hold and carries what must be in no command line, environment or
-snapshot: the digests of the keys. The end of the pipe means that the parent is gone, and then the engine's whole process
-group is killed at once: nothing may go on holding a GPU that nobody watches.
+Words come as JSON lines. The first, `release`, ends the hold and carries what must be in no command line, environment
+or snapshot: the digests of the keys. The end of the pipe means that the parent is gone, and then the engine's whole
+process group is killed at once: nothing may go on holding a GPU that nobody watches.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _current: Control | None = None
 
 
 def current() -> Control | None:
-    """Return this process's control, opened on the first call; None in vLLM's own child processes and outside the service."""
+    """Return this process's control, opened on the first call; None in vLLM's own child processes."""
     global _current  # noqa: PLW0603 - one pipe, one reader
     if _current is None and (fds := os.environ.pop(FDS_VARIABLE, None)):
         words_fd, events_fd = (int(fd) for fd in fds.split(","))

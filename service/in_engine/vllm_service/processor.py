@@ -1,4 +1,4 @@
-"""A cure for vLLM's CPU build, which dies of an illegal instruction on a first prompt of fewer than about six tokens."""
+"""A cure for vLLM's CPU build, which dies of an illegal instruction on a first prompt of fewer than six tokens."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ def prepare() -> None:
     import torch
 
     if not torch.cuda.is_available() and hasattr(torch.cpu, "_init_amx"):
-        torch.cpu._init_amx()  # noqa: SLF001 - torch has no public name for it
+        torch.cpu._init_amx()  # torch has no public name for it
