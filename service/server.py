@@ -44,7 +44,7 @@ class Server:
     fast_boot: bool = modal.parameter(default=SETTINGS.fast_boot)
     n_gpu: int = modal.parameter(default=DEPLOYMENT.n_gpu)
 
-    @modal.enter(snap=True)
+    @modal.enter(snap=SETTINGS.snapshot != "off")  # Modal refuses snap=True on a class without snapshots
     def prepare(self) -> None:
         """Do all that a memory snapshot can hold."""
         self.replica = Replica(self._plan(), say=_log, on_line=_log, on_death=_replace)

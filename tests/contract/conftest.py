@@ -1,0 +1,76 @@
+"""The service on the control plane: containers run its real image environment, with vLLM's CPU build in CUDA's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import engine_env
+from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def client_mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The modal client as Modal mounts it into every container."""
+    return client_directory(tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def engine_runtime(client_mount: Path) -> ContainerRuntime:
+    """Containers with the real engine."""
+    python = engine_env.ensure(lambda _: None).python
+    return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu"})
+
+
+@pytest.fixture
+def plane(tmp_path: Path, client_mount: Path) -> Iterator[ModalPlane]:
+    """A plane of the test's own, for tests that deploy and start no container."""
+    with ModalPlane(tmp_path, container=ContainerRuntime(client_path=client_mount)) as plane:
+        yield plane
+        assert plane.failures == []
+        assert plane.unknown_calls == []
+
+
+def modal_cli(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real `modal` command against the plane, in this repository."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "modal", *arguments],
+        cwd=REPOSITORY,
+        env={**ours, **plane.env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def deploy(plane: ModalPlane, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Deploy the service and insist that it worked without a warning."""
+    done = modal_cli(plane, "deploy", "-m", "service.server", **environment)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said.lower(), said
+    return done
+
+
+def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    """GET `url`, or POST a JSON body to it; return status and body, whatever the status."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - loopback
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()

@@ -1,0 +1,92 @@
+"""One replica's life in the real container entrypoint, with the real engine: prepare, checkpoint, start, serve, stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import modal
+from tests.contract.conftest import call, deploy, modal_cli
+from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+BOOT_S = 150
+QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with the tiny model's tier deployed and the real engine in its containers."""
+    with ModalPlane(tmp_path_factory.mktemp("plane"), container=engine_runtime) as plane:
+        deploy(plane, SERVICE_MODEL="tiny")
+        yield plane
+        assert plane.failures == []
+        assert plane.unknown_calls == []
+
+
+def _words(answer: Any) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: ModalPlane) -> None:
+    """A request with a proxy token boots a replica through its checkpoint, is answered, and preemption ends it clean."""
+    token = tiny.proxy_tokens.create()
+    url = tiny.url_of("vllm-l4", "Server", "serve")
+    assert call(f"{url}/health?model=tiny")[0] == 401, "a stranger is refused"
+    assert not tiny.tasks, "and starts no container"
+
+    status, body = call(f"{url}/v1/chat/completions?model=tiny", {"model": "tiny", **QUESTION}, token.headers)
+
+    task = tiny.tasks[-1]
+    assert status == 200, body + task.log.encode()
+    assert "Paris" in _words(json.loads(body))
+    assert task.restored, "prepare ended in a checkpoint, and start came after the restore"
+    assert tiny.snapshots.checkpoints
+    log = task.log
+    assert "ready: " in log
+    members = task.members()
+    task.preempt(grace_s=30)
+    tiny.wait_until(lambda: task.state is TaskState.DEAD, 40, "the replica's end")
+    assert task.exit_code == 0, task.log
+    assert "Application shutdown complete" in task.log, "the engine was let end by itself"
+    assert members
+    assert not task.members()
+
+
+def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane) -> None:
+    """`Server.with_options(gpu="H200")(model=…)` is a pool of its own, and `complete` reaches its engine."""
+    server = modal.Cls.from_name("vllm-l4", "Server", client=tiny.client())
+    pool = server.with_options(gpu="H200", scaledown_window=120)(model="tiny")
+
+    status, answer = pool.complete.remote("/v1/chat/completions", {"model": "llm", **QUESTION})
+    assert status == 200, answer
+    assert "Paris" in _words(answer)
+    assert pool.complete.remote("/health") == (200, {"status": "ok"})
+    status, answer = pool.complete.remote("/invocations", {"model": "llm", **QUESTION})
+    assert status == 404
+    assert "/invocations" in answer["error"]["message"]
+    assert tiny.tasks[-1].gpu == "H200:1"
+
+
+def test_replica_with_too_few_gpus_fails_with_the_counts(tmp_path: Any, client_mount: Any) -> None:
+    """`n_gpu` over what the container shows ends the boot with both counts and the remedy."""
+    runtime = ContainerRuntime(client_path=client_mount)
+    with ModalPlane(tmp_path, container=runtime) as plane:
+        deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="off")
+        pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny", n_gpu=2)
+        with pytest.raises(Exception, match="n_gpu=2 GPUs and 1 are visible"):
+            pool.complete.remote("/health")
+
+
+def test_modal_run_holds_two_conversations(tmp_path: Any, engine_runtime: ContainerRuntime) -> None:
+    """`modal run -m service.server` checks health and prints what the pirate and Jar Jar say."""
+    with ModalPlane(tmp_path, container=engine_runtime) as plane:
+        done = modal_cli(plane, "run", "-m", "service.server", SERVICE_MODEL="tiny")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Healthy" in done.stdout
+        assert done.stdout.count("Sending to llm") == 2
+        assert "Jar Jar" in done.stdout
+        assert not [task for task in plane.tasks if task.state is not TaskState.DEAD]
+        assert plane.failures == []
