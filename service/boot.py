@@ -90,9 +90,15 @@ class Replica:
             raise EngineError("There is no engine yet: prepare() and start() come first.")
         return self._engine
 
-    def prepare(self) -> None:
-        """Do all that may come before a checkpoint; see the module's docstring."""
+    def prepare(self, share: Callable[[], None] = lambda: None) -> None:
+        """Do all that may come before a checkpoint; see the module's docstring.
+
+        Args:
+            share: Called when weights were fetched, before the engine opens any: makes the cache's news seen elsewhere.
+        """
         self._weights = weights.ensure(self.plan.spec, self.plan.hub_token, self._say)
+        if self._weights.fetched:
+            share()
         self._mark("weights")
         if self.plan.snapshot == "cpu":
             self._spawn(hold=True)

@@ -19,7 +19,7 @@ from service.deployment import Deployment
 from service.errors import EngineError, UsageError
 from service.image import image
 from service.keys import digests
-from service.volumes import volumes
+from service.volumes import HUB_CACHE, volumes
 
 try:
     DEPLOYMENT = Deployment.resolve()
@@ -27,12 +27,13 @@ except UsageError as error:
     raise SystemExit(f"error: {error}") from None
 SETTINGS = DEPLOYMENT.settings
 
+VOLUMES = volumes()
 app = modal.App(DEPLOYMENT.app_name)
 
 
 @app.cls(
     image=image(SETTINGS, DEPLOYMENT.spec),
-    volumes=volumes(),
+    volumes={**VOLUMES},
     secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
     **DEPLOYMENT.class_options(),
 )
@@ -48,7 +49,7 @@ class Server:
     def prepare(self) -> None:
         """Do all that a memory snapshot can hold."""
         self.replica = Replica(self._plan(), say=_log, on_line=_log, on_death=_replace)
-        self.replica.prepare()
+        self.replica.prepare(share=VOLUMES[HUB_CACHE].commit)
 
     @modal.enter(snap=False)
     def start(self) -> None:

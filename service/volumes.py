@@ -9,13 +9,14 @@ from pathlib import PurePosixPath
 
 import modal
 
+HUB_CACHE = "/root/.cache/huggingface"
 MOUNTS = {
-    "/root/.cache/huggingface": "huggingface-cache",
+    HUB_CACHE: "huggingface-cache",
     "/root/.cache/vllm": "vllm-cache",
     "/root/.cache/flashinfer": "flashinfer-cache",
 }
 
 
-def volumes() -> dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount]:
+def volumes() -> dict[str | PurePosixPath, modal.Volume]:
     """Return mount path -> volume, created at the first deploy."""
     return {path: modal.Volume.from_name(name, create_if_missing=True, version=2) for path, name in MOUNTS.items()}

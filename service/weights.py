@@ -23,10 +23,17 @@ _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.
 
 @dataclass(frozen=True)
 class Weights:
-    """Directories the engine reads: the model's, and its draft model's where the entry has one."""
+    """Directories the engine reads: the model's, and its draft model's where the entry has one.
+
+    Attributes:
+        model: The model's directory.
+        draft: The draft model's.
+        fetched: They came from the hub just now, so a cache that others share has something new.
+    """
 
     model: Path
     draft: Path | None = None
+    fetched: bool = False
 
 
 def find(spec: ModelSpec) -> Weights | None:
@@ -62,7 +69,7 @@ def ensure(spec: ModelSpec, token: str | None = None, say: Callable[[str], None]
     draft = None
     if spec.speculative and spec.speculative.hub_id:
         draft = _fetch(spec.speculative.hub_id, spec.speculative.revision, (), token, say)
-    return Weights(model, draft)
+    return Weights(model, draft, fetched=True)
 
 
 def hub_in_reach() -> bool:
