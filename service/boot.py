@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class Replica:
         say: Called with a sentence for people when something takes its time.
         on_line: Called with every line of the engine's output, from a thread.
         on_event: Called with the name of each phase that the engine has passed, from a thread.
-        on_death: Called once, from a thread, when the engine dies without having been asked to.
+        on_death: Called once, from a thread, when the engine dies after it was ready; before, `start` raises.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Replica:
             share()
         self._mark("weights")
         if self.plan.snapshot == "cpu":
-            self._spawn(hold=True)
-            self._engine_reached(State.IMPORTED)
+            with self._nothing_left_on_failure():
+                self._spawn(hold=True)
+                self.engine.wait_for(State.IMPORTED, self.plan.startup_timeout_s)
 
     def start(self, digests: Mapping[str, str] | None = None) -> None:
         """Bring the engine to READY; on any failure nothing is left running.
@@ -115,16 +117,13 @@ class Replica:
             GpuCountError: The model is to be spread over more GPUs than are visible.
             EngineError: The engine died or did not get ready in time.
         """
-        try:
+        with self._nothing_left_on_failure():
             if self.plan.device == "cuda":
                 check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
             if self._engine is None:
                 self._spawn(hold=False)
             self.engine.release(self._accepted(digests or {}))
-            self._engine_reached(State.READY)
-        except BaseException:
-            self.stop(0)
-            raise
+            self.engine.wait_for(State.READY, self.plan.startup_timeout_s)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Let streams finish within the grace, then end everything. Idempotent; never raises for a dead engine."""
@@ -161,13 +160,23 @@ class Replica:
             neutral_imports=hold,
             on_line=self._on_line,
             on_event=self._note,
-            on_death=self._on_death,
+            on_death=self._died,
         )
         self._engine.spawn()
         self._mark("spawned")
 
-    def _engine_reached(self, state: State) -> None:
-        self.engine.wait_for(state, self.plan.startup_timeout_s)
+    @contextmanager
+    def _nothing_left_on_failure(self) -> Iterator[None]:
+        """Modal runs no exit hook after a hook that failed or was interrupted: end the engine here."""
+        try:
+            yield
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def _died(self, error: EngineError) -> None:
+        if "ready" in self.phases and self._on_death:
+            self._on_death(error)
 
     def _mark(self, phase: str) -> None:
         self.phases[phase] = round(time.monotonic() - self._began, 3)

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 KEPT_LINES = 4000
 
@@ -18,19 +19,39 @@ _PREFIX = re.compile(r"^(?:\([\w ]+pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Failure|Unavailable)(?::\s*\S.*|)$")
 _OTHER_CAUSES = re.compile(
     r"^(?:.*\berror: (?:unrecognized arguments|argument |the following arguments|ambiguous option).*"
-    r"|Fatal Python error: .*|.*CUDA out of memory.*|terminate called .*|.*Segmentation fault.*)$"
+    r"|Fatal Python error: .*|.*CUDA out of memory.*|terminate called .*|.*Segmentation fault.*"
+    r"|.*engine core exited unexpectedly.*)$"
 )
-_NOT_THE_ROOT = re.compile(r"Engine core initialization failed|See root cause above|KeyboardInterrupt|SystemExit|CancelledError")
+_NOT_THE_ROOT = re.compile(
+    r"Engine core initialization failed|See root cause above|See stack trace \(above\)"
+    r"|KeyboardInterrupt|SystemExit|CancelledError"
+)
+_WORDS_BELOW = re.compile(r"\d+ validation errors? for \w+$")  # pydantic says what is wrong on the lines that follow
+_INNERMOST = 12  # lines of a traceback just above its exception
 
+_LONG_LOG = "The whole log tells more."
+_DAMAGED = "The weights are damaged: delete the model's cache directory and start again."
+_EXTRA_ARGS = "Correct the entry's extra_args; `vllm serve --help` has them all."
 _ADVICE = (
-    (re.compile(r"out of memory", re.I), "Choose a GPU with more memory, lower max_model_len, or spread it with SERVICE_N_GPU."),
-    (re.compile(r"KV cache is needed|KV cache memory|No available memory for the cache", re.I),
-     "Lower max_model_len of the entry or choose a GPU with more memory."),
-    (re.compile(r"Address already in use", re.I), "Set SERVICE_PORT to a free port."),
-    (re.compile(r"unrecognized arguments|error: argument", re.I), "Correct the entry's extra_args; `vllm serve --help` has them all."),
-    (re.compile(r"safetensors|deserializ|incomplete metadata|HeaderTooLarge", re.I), "The weights are damaged: delete the model's cache directory and start again."),
-    (re.compile(r"No space left", re.I), "Free disk space."),
-)  # fmt: skip
+    (r"out of memory", "Choose a GPU with more memory, lower max_model_len, or spread it with SERVICE_N_GPU."),
+    (
+        r"KV cache is needed|KV cache memory|No available memory for the cache",
+        "Lower max_model_len of the entry or choose a GPU with more memory.",
+    ),
+    (r"less than requested memory for kv", "Correct the entry's extra_args, or free memory."),
+    (r"max_model_len .* is greater than", "Lower max_model_len of the entry to what the model allows."),
+    (r"reasoning parser|tool call parser", "Correct the entry's reasoning_parser or tool_call_parser."),
+    (r"Address already in use", "Set SERVICE_PORT to a free port."),
+    (r"unrecognized arguments|error: argument", _EXTRA_ARGS),
+    (r"safetensors|deserializ|incomplete metadata|HeaderTooLarge", _DAMAGED),
+    (r"No space left", "Free disk space."),
+    (r"engine core exited", "Something killed it; the kernel does when memory runs out (dmesg tells)."),
+)
+# Where an exception came from tells what to do when its own words do not: "OverflowError: cannot fit 'int'".
+_ADVICE_BY_ORIGIN = (
+    (r"safetensors", _DAMAGED),
+    (r"tokenizer", "The tokenizer is missing or damaged: a model's directory has tokenizer.json beside config.json."),
+)
 
 
 class EngineLog:
@@ -71,14 +92,17 @@ class EngineLog:
 
     def post_mortem(self, code: int, lived_s: float, ready_after_s: float | None) -> str:
         """Return the sentence that tells why the engine died: exit code, when, root line, next step."""
-        when = f"after {lived_s:.1f} s, before it was ready" if ready_after_s is None else f"{lived_s - ready_after_s:.1f} s after it was ready"
-        if root := root_line(self.lines):
-            advice = next((text for pattern, text in _ADVICE if pattern.search(root)), "The whole log tells more.")
-            return f"The engine exited with code {code} {when}. Cause: '{root}'. {advice}"
+        if ready_after_s is None:
+            when = f"after {lived_s:.1f} s, before it was ready"
+        else:
+            when = f"{lived_s - ready_after_s:.1f} s after it was ready"
+        if cause := _first_cause(self.lines):
+            return f"The engine exited with code {code} {when}. Cause: '{cause.text}'. {cause.advice}"
         if code < 0:
-            hint = "The kernel does that when memory runs out (dmesg tells)." if -code == signal.SIGKILL else "The whole log tells more."
+            oom = "The kernel does that when memory runs out (dmesg tells)."
+            hint = oom if -code == signal.SIGKILL else _LONG_LOG
             return f"The engine was killed by {signal.Signals(-code).name} {when}. {hint}"
-        return f"The engine exited with code {code} {when}. Last line: '{self.last_line}'. The whole log tells more."
+        return f"The engine exited with code {code} {when}. Last line: '{self.last_line}'. {_LONG_LOG}"
 
 
 def root_line(lines: list[str]) -> str | None:
@@ -86,13 +110,41 @@ def root_line(lines: list[str]) -> str | None:
 
     That is the exception which ends the first traceback: vLLM's processes then each report that another has failed.
     """
-    in_traceback = False
-    for line in lines:
-        text = _PREFIX.sub("", line, count=1)
+    cause = _first_cause(lines)
+    return cause.text if cause else None
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """An error's own words, and the lines of its traceback just above them."""
+
+    text: str
+    origin: str = ""
+
+    @property
+    def advice(self) -> str:
+        by_words = (advice for pattern, advice in _ADVICE if re.search(pattern, self.text, re.I))
+        by_origin = (advice for pattern, advice in _ADVICE_BY_ORIGIN if re.search(pattern, self.origin, re.I))
+        return next(by_words, None) or next(by_origin, None) or _LONG_LOG
+
+
+def _first_cause(lines: list[str]) -> _Cause | None:
+    traceback: list[str] | None = None
+    for number, line in enumerate(lines):
+        text = _bare(line)
         if _OTHER_CAUSES.match(text):
-            return text.strip()
+            return _Cause(text.strip())
         if text.startswith("Traceback (most recent call last)"):
-            in_traceback = True
-        elif in_traceback and _EXCEPTION.match(text) and not _NOT_THE_ROOT.search(text):
-            return text.strip()
+            traceback = []
+        elif traceback is not None and _EXCEPTION.match(text) and not _NOT_THE_ROOT.search(text):
+            detail = _bare(lines[number + 1]).partition(" [type=")[0].strip() if number + 1 < len(lines) else ""
+            words = f"{text.strip()}: {detail}" if _WORDS_BELOW.search(text) else text.strip()
+            return _Cause(words, "\n".join(traceback[-_INNERMOST:]))
+        elif traceback is not None:
+            traceback.append(text)
     return None
+
+
+def _bare(line: str) -> str:
+    """Return a line without the process, level and time that vLLM puts before it."""
+    return _PREFIX.sub("", line, count=1)

@@ -1,6 +1,7 @@
 """The container image: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU.
 
-The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else.
+The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else. A models
+file of the user's is mounted, not built in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from service.settings import Settings
 # for CUDA 13.0, which Modal's driver (580) runs.
 BASE = "nvidia/cuda:13.0.2-devel-ubuntu22.04"
 PYTHON = "3.12"
-MODELS_FILE = "/root/service-models.toml"
+MODELS_FILE = "service-models.toml"  # in the container's home
 # huggingface_hub 1.0 dropped hf_transfer for Xet: the variable that a pinned client honours is the one that is set.
 _FIRST_HUB_WITHOUT_HF_TRANSFER = 1
 
@@ -39,10 +40,11 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     transfer = fast_transfer(_hub_version())
     if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
         built = built.uv_pip_install("hf_transfer==0.1.9")
-    if settings.models_file:
-        built = built.add_local_file(settings.models_file, MODELS_FILE, copy=True)
-        settings = settings.model_copy(update={"models_file": MODELS_FILE})
-    return built.env({**transfer, "TORCHINDUCTOR_COMPILE_THREADS": "1", **settings.to_env()})
+    if not settings.models_file:
+        return built.env({**transfer, **settings.to_env()})
+    carried = settings.model_copy(update={"models_file": f"~/{MODELS_FILE}"})
+    local = Path(settings.models_file).expanduser()
+    return built.env({**transfer, **carried.to_env()}).add_local_file(local, f"/root/{MODELS_FILE}")
 
 
 def fast_transfer(hub_version: str) -> dict[str, str]:

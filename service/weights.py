@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from service.errors import GatedModelError, WeightsError
 from service.hardware import check_room
@@ -130,8 +131,7 @@ def _fetch(
 
     at = f" at revision {revision}" if revision else ""
     try:
-        plan = snapshot_download(hub_id, revision=revision, ignore_patterns=_ignored(ignore), token=token, dry_run=True)
-        missing = sum(file.file_size or 0 for file in plan if file.will_download)
+        missing = _missing_bytes(hub_id, revision, _ignored(ignore), token)
         cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
         check_room(cache, missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
         say(f"Fetching {hub_id}{at}: {missing / 1e9:.1f} GB")
@@ -150,6 +150,26 @@ def _fetch(
             f"{hub_id}{at} cannot be fetched from {_endpoint()}: {_first_line(error)} "
             "Check the connection (HF_ENDPOINT names another hub), or serve 'tiny', which needs none."
         ) from error
+
+
+def _missing_bytes(hub_id: str, revision: str | None, ignore: list[str], token: str | None) -> int:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
+    from huggingface_hub.errors import DryRunError  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
+
+    class Silent(tqdm):
+        """No bar for asking sizes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    try:
+        plan = snapshot_download(
+            hub_id, revision=revision, ignore_patterns=ignore, token=token, dry_run=True, tqdm_class=Silent
+        )
+    except DryRunError as error:
+        raise error.__cause__ or error from None  # what kept it from the repository says more
+    return sum(file.file_size or 0 for file in plan if file.will_download)
 
 
 def _gated(hub_id: str, token: str | None) -> str:

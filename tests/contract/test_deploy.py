@@ -65,14 +65,15 @@ def test_deploy_carries_the_settings_in_the_images_last_layer(plane: ModalPlane)
 
 
 def test_deploy_of_a_users_models_file_ships_it(plane: ModalPlane, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A model of the user's own file is served, and the file itself is in the image."""
+    """A model of the user's own file is served, and the container finds that file in its home."""
     file = tmp_path_factory.mktemp("own") / "models.toml"
     file.write_text('[models.mine]\nhub_id = "me/mine"\ngpu = "L4"\n')
     deploy(plane, SERVICE_MODELS_FILE=str(file), SERVICE_MODEL="mine")
 
     function = plane.function("vllm-l4", "Server")
-    assert plane.images.env(function.image_id)["SERVICE_MODELS_FILE"] == "/root/service-models.toml"
-    assert any("service-models.toml" in layer for layer in plane.images.layers(function.image_id))
+    assert plane.images.env(function.image_id)["SERVICE_MODELS_FILE"] == "~/service-models.toml"
+    uploaded = [file for mount in plane.calls("MountGetOrCreate") for file in mount.files]
+    assert "/root/service-models.toml" in {file.filename for file in uploaded}
 
 
 def test_deploy_twice_keeps_one_app(plane: ModalPlane) -> None:

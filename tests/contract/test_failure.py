@@ -1,0 +1,196 @@
+"""What goes wrong on Modal, with the real entrypoint and the real engine: each end is a reported one, and nothing is left."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+import modal
+from tests.contract.conftest import REPOSITORY, call, deploy
+from tests.fakes.hub import Hub, Repository
+from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+BOOT_S = 150
+REVISION = "a" * 40
+TINY = REPOSITORY / "service/assets/tiny"
+QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+COUNTING = {
+    "messages": [{"role": "user", "content": "Count from one to one hundred."}],
+    "stream": True,
+    "max_tokens": 1500,
+    "ignore_eos": True,
+}
+MODELS = f"""
+[models.from-hub]
+hub_id = "me/tiny"
+revision = "{REVISION}"
+gpu = "L4"
+max_model_len = 2048
+weights_gb = 0.004
+
+[models.bad-flag]
+hub_id = "me/tiny"
+revision = "{REVISION}"
+gpu = "L4"
+extra_args = ["--no-such-flag"]
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A hub that has the tiny model."""
+    with Hub({"me/tiny": Repository(TINY, REVISION)}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def plane(
+    tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime, hub: Hub
+) -> Iterator[ModalPlane]:
+    """A plane with the tier deployed, whose containers reach the hub."""
+    directory = tmp_path_factory.mktemp("plane")
+    models = directory / "models.toml"
+    models.write_text(MODELS)
+    runtime = ContainerRuntime(
+        python=engine_runtime.python,
+        client_path=engine_runtime.client_path,
+        environment={**engine_runtime.environment, "HF_ENDPOINT": hub.url},
+        host_ports=(hub.port,),
+    )
+    with ModalPlane(directory / "plane", container=runtime) as plane:
+        deploy(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models))
+        yield plane
+        assert plane.failures == []
+
+
+def _pool(plane: ModalPlane, model: str) -> Any:
+    return modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model=model)
+
+
+def _tasks(plane: ModalPlane, model: str) -> list[Any]:
+    return [task for task in plane.tasks if task.parameters.get("model") == model]
+
+
+def _leader(task: Any) -> psutil.Process:
+    """Return the engine's first process in a container."""
+    members = [psutil.Process(pid) for pid in task.members()]
+    return next(member for member in members if "vllm_service.main" in member.cmdline() and _leads_a_session(member))
+
+
+def _leads_a_session(process: psutil.Process) -> bool:
+    """Tell whether a process leads its session."""
+    return os.getsid(process.pid) == process.pid
+
+
+def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
+    """A pool of a model that nobody registered fails with the service's own sentence and starts no engine."""
+    with pytest.raises(Exception, match="Did you mean 'tiny'"):
+        _pool(plane, "tini").complete.remote("/health")
+    plane.wait_until(lambda: _tasks(plane, "tini")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert not _tasks(plane, "tini")[-1].members()
+
+
+def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalPlane) -> None:
+    """An engine that dies before it is ready fails the boot with the root line and leaves nothing running."""
+    with pytest.raises(Exception, match=r"unrecognized arguments: --no-such-flag"):
+        _pool(plane, "bad-flag").complete.remote("/health")
+    plane.wait_until(lambda: _tasks(plane, "bad-flag")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert not _tasks(plane, "bad-flag")[-1].members()
+
+
+def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
+    """The first replica fetches the pinned revision into the volume and commits it; the next asks no hub."""
+    status, answer = _pool(plane, "from-hub").complete.remote("/v1/chat/completions", {"model": "me/tiny", **QUESTION})
+    assert status == 200, answer
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+    snapshot = f"hub/models--me--tiny/snapshots/{REVISION}/config.json"
+    assert plane.volumes["huggingface-cache"].read(snapshot) == (TINY / "config.json").read_bytes()
+
+    asked = len(hub.requests)
+    task = _tasks(plane, "from-hub")[-1]
+    task.kill()
+    plane.wait_until(lambda: task.state is TaskState.DEAD, 20, "the container's end")
+    assert _pool(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
+    assert len(hub.requests) == asked
+
+
+def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
+    """The container of a dead engine ends by itself, and the next request gets a fresh replica."""
+    pool = _pool(plane, "tiny")
+    assert pool.complete.remote("/health") == (200, {"status": "ok"})
+    first = _tasks(plane, "tiny")[-1]
+    _leader(first).send_signal(signal.SIGKILL)
+    plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
+    assert "SIGKILL" in first.log
+    plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
+    assert not first.members()
+    assert pool.complete.remote("/health") == (200, {"status": "ok"})
+    assert _tasks(plane, "tiny")[-1] is not first
+
+
+def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -> None:
+    """SIGINT with a stream in flight: Modal's runtime cuts the stream at once; the engine is ended, and nothing is left."""
+    token = plane.proxy_tokens.create()
+    url = plane.url_of("vllm-l4", "Server", "serve")
+    assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
+    task = next(task for task in _tasks(plane, "tiny") if task.is_live)
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)
+    body = json.dumps({"model": "tiny", **COUNTING})
+    connection.request("POST", "/v1/chat/completions?model=tiny", body, {"Content-Type": "application/json", **token.headers})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert answer.readline().startswith(b"data: ")
+    task.preempt(grace_s=30)
+    with pytest.raises(http.client.IncompleteRead):
+        answer.read()
+    plane.wait_until(lambda: task.state is TaskState.DEAD, 29, "the replica's end, within Modal's grace")
+    assert task.exit_code == 0, task.log
+    assert not task.members()
+
+
+def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
+    """SIGINT while the engine's program imports ends it at once, and the request is served by another replica."""
+    pool = _pool(plane, "TINY")
+    running = pool.complete.spawn("/health")
+    plane.wait_until(lambda: any(len(t.members()) > 1 for t in _tasks(plane, "TINY")), 30, "the engine's process")
+    first = _tasks(plane, "TINY")[0]
+    assert first.state is TaskState.STARTING
+    first.preempt(grace_s=10)
+    plane.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
+    assert not first.members()
+    assert running.get(timeout=BOOT_S) == (200, {"status": "ok"})
+
+
+def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
+    """A restore that fails costs a boot, not the request."""
+    plane.snapshots.fail_next_restore()
+    assert _pool(plane, "llm").complete.remote("/health") == (200, {"status": "ok"})
+    first, second = _tasks(plane, "llm")
+    assert first.state is TaskState.DEAD
+    assert not first.members()
+    assert second.is_live
+
+
+def test_cancelled_complete_stops_the_generation(plane: ModalPlane) -> None:
+    """Cancelling a call closes its connection to the engine, which then runs no request."""
+    pool = _pool(plane, "llm")
+    running = pool.complete.spawn("/v1/chat/completions", {"model": "llm", **COUNTING, "stream": False})
+    plane.wait_until(lambda: _running(pool) == 1.0, 30, "the generation to run")
+    running.cancel()
+    plane.wait_until(lambda: _running(pool) == 0.0, 5, "the generation to stop")
+
+
+def _running(pool: Any) -> float:
+    """Return how many requests the engine works on, by its own metrics."""
+    _, metrics = pool.complete.remote("/metrics")
+    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
+    return float(line.rpartition(" ")[2])
