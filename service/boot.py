@@ -162,8 +162,8 @@ class Replica:
             on_event=self._note,
             on_death=self._died,
         )
-        self._engine.spawn()
         self._mark("spawned")
+        self._engine.spawn()
 
     @contextmanager
     def _nothing_left_on_failure(self) -> Iterator[None]:

@@ -29,14 +29,12 @@ def up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own output.")] = False,
 ) -> None:
     """Serve a model on this machine until Ctrl-C."""
-    import os
-
     from service import local
     from service.screen import Terminal
     from service.settings import Settings
 
     settings = Settings.load()
-    asked = model or os.environ.get("SERVICE_MODEL")
+    asked = model or (settings.model if "model" in settings.model_fields_set else None)
     with Terminal(local.log_file(settings.port), verbose) as terminal:
         local.serve(asked, settings, host, terminal, terminal.ready)
 

@@ -99,7 +99,11 @@ class EngineProcess:
         return self._process.pid
 
     def spawn(self) -> None:
-        """Start the process in a session and group of its own. Returns at once."""
+        """Start the process in a session and group of its own. Returns at once.
+
+        Raises:
+            EngineError: The interpreter cannot be run.
+        """
         words_read, self._words_fd = os.pipe()
         events_read, events_write = os.pipe()
         env = dict(self.command.env)
@@ -118,6 +122,13 @@ class EngineProcess:
                 pass_fds=(words_read, events_write),
                 start_new_session=True,
             )
+        except OSError as error:
+            os.close(self._words_fd)
+            os.close(events_read)
+            raise EngineError(
+                f"The engine cannot be started with {self._python}: {error.strerror}. "
+                "Delete that environment; the next start builds it anew."
+            ) from error
         finally:
             os.close(words_read)
             os.close(events_write)
@@ -213,7 +224,7 @@ class EngineProcess:
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200
-        except OSError:
+        except (OSError, http.client.HTTPException):  # nobody there, or somebody who speaks no HTTP
             return False
         finally:
             connection.close()
@@ -245,7 +256,7 @@ class EngineProcess:
 
 
 def _kill_group(pgid: int) -> None:
-    """Kill a process group and wait, boundedly, until no member runs."""
+    """Kill a process group and wait, boundedly, until no member runs. Zombies that nobody reaps run no more."""
     deadline = time.monotonic() + KILL_WAIT_S
     while time.monotonic() < deadline:
         try:
@@ -254,4 +265,16 @@ def _kill_group(pgid: int) -> None:
             return
         except PermissionError:  # macOS says so of a group of zombies
             return
+        if not _runs(pgid):
+            return
         time.sleep(POLL_S)
+
+
+def _runs(pgid: int) -> bool:
+    """Tell whether a process group has a member that is no zombie."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == pgid and state not in {"Z", "X"}:
+                return True
+    return False

@@ -52,7 +52,13 @@ def ensure(say: Callable[[str], None]) -> EngineEnv:
     env = EngineEnv(device, str(root / "bin" / "python"))
     if (root / _MARK).exists():
         return env
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentBuildError(
+            f"The engine's environment has no place: {root.parent} cannot be made ({error.strerror}). "
+            "Set XDG_CACHE_HOME to a directory that is yours."
+        ) from error
     with _only_one(root.with_suffix(".lock"), say):
         if not (root / _MARK).exists():
             check_room(root, _NEEDED_GB[device], "The engine's environment", "set XDG_CACHE_HOME to a larger disk")

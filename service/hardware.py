@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -45,13 +46,22 @@ def visible_gpus() -> int:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    lines = listing.stdout.splitlines() if listing.returncode == 0 else []
+    present = sum(line.startswith("GPU ") for line in lines)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present
     ids = [part.strip() for part in chosen.split(",")]
-    first_bad = next((i for i, part in enumerate(ids) if part in {"", "-1"}), len(ids))  # CUDA reads no further
-    return min(present, first_bad)
+    uuids = [uuid for line in lines for uuid in re.findall(r"\(UUID: (\S+)\)", line)]
+    bad = (i for i, part in enumerate(ids) if not _names_gpu(part, present, uuids))
+    return min(present, next(bad, len(ids)))  # CUDA reads up to the first entry that names none
+
+
+def _names_gpu(part: str, present: int, uuids: list[str]) -> bool:
+    """Tell whether an entry of CUDA_VISIBLE_DEVICES is an index or the beginning of a UUID that the driver lists."""
+    if part.isdecimal():
+        return int(part) < present
+    return part.startswith(("GPU-", "MIG-")) and any(uuid.startswith(part) for uuid in uuids)
 
 
 def check_gpu_count(n_gpu: int, model: str) -> None:

@@ -1,7 +1,7 @@
 """The container image: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU.
 
-The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else. A models
-file of the user's is mounted, not built in.
+The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else. A
+models file of the user's is mounted, not built in.
 """
 
 from __future__ import annotations

@@ -18,21 +18,24 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
     `sha256:<hex>`.
 
     Raises:
-        UsageError: A pair has no name or no key, or a name stands twice. The sentence never holds a key.
+        UsageError: A pair lacks name or key, a name stands twice, a digest is cut. The sentence never holds a key.
     """
     found: dict[str, str] = {}
     if key := environ.get("API_KEY", "").strip():
-        found["default"] = _digest(key)
+        found["default"] = _digest("default", key)
     for position, pair in enumerate(filter(None, (part.strip() for part in environ.get("API_KEYS", "").split(","))), 1):
         name, separator, key = (part.strip() for part in pair.partition("="))
         if not (name and separator and key):
             raise UsageError(f"API_KEYS: pair {position} is not name=key. Write 'alice=<key>,bob=<key>'.")
         if name in found:
             raise UsageError(f"API_KEYS: the name '{name}' stands twice (API_KEY is 'default'). Give each key its own.")
-        found[name] = _digest(key)
+        found[name] = _digest(name, key)
     return found
 
 
-def _digest(key: str) -> str:
-    match = _DIGEST.fullmatch(key)
-    return match[1].lower() if match else hashlib.sha256(key.encode()).hexdigest()
+def _digest(name: str, key: str) -> str:
+    if match := _DIGEST.fullmatch(key):
+        return match[1].lower()
+    if key.lower().startswith("sha256:"):
+        raise UsageError(f"The key '{name}' is sha256: without 64 hexadecimal digits behind it. Copy the digest whole.")
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Protocol
 from service import engine_env, keys, weights
 from service.boot import Plan, Replica
 from service.errors import OpenDoorError, ServiceError, UnknownModelError
-from service.hardware import check_gpu_count, check_memory, check_port, is_loopback
+from service.hardware import check_gpu_count, check_memory, check_port, is_loopback, visible_gpus
 from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.settings import Settings
 
@@ -88,12 +88,14 @@ def serve(
     digests = keys.digests(environ)
     _check_door(host, settings.port, bool(digests))
     spec = choose_model(model, Registry.load(settings.models_file), screen.say)
-    env = engine_env.ensure(screen.say)
-    n_gpu = settings.n_gpu or 1
-    if env.device == "cuda" or n_gpu > 1:
+    gpus = visible_gpus()
+    n_gpu = settings.n_gpu or (spec.n_gpu if gpus else 1)
+    if gpus or n_gpu > 1:
         check_gpu_count(n_gpu, spec.key)
     else:
         check_memory(spec.weights_gb, spec.key)
+    screen.phase("environment")  # nothing is refused from here on: now things are made
+    env = engine_env.ensure(screen.say)
     plan = Plan(
         spec=spec,
         default_key=spec.key,

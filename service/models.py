@@ -19,7 +19,7 @@ from service.gpus import GPUS, Gpu, check_count, find_gpu
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
 _KEY = r"^[a-z0-9][a-z0-9.-]*$"
-_HUB_ID = r"^[\w.-]+/[\w.-]+$"
+_HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class _Entry(BaseModel):
@@ -125,13 +125,15 @@ class Registry:
                 self._claim(name, spec)
         for spec in specs.values():
             if spec.hub_id:  # two entries may serve one repository differently: its id means the first of them
-                self._by_name.setdefault(spec.hub_id.lower(), spec)
+                owner = self._by_name.setdefault(spec.hub_id.lower(), spec)
+                if (owner.hub_id or "").lower() != spec.hub_id.lower():
+                    raise _taken(spec.hub_id, owner, f"model '{spec.key}'")
 
     def _claim(self, name: str, spec: ModelSpec) -> None:
         owner = self._by_name.setdefault(name.lower(), spec)
         if owner is not spec or name.lower() == DEFAULT_ALIAS:
             other = f"model '{owner.key}'" if owner is not spec else "the default model"
-            raise RegistryError(f"'{name}' of model '{spec.key}' is already a name of {other}; choose another alias.")
+            raise _taken(name, spec, other)
 
     @classmethod
     def load(cls, models_file: str | Path | None = None) -> Registry:
@@ -143,7 +145,10 @@ class Registry:
         specs = _read(BUILT_IN)
         if models_file:
             specs |= _read(Path(models_file).expanduser())
-        return cls(specs)
+        try:
+            return cls(specs)
+        except RegistryError as error:
+            raise RegistryError(f"Models file '{models_file or BUILT_IN}': {error}") from error
 
     def find(self, name: str, default: str | None = None) -> Choice:
         """Return what `name` stands for; `llm` is `default`.
@@ -157,7 +162,10 @@ class Registry:
         if spec := self._by_name.get(lowered):
             return Choice(spec)
         for gpu in GPUS.values():
-            if spec := self._by_name.get(lowered.removesuffix(f"-{gpu.slug}")):
+            bare = lowered.removesuffix(f"-{gpu.slug}")
+            if bare == DEFAULT_ALIAS and default:
+                return Choice(self.find(default).spec, gpu)
+            if spec := self._by_name.get(bare):
                 return Choice(spec, gpu)
         raise UnknownModelError(
             f"Unknown model '{name}'.{did_you_mean(name, self._by_name)} "
@@ -166,13 +174,27 @@ class Registry:
         )
 
 
+def _taken(name: str, claimant: ModelSpec, owner: str) -> RegistryError:
+    return RegistryError(f"'{name}' of model '{claimant.key}' is already a name of {owner}; choose another alias.")
+
+
 def unregistered(name: str) -> ModelSpec:
-    """Return an entry for a hub id or model directory that is in no registry: vLLM's defaults, newest revision."""
+    """Return an entry for a hub id or model directory that is in no registry: vLLM's defaults, newest revision.
+
+    Raises:
+        UnknownModelError: It can be neither.
+    """
     directory = Path(name).expanduser()
     if (directory / "config.json").is_file():
         key = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
         return ModelSpec(key=key or "model", path=str(directory.resolve()))
-    return ModelSpec(key=name.rpartition("/")[2].lower().replace("_", "-"), hub_id=name)
+    try:
+        return ModelSpec(key=name.rpartition("/")[2].lower().replace("_", "-"), hub_id=name)
+    except ValidationError as error:
+        raise UnknownModelError(
+            f"'{name}' is neither a hub id such as Qwen/Qwen3-8B-FP8 nor a directory with a config.json. "
+            "Registered models: vllm-service models."
+        ) from error
 
 
 def looks_like_a_source(name: str) -> bool:
@@ -201,7 +223,7 @@ def _entry(file: Path, key: str, fields: Any) -> ModelSpec:
     where = f"Models file '{file}', model '{key}'"
     if not isinstance(fields, dict):
         raise RegistryError(f"{where}: {fields!r} is not a table; write [models.{key}] and its fields below.")
-    if isinstance(path := fields.get("path"), str) and file != BUILT_IN:
+    if isinstance(path := fields.get("path"), str) and path and file != BUILT_IN:
         fields["path"] = str((file.parent / path).resolve())  # relative to the file that names it
     try:
         return ModelSpec.model_validate({"key": key, **_tuples(fields)})
@@ -216,7 +238,7 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     frozen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
-    if isinstance(frozen.get("weights_gb"), int):
+    if type(frozen.get("weights_gb")) is int:  # a bool is an int too
         frozen["weights_gb"] = float(frozen["weights_gb"])
     return frozen
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+from service.errors import ServiceError
 from service.gpus import PRICES_DATE, PRICES_SOURCE
 from service.local import Ready
 from service.models import Registry
+from service.settings import Settings
 
 _TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
 _PHASES = {
@@ -37,16 +40,18 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._status = self._console.status("") if self._console.is_terminal and not verbose else None
         self._log_file, self._verbose = log_file, verbose
+        self._log: TextIO | None = None  # opened when something is begun: a refused run leaves another's log alone
+        self._closed = False
 
     def __enter__(self) -> Self:
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self._log_file.open("w", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._status:
             self._status.stop()
-        self._log.close()
+        self._closed = True
+        if self._log:
+            self._log.close()
 
     def say(self, text: str) -> None:
         """Show a sentence that stays."""
@@ -54,6 +59,7 @@ class Terminal:
 
     def phase(self, text: str) -> None:
         """Show what is being waited for."""
+        self._opened()
         shown = _PHASES.get(text)
         if shown and self._status:
             self._status.update(f"{shown} …")
@@ -63,10 +69,23 @@ class Terminal:
 
     def engine_line(self, line: str) -> None:
         """Keep a line of the engine's output, and show it when asked to."""
-        if not self._log.closed:
-            self._log.write(line + "\n")
+        if not self._closed:
+            with contextlib.suppress(OSError):  # a full disk must not stop the engine's output, and with it the engine
+                self._opened().write(line + "\n")
         if self._verbose:
             self._console.print(line, markup=False)
+
+    def _opened(self) -> TextIO:
+        if self._log is None:
+            try:
+                self._log_file.parent.mkdir(parents=True, exist_ok=True)
+                self._log = self._log_file.open("w", buffering=1)
+            except OSError as error:
+                raise ServiceError(
+                    f"The engine's output cannot be kept in {self._log_file}: {error.strerror}. "
+                    "Set XDG_STATE_HOME to a directory that is yours."
+                ) from error
+        return self._log
 
     def ready(self, ready: Ready) -> None:
         """Print what to paste."""
@@ -95,7 +114,7 @@ Ctrl-C stops it."""
 
 def print_models(registry: Registry, default: str, as_json: bool) -> None:
     """Print the registry as a table, or as a JSON array with one object a model."""
-    default_key = registry.find(default, default).spec.key
+    default_key = registry.find(default, Settings.model_fields["model"].default).spec.key
     rows = [
         {
             "key": spec.key,

@@ -16,6 +16,10 @@ from service.errors import SettingsError, UnknownGpuError, did_you_mean
 from service.gpus import check_count, find_gpu
 
 PREFIX = "SERVICE_"
+_TEXTS = {
+    "app": "a name of 1 to 64 letters, digits, dots, dashes and underscores",
+    "region": "the name of a region, such as us or us-west",
+}
 
 
 class Settings(BaseModel):
@@ -118,26 +122,34 @@ def _sentence(error: ValidationError) -> str:
     detail = error.errors()[0]
     field, value = str(detail["loc"][0]), str(detail["input"])
     info = Settings.model_fields[field]
-    name, expected = f"{PREFIX}{field.upper()}", f"{_expected(info)}{_hint(value, info)}"
+    name, expected = f"{PREFIX}{field.upper()}", f"{_expected(field)}{_hint(value, info)}"
     return f"{name}='{value}' is not {expected} Meaning: {info.description}."
 
 
-def _expected(info: FieldInfo) -> str:
+def _expected(field: str) -> str:
     """Describe a field's valid values: `a whole number from 1 to 8`."""
+    info = Settings.model_fields[field]
     types = get_args(info.annotation) or (info.annotation,)
     if bool in types:
         return "a switch (true or false)"
     if int in types:
-        limits = {type(limit).__name__: limit for limit in info.metadata}
-        return f"a whole number from {limits['Ge'].ge} to {limits['Le'].le}"
+        lowest, highest = _limits(info)
+        return f"a whole number from {lowest} to {highest}"
     if isinstance(types[0], str):
         return "one of " + ", ".join(types)
-    return f"a text that fits {info.metadata[0]}"
+    return _TEXTS[field]
+
+
+def _limits(info: FieldInfo) -> tuple[int, int]:
+    limits = {type(limit).__name__: limit for limit in info.metadata}
+    return limits["Ge"].ge, limits["Le"].le
 
 
 def _hint(value: str, info: FieldInfo) -> str:
     """Offer the number when somebody wrote a duration such as `2m` for a field of seconds."""
     units = {"s": 1, "m": 60, "h": 3600}
-    if "seconds" in str(info.description) and value[:-1].isdigit() and value[-1:] in units:
-        return f"; write {int(value[:-1]) * units[value[-1]]}."
-    return "."
+    if "seconds" not in str(info.description) or not value[:-1].isdecimal() or value[-1:] not in units:
+        return "."
+    seconds = int(value[:-1]) * units[value[-1]]
+    lowest, highest = _limits(info)
+    return f"; write {seconds}." if lowest <= seconds <= highest else "."

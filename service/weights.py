@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from service.models import ModelSpec
 HUB_TIMEOUT_S = 3.0
 # The engine reads safetensors; the same weights in other formats would only cost time and room.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "onnx/*", "openvino/*")
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")  # one of several: only their index tells which all are
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def hub_in_reach() -> bool:
     """Tell whether the hub answers within a few seconds."""
     import requests  # noqa: PLC0415 - 90 ms that only this question costs
 
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:  # as huggingface_hub reads it
+        return False
     try:
         requests.head(_endpoint(), timeout=HUB_TIMEOUT_S, allow_redirects=False)
     except requests.RequestException:
@@ -98,11 +103,11 @@ def _existing(directory: Path, key: str) -> Path:
 
 def _cached(hub_id: str, revision: str | None, ignore: tuple[str, ...]) -> Path | None:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         path = snapshot_download(hub_id, revision=revision, local_files_only=True, ignore_patterns=_ignored(ignore))
-    except (LocalEntryNotFoundError, OSError):
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
     return Path(path) if _complete(Path(path)) else None
 
@@ -114,26 +119,29 @@ def _complete(directory: Path) -> bool:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return all((directory / shard).is_file() for shard in set(json.loads(index.read_text())["weight_map"].values()))
-    return any(directory.glob("*.safetensors"))
+    return any(file.is_file() and not _SHARD.search(file.name) for file in directory.glob("*.safetensors"))
 
 
 def _fetch(
     hub_id: str, revision: str | None, ignore: tuple[str, ...], token: str | None, say: Callable[[str], None]
 ) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
+    from huggingface_hub import constants, snapshot_download  # noqa: PLC0415 - only hub models need it
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     at = f" at revision {revision}" if revision else ""
+    advice = "Check the connection (HF_ENDPOINT names another hub), or serve 'tiny', which needs none."
+    if not hub_in_reach():  # the client would try again for half a minute
+        raise WeightsError(f"{hub_id}{at} cannot be fetched from {_endpoint()}: it is not in reach. {advice}")
     try:
         missing = _missing_bytes(hub_id, revision, _ignored(ignore), token)
-        cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        check_room(cache, missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
+        check_room(Path(constants.HF_HUB_CACHE), missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
         say(f"Fetching {hub_id}{at}: {missing / 1e9:.1f} GB")
         return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=_ignored(ignore), token=token))
     except GatedRepoError as error:
@@ -145,10 +153,9 @@ def _fetch(
             f"The hub has no repository '{hub_id}', or it is private and the token has no access. "
             f"Look it up at {_endpoint()}/{hub_id}."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise WeightsError(
-            f"{hub_id}{at} cannot be fetched from {_endpoint()}: {_first_line(error)} "
-            "Check the connection (HF_ENDPOINT names another hub), or serve 'tiny', which needs none."
+            f"{hub_id}{at} cannot be fetched from {_endpoint()}: {_first_line(error)} {advice}"
         ) from error
 
 

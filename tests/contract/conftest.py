@@ -1,4 +1,4 @@
-"""The service on the control plane: containers run its real image environment, with vLLM's CPU build in CUDA's place."""
+"""The service on the control plane: the containers' engine is vLLM's CPU build in CUDA's place."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def engine_runtime(client_mount: Path) -> ContainerRuntime:
     """Containers with the real engine."""
     python = engine_env.ensure(lambda _: None).python
     return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu"})
+
+
+@pytest.fixture(scope="session")
+def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with what the image installs for the service's own side, at its pins, without the engine."""
+    venv = tmp_path_factory.mktemp("image") / "venv"
+    names = ["aiohttp", "huggingface_hub", "pydantic", "requests"]
+    lock = str(engine_env.PINS / "engine-cuda.lock")
+    for arguments in (
+        ["venv", str(venv)],
+        ["pip", "install", "--python", str(venv / "bin/python"), "-c", lock, *names],
+    ):
+        subprocess.run([sys.executable, "-m", "uv", "--quiet", *arguments], check=True, timeout=120)
+    return str(venv / "bin/python")
 
 
 @pytest.fixture

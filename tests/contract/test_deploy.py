@@ -76,12 +76,45 @@ def test_deploy_of_a_users_models_file_ships_it(plane: ModalPlane, tmp_path_fact
     assert "/root/service-models.toml" in {file.filename for file in uploaded}
 
 
-def test_deploy_twice_keeps_one_app(plane: ModalPlane) -> None:
-    """A second deploy of the same settings updates the app in place."""
+def test_deploy_twice_keeps_the_app_and_uploads_nothing_new(plane: ModalPlane) -> None:
+    """A second deploy of the same settings updates the app in place; no layer and no file is sent again."""
     deploy(plane)
-    first = plane.apps["vllm-h100"].app_id
+    app, image = plane.apps["vllm-h100"].app_id, plane.function("vllm-h100", "Server").image_id
+    uploads = len(plane.calls("MountPutFile"))
     deploy(plane)
-    assert plane.apps["vllm-h100"].app_id == first
+    assert plane.apps["vllm-h100"].app_id == app
+    assert plane.function("vllm-h100", "Server").image_id == image
+    assert len(plane.calls("MountPutFile")) == uploads
+
+
+def test_deploy_with_a_changed_setting_replaces_it(plane: ModalPlane) -> None:
+    """What a later deploy says is what the class and the container have."""
+    deploy(plane, SERVICE_SCALEDOWN_WINDOW="60", SERVICE_MAX_INPUTS="8", SERVICE_TARGET_INPUTS="4")
+    deploy(plane, SERVICE_SCALEDOWN_WINDOW="120", SERVICE_SNAPSHOT="off", SERVICE_DIRECT_AUTH="proxy")
+    function = plane.function("vllm-h100", "Server")
+    assert function.autoscaler_settings.scaledown_window == 120
+    assert function.max_concurrent_inputs == 64
+    assert function.target_concurrent_inputs == 0
+    assert not function.checkpointing_enabled
+    assert plane.images.env(function.image_id)["SERVICE_SCALEDOWN_WINDOW"] == "120"
+
+
+def test_deploy_with_a_secret_that_lacks_its_key_names_the_key(plane: ModalPlane) -> None:
+    """A gated model's secret must have HF_TOKEN; without it nothing is published."""
+    plane.secrets.put("huggingface", {"TOKEN": "hf_test"})
+    done = modal_cli(plane, "deploy", "-m", "service.server", SERVICE_MODEL="llama-3.1-8b")
+    assert done.returncode != 0
+    assert "HF_TOKEN" in done.stdout + done.stderr
+    assert not [app for app in plane.apps.values() if app.versions]
+
+
+def test_deploy_with_keys_of_its_own_opens_the_endpoint(plane: ModalPlane) -> None:
+    """`SERVICE_DIRECT_AUTH=keys` attaches the keys' secret and leaves Modal's proxy auth off, as the docs warn."""
+    plane.secrets.put("vllm-api-key", {"API_KEY": "k"})
+    deploy(plane, SERVICE_DIRECT_AUTH="keys")
+    function = plane.function("vllm-h100", "Server")
+    assert not function.method_definitions["serve"].webhook_config.requires_proxy_auth
+    assert len(function.secret_ids) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,9 +129,7 @@ def test_deploy_twice_keeps_one_app(plane: ModalPlane) -> None:
         ({"SERVICE_DIRECT_AUTH": "keys"}, "vllm-api-key"),
     ],
 )
-def test_deploy_with_wrong_input_publishes_nothing(
-    plane: ModalPlane, environment: dict[str, str], words: str
-) -> None:
+def test_deploy_with_wrong_input_publishes_nothing(plane: ModalPlane, environment: dict[str, str], words: str) -> None:
     """Wrong settings and missing secrets end the deploy with the reason, and nothing is published."""
     done = modal_cli(plane, "deploy", "-m", "service.server", **environment)
     assert done.returncode != 0

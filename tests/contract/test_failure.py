@@ -1,7 +1,8 @@
-"""What goes wrong on Modal, with the real entrypoint and the real engine: each end is a reported one, and nothing is left."""
+"""What goes wrong on Modal, with the real entrypoint and engine: each end is a reported one, and nothing is left."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -10,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import modal
 import psutil
 import pytest
 
-import modal
 from tests.contract.conftest import REPOSITORY, call, deploy
-from tests.fakes.hub import Hub, Repository
+from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 BOOT_S = 150
@@ -36,6 +37,11 @@ gpu = "L4"
 max_model_len = 2048
 weights_gb = 0.004
 
+[models.from-hub-too]
+hub_id = "me/tiny-too"
+revision = "{REVISION}"
+gpu = "L4"
+
 [models.bad-flag]
 hub_id = "me/tiny"
 revision = "{REVISION}"
@@ -47,14 +53,14 @@ extra_args = ["--no-such-flag"]
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     """A hub that has the tiny model."""
-    with Hub({"me/tiny": Repository(TINY, REVISION)}) as hub:
+    files = {file.name: file.read_bytes() for file in TINY.iterdir()}
+    with serving(Hub(repositories=dict.fromkeys(("me/tiny", "me/tiny-too"), Repository(REVISION, files)))) as hub:
         yield hub
+    assert hub.unknown == []
 
 
 @pytest.fixture(scope="module")
-def plane(
-    tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime, hub: Hub
-) -> Iterator[ModalPlane]:
+def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime, hub: Hub) -> Iterator[ModalPlane]:
     """A plane with the tier deployed, whose containers reach the hub."""
     directory = tmp_path_factory.mktemp("plane")
     models = directory / "models.toml"
@@ -63,7 +69,7 @@ def plane(
         python=engine_runtime.python,
         client_path=engine_runtime.client_path,
         environment={**engine_runtime.environment, "HF_ENDPOINT": hub.url},
-        host_ports=(hub.port,),
+        host_ports=(urlsplit(hub.url).port or 0,),
     )
     with ModalPlane(directory / "plane", container=runtime) as plane:
         deploy(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models))
@@ -114,12 +120,25 @@ def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> 
     snapshot = f"hub/models--me--tiny/snapshots/{REVISION}/config.json"
     assert plane.volumes["huggingface-cache"].read(snapshot) == (TINY / "config.json").read_bytes()
 
-    asked = len(hub.requests)
+    asked = len(hub.asked)
     task = _tasks(plane, "from-hub")[-1]
     task.kill()
     plane.wait_until(lambda: task.state is TaskState.DEAD, 20, "the container's end")
     assert _pool(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
-    assert len(hub.requests) == asked
+    assert len(hub.asked) == asked
+
+
+def test_full_volume_ends_the_hook_with_its_name(plane: ModalPlane) -> None:
+    """Weights that the volume has no room for fail the boot before any engine is started."""
+    volume = plane.volumes["huggingface-cache"]
+    volume.capacity_bytes = 100_000
+    try:
+        with pytest.raises(Exception, match="Volume 'huggingface-cache' is full"):
+            _pool(plane, "from-hub-too").complete.remote("/health")
+    finally:
+        volume.capacity_bytes = None
+    plane.wait_until(lambda: _tasks(plane, "from-hub-too")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert "(EngineCore" not in _tasks(plane, "from-hub-too")[-1].log
 
 
 def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
@@ -137,21 +156,23 @@ def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
 
 
 def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -> None:
-    """SIGINT with a stream in flight: Modal's runtime cuts the stream at once; the engine is ended, and nothing is left."""
+    """SIGINT with a stream in flight: Modal's runtime cuts it at once; the engine is ended, and nothing is left."""
     token = plane.proxy_tokens.create()
     url = plane.url_of("vllm-l4", "Server", "serve")
     assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
     task = next(task for task in _tasks(plane, "tiny") if task.is_live)
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)
-    body = json.dumps({"model": "tiny", **COUNTING})
-    connection.request("POST", "/v1/chat/completions?model=tiny", body, {"Content-Type": "application/json", **token.headers})
-    answer = connection.getresponse()
-    assert answer.status == 200
-    assert answer.readline().startswith(b"data: ")
-    task.preempt(grace_s=30)
-    with pytest.raises(http.client.IncompleteRead):
-        answer.read()
+    headers = {"Content-Type": "application/json", **token.headers}
+    with contextlib.closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)) as connection:
+        connection.request(
+            "POST", "/v1/chat/completions?model=tiny", json.dumps({"model": "tiny", **COUNTING}), headers
+        )
+        with contextlib.closing(connection.getresponse()) as answer:
+            assert answer.status == 200
+            assert answer.readline().startswith(b"data: ")
+            task.preempt(grace_s=30)
+            with pytest.raises(http.client.IncompleteRead):
+                answer.read()
     plane.wait_until(lambda: task.state is TaskState.DEAD, 29, "the replica's end, within Modal's grace")
     assert task.exit_code == 0, task.log
     assert not task.members()

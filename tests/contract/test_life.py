@@ -1,14 +1,17 @@
-"""One replica's life in the real container entrypoint, with the real engine: prepare, checkpoint, start, serve, stop."""
+"""One replica's life in the real container entrypoint and engine: prepare, checkpoint, start, serve, stop."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import modal
+import psutil
 import pytest
 
-import modal
 from tests.contract.conftest import call, deploy, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -31,7 +34,9 @@ def _words(answer: Any) -> str:
 
 
 def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: ModalPlane) -> None:
-    """A request with a proxy token boots a replica through its checkpoint, is answered, and preemption ends it clean."""
+    """A request with a proxy token boots a replica through its checkpoint and is answered; preemption ends it clean."""
+    held: list[tuple[bool, list[Any]]] = []
+    tiny.snapshots.before_restore.append(lambda task: held.append(_engine_at_rest(task)))
     token = tiny.proxy_tokens.create()
     url = tiny.url_of("vllm-l4", "Server", "serve")
     assert call(f"{url}/health?model=tiny")[0] == 401, "a stranger is refused"
@@ -43,9 +48,8 @@ def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: Modal
     assert status == 200, body + task.log.encode()
     assert "Paris" in _words(json.loads(body))
     assert task.restored, "prepare ended in a checkpoint, and start came after the restore"
-    assert tiny.snapshots.checkpoints
-    log = task.log
-    assert "ready: " in log
+    assert held == [(True, [])], "at the checkpoint the engine's program was running, with no socket open"
+    assert "ready: " in task.log
     members = task.members()
     task.preempt(grace_s=30)
     tiny.wait_until(lambda: task.state is TaskState.DEAD, 40, "the replica's end")
@@ -53,6 +57,14 @@ def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: Modal
     assert "Application shutdown complete" in task.log, "the engine was let end by itself"
     assert members
     assert not task.members()
+
+
+def _engine_at_rest(task: Any) -> tuple[bool, list[Any]]:
+    """Return whether the engine's program runs in a container, and the internet sockets that it holds."""
+    processes = [psutil.Process(pid) for pid in task.members()]
+    engines = [process for process in processes if "vllm_service.main" in process.cmdline()]
+    links = [str(fd.readlink()) for engine in engines for fd in Path(f"/proc/{engine.pid}/fd").iterdir()]
+    return bool(engines), [link for link in links if link.startswith("socket:")]
 
 
 def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane) -> None:
@@ -70,7 +82,31 @@ def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane) -> None:
     assert tiny.tasks[-1].gpu == "H200:1"
 
 
-def test_replica_with_too_few_gpus_fails_with_the_counts(tmp_path: Any, client_mount: Any) -> None:
+def test_two_parameter_sets_at_once_are_two_replicas(tiny: ModalPlane) -> None:
+    """Requests for two parameter sets at the same time boot two containers, each with its own engine on port 8000."""
+    token = tiny.proxy_tokens.create()
+    url = tiny.url_of("vllm-l4", "Server", "serve")
+    models = ("llm", "Tiny")
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(call, f"{url}/v1/models?model={name}", headers=token.headers) for name in models]
+        answers = [future.result() for future in asked]
+    assert [status for status, _ in answers] == [200, 200]
+    tasks = {task.parameters["model"]: task for task in tiny.tasks if task.parameters["model"] in models}
+    assert len({task.id for task in tasks.values()}) == 2
+
+
+def test_container_with_only_the_images_packages_imports_the_service(
+    tmp_path: Path, client_mount: Path, image_packages: str
+) -> None:
+    """What the container imports is in the image: with its pins but no vLLM, only the engine's program is missing."""
+    with ModalPlane(tmp_path, container=ContainerRuntime(python=image_packages, client_path=client_mount)) as plane:
+        deploy(plane, SERVICE_MODEL="tiny")
+        pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny")
+        with pytest.raises(Exception, match="No module named 'torch'"):
+            pool.complete.remote("/health")
+
+
+def test_replica_with_too_few_gpus_fails_with_the_counts(tmp_path: Path, client_mount: Path) -> None:
     """`n_gpu` over what the container shows ends the boot with both counts and the remedy."""
     runtime = ContainerRuntime(client_path=client_mount)
     with ModalPlane(tmp_path, container=runtime) as plane:
@@ -80,7 +116,7 @@ def test_replica_with_too_few_gpus_fails_with_the_counts(tmp_path: Any, client_m
             pool.complete.remote("/health")
 
 
-def test_modal_run_holds_two_conversations(tmp_path: Any, engine_runtime: ContainerRuntime) -> None:
+def test_modal_run_holds_two_conversations(tmp_path: Path, engine_runtime: ContainerRuntime) -> None:
     """`modal run -m service.server` checks health and prints what the pirate and Jar Jar say."""
     with ModalPlane(tmp_path, container=engine_runtime) as plane:
         done = modal_cli(plane, "run", "-m", "service.server", SERVICE_MODEL="tiny")
@@ -88,5 +124,6 @@ def test_modal_run_holds_two_conversations(tmp_path: Any, engine_runtime: Contai
         assert "Healthy" in done.stdout
         assert done.stdout.count("Sending to llm") == 2
         assert "Jar Jar" in done.stdout
+        assert plane.snapshots.checkpoints == [], "an ephemeral app has none: both hooks run back to back"
         assert not [task for task in plane.tasks if task.state is not TaskState.DEAD]
         assert plane.failures == []

@@ -1,137 +1,139 @@
-"""A model hub on loopback for huggingface_hub's real client: repositories from directories, pinned revisions, gating.
+"""A model hub on loopback: file lists, files, and the refusals that huggingface_hub knows by their headers.
 
-It knows the routes that a pinned download uses, answers 404 to others and keeps a list of all requests. The whole hub, with
-its failures, is a later piece of work.
+What it is asked and does not know it remembers in `unknown`; the fixture that starts it fails the test then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Self
+from typing import Literal
 from urllib.parse import unquote, urlsplit
+
+_TREE = re.compile(r"/api/models/([\w.-]+/[\w.-]+)/tree/([\w.-]+)")
+_INFO = re.compile(r"/api/models/([\w.-]+/[\w.-]+)/revision/([\w.-]+)")
+_FILE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)")
 
 
 @dataclass
 class Repository:
-    """One model repository: files of one revision."""
+    """One repository with one commit.
 
-    directory: Path
-    revision: str
-    token: str | None = None  # gated: only this token gets files
+    Attributes:
+        commit: Its only revision; `main` means the same.
+        files: Name -> content.
+        gated: What is kept from strangers: the files alone, or the list of them too.
+    """
 
-    def files(self) -> dict[str, Path]:
-        """Return the repository's files by their paths in it."""
-        found = sorted(path for path in self.directory.rglob("*") if path.is_file())
-        return {str(path.relative_to(self.directory)): path for path in found}
+    commit: str
+    files: dict[str, bytes]
+    gated: Literal["", "files", "all"] = ""
 
 
 @dataclass
 class Hub:
-    """The server. `url` is what HF_ENDPOINT is set to."""
+    """The hub's content, and what it was asked."""
 
+    token: str = "hf_right"
     repositories: dict[str, Repository] = field(default_factory=dict)
-    requests: list[tuple[str, str]] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        """Serve from a thread."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def port(self) -> int:
-        """Port on loopback."""
-        return int(self._server.server_address[1])
-
-    @property
-    def url(self) -> str:
-        """Address without a path."""
-        return f"http://127.0.0.1:{self.port}"
+    fails_with: int | None = None
+    asked: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    url: str = ""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve the hub on a free port until the end of the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
-    def do_HEAD(self) -> None:
-        self._answer()
 
-    def do_GET(self) -> None:
-        self._answer()
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Keep quiet: `requests` has them."""
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+            """Write nothing."""
 
-    def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path))
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 6:
-            self._listing("/".join(parts[2:4]), parts[4], parts[5])
-        elif len(parts) >= 5 and parts[2] == "resolve":
-            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
-        else:
-            self._send(404, b"{}")
+        def do_HEAD(self) -> None:
+            """Answer without a body."""
+            self.do_GET()
 
-    def _repository(self, name: str, revision: str) -> Repository | None:
-        repository = self.hub.repositories.get(name)
-        if repository is None:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in {repository.revision, "main"}:
-            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        else:
-            return repository
-        return None
+        def do_GET(self) -> None:
+            """Answer one request."""
+            path = unquote(urlsplit(self.path).path)
+            hub.asked.append(f"{self.command} {path}")
+            if hub.fails_with:
+                self.answer(hub.fails_with, b"scripted")
+            elif match := _TREE.fullmatch(path) or _INFO.fullmatch(path):
+                self.listing(match[1], match[2], "/tree/" in path)
+            elif match := _FILE.fullmatch(path):
+                self.file(*match.groups())
+            elif path in {
+                "/",
+                "/api/agent-harnesses",
+            }:  # the client asks for this list too
+                self.answer(200, b"{}")
+            else:
+                hub.unknown.append(self.path)
+                self.answer(404)
 
-    def _listing(self, name: str, kind: str, revision: str) -> None:
-        repository = self._repository(name, revision)
-        if repository is None:
-            return
-        if kind == "revision":
-            siblings = [{"rfilename": path} for path in repository.files()]
-            self._send(200, json.dumps({"id": name, "sha": repository.revision, "siblings": siblings}).encode())
-        else:
-            files = repository.files().items()
-            tree = [
-                {"type": "file", "path": path, "size": file.stat().st_size, "oid": _etag(file)} for path, file in files
+        def opened(self, name: str, revision: str, needs_access: bool) -> Repository | None:
+            """Return the repository, or refuse with the header that tells why not."""
+            repository = hub.repositories.get(name)
+            known = self.headers.get("Authorization") == f"Bearer {hub.token}"
+            if repository is None:
+                self.answer(*((404, b"") if known else (401, b"")), {"X-Error-Code": "RepoNotFound"})
+            elif revision not in {"main", repository.commit}:
+                self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+            elif needs_access and not known:
+                self.answer(401, headers={"X-Error-Code": "GatedRepo"})
+            else:
+                return repository
+            return None
+
+        def listing(self, name: str, revision: str, is_tree: bool) -> None:
+            repository = hub.repositories.get(name)
+            if (found := self.opened(name, revision, repository is not None and repository.gated == "all")) is None:
+                return
+            rows = [
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}  # noqa: S324
+                for path, content in found.files.items()
             ]
-            self._send(200, json.dumps(tree).encode())
+            info = {"id": name, "modelId": name, "sha": found.commit, "siblings": []}
+            self.answer(200, json.dumps(rows if is_tree else info).encode(), {"Content-Type": "application/json"})
 
-    def _file(self, name: str, revision: str, path: str) -> None:
-        repository = self._repository(name, revision)
-        if repository is None:
-            return
-        if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
-            status = 403 if self.headers.get("Authorization") else 401
-            self._send(status, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
-        elif (file := repository.files().get(path)) is None:
-            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        else:
-            headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": repository.revision}
-            self._send(200, file.read_bytes(), headers)
+        def file(self, name: str, revision: str, path: str) -> None:
+            repository = hub.repositories.get(name)
+            found = self.opened(name, revision, repository is not None and bool(repository.gated))
+            if found is None:
+                return
+            content = found.files[path]
+            tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.commit}  # noqa: S324
+            self.answer(200, content, tag)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {
-            "Content-Length": str(len(body)),
-            "Content-Type": "application/json",
-            **(headers or {}),
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for key, value in (headers or {}).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
-
-def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324 - a content address, as git has it
+    return Handler

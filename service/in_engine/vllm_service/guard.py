@@ -105,6 +105,8 @@ class Guard:
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if not key:
+            return False
         digest = hashlib.sha256(key).hexdigest()
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # compares with every one
 
@@ -153,14 +155,17 @@ def _methods(path: str) -> set[str] | None:
 
 def _healthy(send: Send) -> Send:
     """Give vLLM's empty 200 of /health a body; other answers pass as they are."""
-    ok = False
+    ok = answered = False
 
     async def wrapped(message: Message) -> None:
-        nonlocal ok
+        nonlocal ok, answered
         if message["type"] == "http.response.start" and message["status"] == 200:
             ok = True
             message = {**message, "headers": _json_headers(_HEALTHY)}
         elif message["type"] == "http.response.body" and ok:
+            if answered:  # an application may send an empty body in several messages
+                return
+            answered = True
             message = {"type": "http.response.body", "body": _HEALTHY}
         await send(message)
 

@@ -1,0 +1,59 @@
+"""What the unit tests share: a clean environment, free ports, and an interpreter that is a fake engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine_args import IN_ENGINE, EngineCommand
+
+from .hub_client import cache, hub, slept  # noqa: F401 - fixtures
+
+_OURS = ("SERVICE_", "API_KEY", "HF_", "HUGGING", "MODAL_", "VLLM_", "CUDA_", "XDG_")
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Take away what the developer's shell says about this service; caches and logs go to a directory of the test."""
+    for name in os.environ:
+        if name.startswith(_OURS):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> str:
+    """Return the path of an interpreter that runs the fake engine in the place of `-m vllm_service.main`."""
+    wrapper = tmp_path / "bin" / "python"
+    wrapper.parent.mkdir(exist_ok=True)
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{FAKE_ENGINE}" "$@"\n')
+    wrapper.chmod(0o755)
+    return str(wrapper)
+
+
+@pytest.fixture
+def fake_command(port: int) -> Callable[..., EngineCommand]:
+    """Return a function from the fake engine's script to the command that starts it."""
+
+    def command(**script: Any) -> EngineCommand:
+        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "FAKE_ENGINE": json.dumps(script)}
+        return EngineCommand(("--host", "127.0.0.1", "--port", str(port)), env, "127.0.0.1", port)
+
+    return command

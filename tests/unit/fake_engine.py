@@ -1,0 +1,157 @@
+"""A fake engine: speaks the real pipe protocol and answers `/health`, with no vLLM behind it.
+
+Run in the place of `python -m vllm_service.main <arguments of vllm serve>`. What it does wrong is scripted in the
+variable FAKE_ENGINE, a JSON object; a key, a step or a flag that it does not know ends it with code 64.
+
+    output          lines written at the start
+    die_at, code    step at which it ends, and how: an exit code, or a negative signal number
+    last_words      lines written just before that end
+    hang_at         step that it never gets past
+    ignore_sigterm  true: only SIGKILL ends it
+    grandchild      true: start a process of the same group that ignores SIGTERM, and write `grandchild <pid>`
+    health          answers given to /health before 200: status codes, or "garbage" for what is no HTTP
+
+`GET /die?<code>` makes a listening fake end like `die_at` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, NoReturn
+
+from vllm_service import control
+
+STEPS = ("start", "imported", "released", "loaded", "canary", "asleep", "woken", "listening")
+KEYS = {"output", "die_at", "code", "last_words", "hang_at", "ignore_sigterm", "grandchild", "health"}
+FLAGS = {
+    *("--model", "--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout", "--max-model-len"),
+    *("--disable-access-log-for-endpoints", "--enforce-eager", "--no-enforce-eager", "--distributed-executor-backend"),
+    *("--tensor-parallel-size", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser"),
+    *("--structured-outputs-config", "--kv-cache-memory-bytes", "--max-num-seqs", "--max-num-batched-tokens"),
+}
+REFUSED = 64
+SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+
+
+def say(text: str) -> None:
+    """Write a line to the log."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def refuse(what: str) -> NoReturn:
+    """End because the caller asked for something this fake does not know."""
+    say(f"the fake engine does not know {what}")
+    sys.exit(REFUSED)
+
+
+class Fake:
+    """One run of the script."""
+
+    def __init__(self, script: dict[str, Any], host: str, port: int) -> None:
+        self.script, self.host, self.port = script, host, port
+        self.answers = list(script.get("health", []))
+
+    def die(self, code: int) -> NoReturn:
+        """End with this code, or by this signal when it is negative."""
+        for line in self.script.get("last_words", []):
+            say(line)
+        if code < 0:
+            os.kill(os.getpid(), -code)
+            time.sleep(60)
+        os._exit(code)
+
+    def step(self, name: str) -> None:
+        """Pass a step, unless the script says otherwise."""
+        if self.script.get("hang_at") == name:
+            time.sleep(300)
+        if self.script.get("die_at") == name:
+            self.die(self.script.get("code", 1))
+
+    def run(self, link: control.Control, hold: str) -> None:
+        """Go through the life that main.py and barrier.py have."""
+        link.tell("started", pid=os.getpid())
+        for line in self.script.get("output", []):
+            say(line)
+        if self.script.get("grandchild"):
+            child = subprocess.Popen([sys.executable, "-S", "-c", SLEEPER], stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            child.stdout.readline()
+            say(f"grandchild {child.pid}")
+        self.step("start")
+        link.tell("imported")
+        self.step("imported")
+        if hold == "imported":
+            self.await_release(link)
+        link.tell("loaded")
+        self.step("loaded")
+        link.tell("canary", tokens=[1, 2, 3])
+        self.step("canary")
+        if hold == "asleep":
+            link.tell("asleep")
+            self.step("asleep")
+            self.await_release(link)
+            link.tell("woken", tokens=[1, 2, 3], same=True)
+            self.step("woken")
+        else:
+            self.await_release(link)
+        self.listen()
+
+    def await_release(self, link: control.Control) -> None:
+        """Block until the parent says so, and write what it said."""
+        say(f"release {json.dumps(link.wait_for_release())}")
+        self.step("released")
+
+    def listen(self) -> NoReturn:
+        """Answer /health one connection at a time, for ever."""
+        with socket.create_server((self.host, self.port)) as server:
+            self.step("listening")
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(self.answer(connection.recv(65536).decode().split(" ")[1]))
+
+    def answer(self, path: str) -> bytes:
+        """Return the whole answer to a request for `path`."""
+        if path.startswith("/die?"):
+            self.die(int(path.partition("?")[2]))
+        if path != "/health":
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        answer = self.answers.pop(0) if self.answers else 200
+        if answer == "garbage":
+            return b"220 this is a mail server\r\n"
+        return f"HTTP/1.1 {answer} Scripted\r\nContent-Length: 0\r\n\r\n".encode()
+
+
+def main() -> None:
+    """Check what was asked for, then run."""
+    program, arguments = sys.argv[1:3], sys.argv[3:]
+    flags = {argument for argument in arguments if argument.startswith("--")}
+    if program != ["-m", "vllm_service.main"] or not {"--host", "--port"} <= flags <= FLAGS:
+        refuse(f"the arguments {sys.argv[1:]}")
+    script = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+    if unknown := set(script) - KEYS:
+        refuse(f"the key {sorted(unknown)[0]}")
+    for key in ("die_at", "hang_at"):
+        if script.get(key, STEPS[0]) not in STEPS:
+            refuse(f"the step {script[key]}")
+    hold = os.environ.get("ENGINE_HOLD", "")
+    if hold not in {"", "imported", "asleep"}:
+        refuse(f"the hold {hold}")
+    link = control.current()
+    if link is None:
+        refuse("a life without pipes")
+    if script.get("ignore_sigterm"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    host, port = (arguments[arguments.index(flag) + 1] for flag in ("--host", "--port"))
+    Fake(script, host, int(port)).run(link, hold)
+
+
+if __name__ == "__main__":
+    main()

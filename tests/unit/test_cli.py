@@ -1,0 +1,244 @@
+"""Bad input at the real command line: one line that says what, which value, what else; nothing started; soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(sys.executable).with_name("vllm-service")
+CPU_LIMIT_S = 2.0  # of processor time: what else runs on this machine has no part in it
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return the home directory of the command."""
+    directory = tmp_path / "home"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def run(home: Path, port: int) -> Run:
+    """Return a function that runs the command in a bare environment, where no engine could be installed.
+
+    There is no driver, neither a hub nor a package index is in reach, and uv's cache is empty.
+    """
+    env = {
+        "HOME": str(home), "PATH": "/nowhere", "SERVICE_PORT": str(port), "HF_ENDPOINT": "http://127.0.0.1:9",
+        "UV_OFFLINE": "1", "UV_NO_CONFIG": "1", "PIP_CONFIG_FILE": os.devnull, "UV_PYTHON_DOWNLOADS": "never",
+    }  # fmt: skip
+
+    def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        merged = {name: text for name, text in (env | environ).items() if text is not None}
+        line = [str(COMMAND), *arguments]
+        return subprocess.run(line, env=merged, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+
+    return command
+
+
+def everything_in(directory: Path) -> list[Path]:
+    """Return all files and directories below this one."""
+    return sorted(directory.rglob("*"))
+
+
+def refused(run: Run, home: Path, code: int, *words: str, arguments: tuple[str, ...] = ("up",), **environ: str) -> None:
+    """Run, and insist on one clear line, the exit code, little time, and that nothing was left behind."""
+    before = everything_in(home)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(*arguments, **environ)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("\n")
+    for word in words:
+        assert word in done.stderr
+    assert (done.returncode, done.stdout) == (code, "")
+    assert everything_in(home) == before
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < CPU_LIMIT_S
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ()])
+def test_help_lists_the_commands(run: Run, arguments: tuple[str, ...]) -> None:
+    """With no arguments too."""
+    done = run(*arguments)
+    text = done.stdout + done.stderr
+
+    assert "up" in text.split()
+    assert "models" in text.split()
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", ["up", "models"])
+def test_help_of_a_command_tells_its_options(run: Run, command: str) -> None:
+    """Each explains itself."""
+    done = run(command, "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"up": "--host", "models": "--json"}[command] in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("serve",), ("up", "--no-such-option"), ("models", "superfluous")])
+def test_usage_that_is_wrong_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
+    """Commands and options that do not exist, on stderr."""
+    done = run(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert arguments[-1] in done.stderr
+
+
+def test_models_prints_json_and_nothing_else(run: Run, home: Path) -> None:
+    """A program can read it, and a list leaves nothing behind."""
+    done = run("models", "--json")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"qwen3-8b", "tiny"} <= {row["key"] for row in json.loads(done.stdout)}
+    assert everything_in(home) == []
+
+
+def test_models_lists_the_users_own(run: Run, home: Path) -> None:
+    """Beside the built-in ones."""
+    (home / "mine.toml").write_text('[models.mine]\nhub_id = "org/mine"\ngpu = "L4"\n')
+    done = run("models", SERVICE_MODELS_FILE="~/mine.toml")
+
+    assert done.returncode == 0
+    assert "org/mine" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["qwen3-8", "gema-3-12b"])
+def test_up_with_an_unknown_model_offers_the_nearest(run: Run, home: Path, name: str) -> None:
+    """On the command line and by the variable."""
+    nearest = {"qwen3-8": "qwen3-8b", "gema-3-12b": "gemma-3-12b"}[name]
+    words = (f"Unknown model '{name}'", f"Did you mean '{nearest}'?", "vllm-service models")
+    refused(run, home, 2, *words, arguments=("up", name))
+    refused(run, home, 2, *words, SERVICE_MODEL=name)
+
+
+@pytest.mark.parametrize("name", ["./no-such-directory", "org/", "org/na me"])
+def test_up_with_what_cannot_be_a_hub_id_says_so(run: Run, home: Path, name: str) -> None:
+    """Neither a key, nor a hub id, nor a directory with a model."""
+    refused(run, home, 2, f"'{name}'", arguments=("up", name))
+
+
+@pytest.mark.parametrize("command", ["up", "models"])
+def test_unknown_setting_offers_the_nearest(run: Run, home: Path, command: str) -> None:
+    """A typo must not be passed over."""
+    words = ("SERVICE_SCALEDOWN is not a setting", "Did you mean 'SERVICE_SCALEDOWN_WINDOW'?")
+    refused(run, home, 2, *words, arguments=(command,), SERVICE_SCALEDOWN="60")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("SERVICE_PORT", "http", "a whole number from 1 to 65535"),
+        ("SERVICE_SNAPSHOT", "gpu", "one of off, cpu"),
+        ("SERVICE_STARTUP_TIMEOUT_S", "20m", "write 1200."),
+        ("SERVICE_GPU", "H1000", "Modal offers"),
+    ],
+)
+def test_wrong_setting_names_value_and_range(run: Run, home: Path, name: str, value: str, expected: str) -> None:
+    """Name, value, what is valid."""
+    refused(run, home, 2, name, f"'{value}'", expected, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("not toml", ("is not TOML", "line 1")),
+        (
+            "[models.mine]\nhub_id = 'a/b'\nmax_len = 5\n",
+            ("model 'mine'", "unknown field 'max_len'", "'max_model_len'"),
+        ),
+        ("[models.mine]\nhub_id = 'a/b'\nn_gpu = 'two'\n", ("model 'mine'", "field 'n_gpu' is 'two'")),
+        ("[models.mine]\nhub_id = 'a/b'\naliases = ['tiny']\n", ("'tiny' of model 'mine'", "model 'tiny'")),
+        ("[models.mine]\nhub_id = 'a/b'\ngpu = 'H1000'\n", ("model 'mine'", "Unknown GPU 'H1000'")),
+        (None, ("cannot be read", "No such file")),
+    ],
+)
+def test_wrong_models_file_names_entry_and_field(
+    run: Run, home: Path, text: str | None, words: tuple[str, ...]
+) -> None:
+    """No TOML, an unknown field, a wrong type, a duplicate alias, an unknown GPU, no file."""
+    file = home / "mine.toml"
+    if text is not None:
+        file.write_text(text)
+    refused(run, home, 2, *words, SERVICE_MODELS_FILE=str(file))
+
+
+def test_up_over_more_gpus_than_visible_says_how_many_there_are(run: Run, home: Path) -> None:
+    """Before anything is built."""
+    refused(run, home, 1, "'tiny'", "n_gpu=2", "0 are visible", arguments=("up", "tiny"), SERVICE_N_GPU="2")
+
+
+def test_up_with_weights_over_the_memory_says_both(run: Run, home: Path) -> None:
+    """Before anything is built."""
+    (home / "mine.toml").write_text("[models.huge]\nhub_id = 'org/huge'\nweights_gb = 1_000_000\n")
+    words = ("'huge' are 1000000 GB", "of memory")
+    refused(run, home, 1, *words, arguments=("up", "huge"), SERVICE_MODELS_FILE="~/mine.toml")
+
+
+def test_up_on_a_taken_port_names_another(run: Run, home: Path, port: int) -> None:
+    """Before the engine is started; exit code 1: the input was right, the machine is not."""
+    with socket.create_server(("127.0.0.1", port)):
+        refused(
+            run, home, 1, f"Port {port} on 127.0.0.1", "in use", f"SERVICE_PORT={port + 1}", arguments=("up", "tiny")
+        )
+
+
+def test_up_on_a_taken_port_leaves_the_log_of_whoever_has_it(run: Run, home: Path, port: int) -> None:
+    """The service that runs there writes its log at this very place."""
+    log = home / ".local" / "state" / "vllm-service" / f"engine-{port}.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of the service that runs\n")
+    with socket.create_server(("127.0.0.1", port)):
+        run("up", "tiny")
+
+    assert log.read_text() == "of the service that runs\n"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_up_on_every_address_without_a_key_is_refused(run: Run, home: Path, host: str) -> None:
+    """An open door needs a key."""
+    refused(run, home, 2, f"'{host}'", "API_KEY=", arguments=("up", "tiny", "--host", host))
+
+
+def test_up_with_broken_keys_shows_none(run: Run, home: Path) -> None:
+    """Which pair is wrong, never what is in it."""
+    refused(run, home, 2, "pair 2 is not name=key", arguments=("up", "tiny"), API_KEYS="alice=a,t0psecret")
+    assert "t0psecret" not in run("up", "tiny", API_KEYS="alice=a,t0psecret").stderr
+
+
+@pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "XDG_CACHE_HOME"])
+def test_up_with_a_directory_that_cannot_be_made_says_which(run: Run, home: Path, variable: str) -> None:
+    """A read-only home directory is no reason for a traceback."""
+    done = run("up", "tiny", **{variable: "/dev/null"})
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "/dev/null" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_module_run_by_python_is_the_same_command(run: Run, home: Path) -> None:
+    """`python -m service.cli`, where no script was installed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", "up", "qwen3-8"],
+        env={"HOME": str(home), "PATH": os.defpath},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: Unknown model 'qwen3-8'")

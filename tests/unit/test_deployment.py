@@ -1,0 +1,236 @@
+"""What a deploy is to be, resolved from settings and registry; and the small pure parts that go with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import modal
+import pytest
+
+from service import image, pools, volumes
+from service.deployment import Deployment
+from service.errors import RegistryError, SettingsError, UnknownGpuError, UnknownModelError, UsageError
+from service.gpus import GPUS
+from service.models import ModelSpec, Registry
+from service.settings import Settings
+
+
+def resolve(**fields: str) -> Deployment:
+    """Resolve a deployment from these settings."""
+    return Deployment.resolve({f"SERVICE_{name.upper()}": text for name, text in fields.items()})
+
+
+@pytest.mark.parametrize(
+    ("fields", "app", "request_"),
+    [
+        ({}, "vllm-h100", "H100"),
+        ({"gpu": "H200"}, "vllm-h200", "H200"),
+        ({"gpu": "h200", "n_gpu": "2"}, "vllm-h200x2", "H200:2"),
+        ({"n_gpu": "4"}, "vllm-h100x4", "H100:4"),
+        ({"gpu": "H100!"}, "vllm-h100-only", "H100!"),
+        ({"gpu": "B200+"}, "vllm-b200-plus", "B200+"),
+        ({"gpu": "A100-80GB"}, "vllm-a100-80gb", "A100-80GB"),
+        ({"model": "gemma-3-12b"}, "vllm-l40s", "L40S"),
+        ({"model": "gemma-3-12b-h100"}, "vllm-h100", "H100"),
+        ({"model": "gemma-3-12b-h100", "gpu": "H200"}, "vllm-h200", "H200"),
+        ({"model": "qwen3-235b"}, "vllm-h200x2", "H200:2"),
+        ({"model": "qwen3-235b", "gpu": "B300"}, "vllm-b300", "B300"),
+        ({"model": "qwen3-235b", "n_gpu": "4"}, "vllm-h200x4", "H200:4"),
+        ({"model": "llm"}, "vllm-h100", "H100"),
+        ({"model": "openai/GPT-OSS-20b"}, "vllm-h100", "H100"),
+        ({"app": "my-app", "gpu": "L4"}, "my-app", "L4"),
+    ],
+)
+def test_deployment_names_app_and_gpu_after_the_tier(fields: dict[str, str], app: str, request_: str) -> None:
+    """One app is one GPU tier; setting, then the GPU in the model's name, then the entry's own."""
+    deployment = resolve(**fields)
+
+    assert (deployment.app_name, deployment.gpu_request) == (app, request_)
+
+
+@pytest.mark.parametrize("key", sorted(Registry.load().specs))
+def test_deployment_of_every_entry_is_the_entrys_own_tier(key: str) -> None:
+    """Each entry deploys on the GPU it names."""
+    deployment = resolve(model=key)
+
+    assert (deployment.gpu, deployment.n_gpu) == (deployment.spec.gpu_tier, deployment.spec.n_gpu)
+    assert deployment.settings.model == key
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"model": "gemma-3-12b-h100"}, {"model": "openai/GPT-oss-20b"}, {"gpu": "h100!", "n_gpu": "2"},
+     {"model": "llm", "direct_auth": "keys", "snapshot": "off", "fast_boot": "0"}],
+)  # fmt: skip
+def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -> None:
+    """The image carries the resolved settings; secrets, GPU and options must come out identical there."""
+    here = resolve(**fields)
+    there = Deployment.resolve(here.settings.to_env())
+
+    assert there.settings == here.settings
+    assert (there.app_name, there.gpu_request, there.secrets) == (here.app_name, here.gpu_request, here.secrets)
+    assert there.class_options() == here.class_options()
+
+
+@pytest.mark.parametrize(
+    ("fields", "secrets"),
+    [
+        ({}, {}),
+        ({"model": "gemma-3-12b"}, {"huggingface": ["HF_TOKEN"]}),
+        ({"model": "llama-3.1-8b", "hub_secret": "mine"}, {"mine": ["HF_TOKEN"]}),
+        ({"hub_secret": "mine"}, {"mine": ["HF_TOKEN"]}),
+        ({"direct_auth": "keys"}, {"vllm-api-key": []}),
+        ({"direct_auth": "proxy", "keys_secret": "team"}, {}),
+        ({"direct_auth": "keys", "keys_secret": "t", "model": "gemma-3-27b"}, {"huggingface": ["HF_TOKEN"], "t": []}),
+    ],
+)  # fmt: skip
+def test_deployment_asks_for_the_secrets_it_needs(fields: dict[str, str], secrets: dict[str, list[str]]) -> None:
+    """The hub's for gated models, the keys' where the engine keeps strangers out, no other."""
+    assert resolve(**fields).secrets == secrets
+
+
+@pytest.mark.parametrize(
+    ("fields", "option", "expected"),
+    [
+        ({}, "gpu", "H100"),
+        ({}, "scaledown_window", 900),
+        ({"scaledown_window": "120"}, "scaledown_window", 120),
+        ({"min_containers": "1"}, "min_containers", 1),
+        ({"max_containers": "3"}, "max_containers", 3),
+        ({"buffer_containers": "2"}, "buffer_containers", 2),
+        ({}, "startup_timeout", 1800),
+        ({"startup_timeout_s": "600"}, "startup_timeout", 600),
+        ({}, "timeout", 3600),
+        ({"request_timeout_s": "60"}, "timeout", 60),
+        ({"region": "us-west"}, "region", "us-west"),
+        ({}, "enable_memory_snapshot", True),
+        ({}, "region", None),
+        ({}, "min_containers", None),
+        ({"snapshot": "off"}, "enable_memory_snapshot", None),
+    ],
+)
+def test_deployment_turns_settings_into_the_classs_options(
+    fields: dict[str, str], option: str, expected: object
+) -> None:
+    """What is unset is not passed: Modal's own default holds."""
+    assert resolve(**fields).class_options().get(option) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "named"),
+    [
+        ({"model": "qwen3-8"}, UnknownModelError, "SERVICE_MODEL: Unknown model 'qwen3-8'. Did you mean 'qwen3-8b'"),
+        ({"gpu": "H1000"}, SettingsError, "SERVICE_GPU: Unknown GPU 'H1000'"),
+        ({"gpu": "A10", "n_gpu": "8"}, SettingsError, "SERVICE_N_GPU: 8 x A10"),
+        ({"model": "qwen3-4b", "n_gpu": "8"}, UnknownGpuError, "8 x A10"),
+        ({"models_file": "/nowhere.toml"}, RegistryError, "/nowhere.toml"),
+        ({"modle": "x"}, SettingsError, "SERVICE_MODLE"),
+    ],
+)
+def test_deployment_of_what_is_wrong_is_the_users_error(
+    fields: dict[str, str], kind: type[UsageError], named: str
+) -> None:
+    """Named with the setting; nothing was asked of Modal."""
+    with pytest.raises(kind) as caught:
+        resolve(**fields)
+
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "variable"),
+    [
+        ("0.36.2", "HF_HUB_ENABLE_HF_TRANSFER"),
+        ("1.0.0", "HF_XET_HIGH_PERFORMANCE"),
+        ("2.4.0", "HF_XET_HIGH_PERFORMANCE"),
+    ],
+)
+def test_image_switches_on_the_transfer_that_the_pinned_client_honours(version: str, variable: str) -> None:
+    """huggingface_hub 1.0 dropped hf_transfer for Xet."""
+    assert image.fast_transfer(version) == {variable: "1"}
+
+
+def test_image_of_a_directory_of_this_machine_is_refused() -> None:
+    """No container has it."""
+    with pytest.raises(RegistryError, match=r"'mine' is the directory /models/mine of this machine.*hub_id"):
+        image.image(Settings(), ModelSpec(key="mine", path="/models/mine"))
+
+
+def test_image_takes_a_models_file_from_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`~` means the same here as for the registry, which has just read the file."""
+    (tmp_path / "models.toml").write_text('[models.mine]\nhub_id = "org/mine"\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    added: list[str] = []
+
+    def add(self: modal.Image, local: str | Path, remote: str, *, copy: bool = False) -> modal.Image:
+        assert remote.startswith("/root/")
+        assert copy in {True, False}
+        added.append(str(local))
+        return self
+
+    monkeypatch.setattr(modal.Image, "add_local_file", add)
+    deployment = resolve(models_file="~/models.toml")
+    image.image(deployment.settings, deployment.spec)
+
+    assert added == [str(tmp_path / "models.toml")]
+
+
+def test_volumes_are_mounted_where_the_caches_are() -> None:
+    """The contract's three volumes."""
+    assert dict(volumes.MOUNTS) == {
+        f"/root/.cache/{name}": f"{name}-cache" for name in ("huggingface", "vllm", "flashinfer")
+    }
+
+
+class DeployedClass:
+    """Stands for `modal.Cls` of a deployed app: notes how it is used, and knows no other calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def from_name(self, app: str, name: str) -> DeployedClass:
+        """Look up the class."""
+        self.calls.append((f"{app}.{name}", {}))
+        return self
+
+    def with_options(self, *, gpu: str, scaledown_window: int | None) -> DeployedClass:
+        """Return a variant."""
+        self.calls.append(("with_options", {"gpu": gpu, "scaledown_window": scaledown_window}))
+        return self
+
+    def __call__(self, **parameters: object) -> str:
+        """Return the pool of these parameters."""
+        self.calls.append(("parameters", parameters))
+        return "pool"
+
+
+def test_pool_variant_is_looked_up_in_its_tier_with_parameters_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the parameters is part of a pool's identity on Modal."""
+    deployed = DeployedClass()
+    monkeypatch.setattr(modal, "Cls", deployed)
+
+    assert pools.variant("qwen3-235b", "h200", 2, scaledown_window=120) == "pool"
+    assert deployed.calls[:2] == [
+        ("vllm-h200x2.Server", {}),
+        ("with_options", {"gpu": "H200:2", "scaledown_window": 120}),
+    ]
+    assert list(deployed.calls[2][1].items()) == [("model", "qwen3-235b"), ("fast_boot", True), ("n_gpu", 2)]
+
+
+def test_pool_variant_may_come_from_another_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One deployed tier serves any GPU from Python."""
+    deployed = DeployedClass()
+    monkeypatch.setattr(modal, "Cls", deployed)
+    pools.variant("qwen3-8b", "L4", app="vllm-h100")
+
+    assert deployed.calls[0][0] == "vllm-h100.Server"
+
+
+@pytest.mark.parametrize(("gpu", "n_gpu"), [("H1000", 1), ("A10", 5)])
+def test_pool_variant_on_what_modal_has_not_is_refused(gpu: str, n_gpu: int) -> None:
+    """Before Modal is asked."""
+    with pytest.raises(UnknownGpuError):
+        pools.variant("qwen3-8b", gpu, n_gpu)
+    assert gpu not in GPUS or n_gpu > GPUS[gpu].max_count

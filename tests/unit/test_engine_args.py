@@ -1,0 +1,230 @@
+"""The engine's command line and environment, whole, for each kind of entry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service.engine_args import IN_ENGINE, EngineCommand, engine_command
+from service.models import ModelSpec, Registry
+
+SPECS = Registry.load().specs
+WEIGHTS = Path("/weights")
+SECRETS = {
+    "HF_TOKEN": "s3cret-hub",
+    "HUGGING_FACE_HUB_TOKEN": "s3cret-hub-old",
+    "API_KEY": "s3cret-key",
+    "API_KEYS": "alice=s3cret-alice",
+    "VLLM_API_KEY": "s3cret-vllm",
+    "MODAL_TOKEN_ID": "s3cret-id",
+    "MODAL_TOKEN_SECRET": "s3cret-modal",
+    "MODAL_KEY": "s3cret-proxy",
+    "MODAL_SECRET": "s3cret-proxy-too",
+}
+DOOR = (
+    *("--host", "127.0.0.1", "--port", "8000"),
+    *("--middleware", "vllm_service.guard.Guard"),
+    *("--shutdown-timeout", "20"),
+    *("--disable-access-log-for-endpoints", "/health,/metrics"),
+)
+STRUCTURED = ("--structured-outputs-config", '{"backend":"guidance","disable_any_whitespace":true}')
+
+
+def command(key: str, **options: object) -> EngineCommand:
+    """Return the command for a registry entry."""
+    return engine_command(SPECS[key], WEIGHTS, **options)  # type: ignore[arg-type]
+
+
+def value(argv: tuple[str, ...], flag: str) -> str:
+    """Return what stands behind a flag."""
+    return argv[argv.index(flag) + 1]
+
+
+def test_argv_of_a_text_model_on_cuda_is_this() -> None:
+    """Parsers and context from the entry, one GPU, no compilation."""
+    assert command("qwen3-8b", default_key="qwen3-8b").argv == (
+        *("--model", "/weights", "--served-model-name", "qwen3-8b", "Qwen/Qwen3-8B-FP8", "llm"),
+        *DOOR,
+        "--enforce-eager",
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *STRUCTURED,
+        *("--max-model-len", "40960"),
+    )
+
+
+def test_argv_of_a_model_with_images_limits_them() -> None:
+    """Without a limit one request may bring any number of images."""
+    assert command("qwen3-vl-30b").argv == (
+        *("--model", "/weights", "--served-model-name", "qwen3-vl-30b", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
+        *DOOR,
+        "--enforce-eager",
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *STRUCTURED,
+        *("--max-model-len", "32768", "--limit-mm-per-prompt", '{"image":4,"video":1}'),
+    )
+
+
+def test_argv_of_gpt_oss_has_every_acceleration() -> None:
+    """EAGLE3 from a directory, FP8 KV cache, FlashInfer's MoE, asynchronous scheduling, fusion passes, compiled."""
+    speculative = '{"method":"eagle3","num_speculative_tokens":7,"model":"/draft"}'
+    assert command("gpt-oss-120b", draft=Path("/draft"), fast_boot=False).argv == (
+        *("--model", "/weights", "--served-model-name", "gpt-oss-120b", "openai/gpt-oss-120b"),
+        *DOOR,
+        *("--no-enforce-eager", "--async-scheduling"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "openai", "--reasoning-parser", "openai_gptoss"),
+        *STRUCTURED,
+        *("--max-model-len", "32768", "--kv-cache-dtype", "fp8", "--moe-backend", "flashinfer_cutlass"),
+        *("-cc.pass_config.fuse_allreduce_rms=true", "-cc.pass_config.eliminate_noops=true"),
+        *("--speculative-config", speculative),
+    )
+
+
+def test_argv_of_a_model_over_two_gpus_splits_its_tensors() -> None:
+    """The count comes from the caller, who has compared it with what is visible."""
+    argv = command("qwen3-235b", n_gpu=2).argv
+
+    assert value(argv, "--tensor-parallel-size") == "2"
+
+
+def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
+    """One process, small batches, and a cache of 64 MiB."""
+    assert command("tiny", device="cpu", default_key="tiny").argv == (
+        *("--model", "/weights", "--served-model-name", "tiny", "llm"),
+        *DOOR,
+        *("--enforce-eager", "--distributed-executor-backend", "uni"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *STRUCTURED,
+        *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 * 1024**2)),
+        *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
+    )
+
+
+def test_argv_on_cpu_shortens_a_long_context() -> None:
+    """A laptop's cache holds no 40960 tokens of many requests."""
+    argv = command("qwen3-0.6b", device="cpu").argv
+
+    assert value(argv, "--max-model-len") == "8192"
+    assert value(argv, "--kv-cache-memory-bytes") == str(2 * 1024**3)
+
+
+def test_argv_on_cpu_leaves_out_what_has_no_kernel_there() -> None:
+    """No FP8 cache, MoE backend, fusion or speculation; the model is the same."""
+    argv = " ".join(command("gpt-oss-20b", device="cpu", draft=Path("/draft")).argv)
+
+    for flag in ("--kv-cache-dtype", "--moe-backend", "-cc.", "--speculative-config", "--tensor-parallel-size"):
+        assert flag not in argv
+
+
+def test_argv_of_an_entry_with_nothing_but_a_source_leaves_the_rest_to_vllm() -> None:
+    """No parser, no length, no template: vLLM's own defaults."""
+    spec = ModelSpec(key="mine", hub_id="org/mine")
+
+    assert engine_command(spec, WEIGHTS).argv == (
+        *("--model", "/weights", "--served-model-name", "mine", "org/mine"),
+        *DOOR,
+        "--enforce-eager",
+        *STRUCTURED,
+    )
+    assert value(engine_command(spec, WEIGHTS, device="cpu").argv, "--max-model-len") == "-1"
+
+
+def test_argv_of_an_entry_with_a_chat_template_names_its_file() -> None:
+    """Relative to this package, as `path` is."""
+    spec = ModelSpec(key="mine", hub_id="org/mine", chat_template="assets/x.jinja")
+    template = Path(value(engine_command(spec, WEIGHTS).argv, "--chat-template"))
+
+    assert template.is_absolute()
+    assert template.parts[-3:] == ("service", "assets", "x.jinja")
+
+
+def test_argv_ends_with_the_extra_arguments() -> None:
+    """Of two equal flags argparse takes the last: the user's own word counts."""
+    spec = ModelSpec(key="mine", hub_id="org/mine", extra_args=("--seed", "1"))
+
+    assert engine_command(spec, WEIGHTS).argv[-2:] == ("--seed", "1")
+
+
+def test_argv_of_an_entry_with_aliases_serves_each_name_once() -> None:
+    """Clients may use any; responses carry the key."""
+    spec = ModelSpec(key="mine", hub_id="org/mine", aliases=("a", "b"))
+    argv = engine_command(spec, WEIGHTS, default_key="mine").argv
+
+    assert argv[argv.index("--served-model-name") + 1 : argv.index("--host")] == ("mine", "org/mine", "a", "b", "llm")
+
+
+def test_argv_of_another_than_the_default_model_does_not_answer_to_llm() -> None:
+    """`llm` is one model."""
+    assert "llm" not in command("qwen3-4b", default_key="qwen3-8b").argv
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_argv_says_async_scheduling_both_ways(wanted: bool) -> None:
+    """Unset leaves it to vLLM; set is said aloud."""
+    argv = engine_command(ModelSpec(key="m", hub_id="a/b", async_scheduling=wanted), WEIGHTS).argv
+
+    assert ("--async-scheduling" in argv, "--no-async-scheduling" in argv) == (wanted, not wanted)
+
+
+def test_argv_of_a_draft_without_a_repository_names_no_model() -> None:
+    """An MTP head is part of the model itself."""
+    fields = {"method": "mtp", "num_speculative_tokens": 3}
+    spec = ModelSpec.model_validate({"key": "m", "hub_id": "a/b", "speculative": fields})
+
+    assert json.loads(value(engine_command(spec, WEIGHTS).argv, "--speculative-config")) == fields
+
+
+def test_command_carries_host_port_and_drain() -> None:
+    """What the supervisor polls is what the engine was told."""
+    made = command("tiny", host="0.0.0.0", port=9, shutdown_timeout_s=6)
+
+    assert (made.host, made.port) == ("0.0.0.0", 9)
+    assert [value(made.argv, flag) for flag in ("--host", "--port", "--shutdown-timeout")] == ["0.0.0.0", "9", "6"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("key", sorted(SPECS))
+def test_command_holds_no_secret(key: str, device: str) -> None:
+    """Nothing of the parent's secrets is in argv or environment, under any name."""
+    made = command(key, device=device, parent_env={**SECRETS, "PATH": "/bin"})
+
+    assert "s3cret" not in " ".join(made.argv) + str(dict(made.env))
+    assert not set(SECRETS) & set(made.env)
+
+
+def test_env_passes_on_what_is_not_ours() -> None:
+    """Proxies, paths and vLLM's own dials reach the engine; settings of the service and Python's do not."""
+    parent = {
+        "PATH": "/bin", "HOME": "/h", "VLLM_LOGGING_LEVEL": "DEBUG", "CUDA_VISIBLE_DEVICES": "1", "HF_HOME": "/hf",
+        "SERVICE_PORT": "1", "PYTHONPATH": "/mine", "PYTHONHOME": "/mine", "PYTHONSTARTUP": "/mine",
+    }  # fmt: skip
+    env = command("tiny", parent_env=parent).env
+
+    assert {name: env[name] for name in list(parent)[:5]} == dict(list(parent.items())[:5])
+    assert env["PYTHONPATH"] == str(IN_ENGINE)
+    assert not {"SERVICE_PORT", "PYTHONHOME", "PYTHONSTARTUP"} & set(env)
+
+
+def test_env_keeps_the_engine_from_the_network() -> None:
+    """An outage of the hub cannot stop a boot, and no statistics are sent."""
+    env = command("tiny", parent_env={"HF_HUB_OFFLINE": "0", "VLLM_NO_USAGE_STATS": "0"}).env
+
+    assert (env["HF_HUB_OFFLINE"], env["TRANSFORMERS_OFFLINE"], env["VLLM_NO_USAGE_STATS"]) == ("1", "1", "1")
+    assert env["VLLM_PLUGINS"] == "vllm_service"
+    assert env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+
+
+def test_env_on_cpu_asks_for_one_process() -> None:
+    """On a GPU vLLM's own choice stays."""
+    assert command("tiny", device="cpu").env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in command("tiny").env
+
+
+def test_command_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads no environment: the same arguments give the same command anywhere."""
+    before = command("gpt-oss-20b")
+    monkeypatch.setenv("SERVICE_PORT", "1")
+    monkeypatch.setenv("FOO", "bar")
+
+    assert command("gpt-oss-20b") == before

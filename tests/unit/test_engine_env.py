@@ -1,0 +1,271 @@
+"""The engine's environment: built once per set of pins, by one process, or refused in words. Nothing is built here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service import engine_env
+from service.errors import DiskSpaceError, EnvironmentBuildError, ServiceError, UnsupportedPlatformError
+
+Say = Callable[[str], None]
+Usage = namedtuple("Usage", "total used free")
+
+
+class Installer:
+    """Stands for uv: makes what `venv` makes, notes its arguments, fails when told to; knows no other commands."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.fails_at: str | None = None
+        self.no_local_torch = False
+        self.before: Callable[[], object] = lambda: None
+
+    def __call__(self, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[bytes]:
+        """Run one command of uv."""
+        self.before()
+        self.calls.append(arguments)
+        if arguments[0] == "venv":
+            python = Path(arguments[-1]) / "bin" / "python"
+            python.parent.mkdir(parents=True)
+            python.touch()
+        else:
+            assert arguments[:2] == ("pip", "install"), f"the fake installer does not know {arguments}"
+        failed = self.fails_at in arguments or (capture_output and self.no_local_torch)
+        return subprocess.CompletedProcess(arguments, int(failed))
+
+    @property
+    def locks(self) -> list[str]:
+        """Names of the requirement files that were installed, in order."""
+        return [Path(call[call.index("-r") + 1]).name for call in self.calls if "-r" in call]
+
+
+@pytest.fixture
+def installer(monkeypatch: pytest.MonkeyPatch) -> Installer:
+    """Put the fake in uv's place, on a machine without a GPU."""
+    fake = Installer()
+    monkeypatch.setattr(engine_env, "_run_uv", fake)
+    monkeypatch.setattr(engine_env, "visible_gpus", lambda: 0)
+    return fake
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """Return the list that takes what is said."""
+    return []
+
+
+@pytest.fixture
+def pins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a copy of the pins that the test may change."""
+    copy = tmp_path / "pins"
+    shutil.copytree(engine_env.PINS, copy)
+    monkeypatch.setattr(engine_env, "PINS", copy)
+    return copy
+
+
+def test_env_missing_is_built_once_and_then_reused_silently(installer: Installer, said: list[str]) -> None:
+    """One sentence with version, device and place; the second start says nothing and runs nothing."""
+    built = engine_env.ensure(said.append)
+    assert len(said) == 1
+    assert f"vLLM {engine_env.vllm_version('cpu')} for cpu" in said[0]
+    assert built.device == "cpu"
+    assert Path(built.python).is_file()
+
+    calls = len(installer.calls)
+    assert engine_env.ensure(said.append) == built
+    assert (len(installer.calls), len(said)) == (calls, 1)
+
+
+def test_env_is_in_the_users_cache(installer: Installer, said: list[str], tmp_path: Path) -> None:
+    """`XDG_CACHE_HOME` moves it; the checkout stays clean."""
+    assert Path(engine_env.ensure(said.append).python).is_relative_to(tmp_path / "cache" / "vllm-service" / "engines")
+
+
+def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Installer, said: list[str]) -> None:
+    """Everything by hash, but torch's CPU build, which comes from pip's directories where those have it."""
+    engine_env.ensure(said.append)
+
+    assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt"]
+    locked, torch = installer.calls[1], installer.calls[2]
+    assert {"--require-hashes", "--no-deps", "--compile-bytecode"} <= set(locked)
+    assert "--offline" in torch
+
+
+def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Installer, said: list[str]) -> None:
+    """Elsewhere its CPU builds are on PyTorch's own index."""
+    installer.no_local_torch = True
+    engine_env.ensure(said.append)
+
+    assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt", "engine-cpu-torch.txt"]
+    assert installer.calls[-1][5:7] == ("--torch-backend", "cpu")
+
+
+def test_env_with_a_gpu_installs_the_cuda_lock_alone(
+    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same lock makes Modal's image."""
+    monkeypatch.setattr(engine_env, "visible_gpus", lambda: 1)
+
+    assert engine_env.ensure(said.append).device == "cuda"
+    assert installer.locks == ["engine-cuda.lock"]
+
+
+@pytest.mark.parametrize("changed", ["engine-cpu.lock", "engine-cpu-torch.txt"])
+def test_env_of_changed_pins_is_another(installer: Installer, said: list[str], pins: Path, changed: str) -> None:
+    """A new lock never reuses an old environment."""
+    first = engine_env.ensure(said.append)
+    (pins / changed).write_text((pins / changed).read_text() + "\n# changed\n")
+
+    assert engine_env.ensure(said.append) != first
+    assert len(said) == 2
+
+
+def test_env_of_other_pins_is_the_same(installer: Installer, said: list[str], pins: Path) -> None:
+    """The light environment's lock and the other device's have no part in it."""
+    first = engine_env.ensure(said.append)
+    for other in ("light.lock", "engine-cuda.lock"):
+        (pins / other).write_text("# changed\n")
+
+    assert engine_env.ensure(said.append) == first
+
+
+def test_env_of_another_python_is_another(
+    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled wheels fit one version."""
+    first = engine_env.ensure(said.append)
+    monkeypatch.setattr(sys, "base_prefix", "/another/python")
+
+    assert engine_env.ensure(said.append) != first
+
+
+@pytest.mark.parametrize("step", ["venv", "--require-hashes", "--torch-backend"])
+def test_env_whose_installer_fails_is_an_error_and_no_environment(
+    installer: Installer, said: list[str], step: str
+) -> None:
+    """The sentence says which step and what to do; the next start begins anew and succeeds."""
+    installer.fails_at, installer.no_local_torch = step, True
+    with pytest.raises(EnvironmentBuildError, match=r"uv .* failed with code 1 .* run the same command again"):
+        engine_env.ensure(said.append)
+
+    installer.fails_at = None
+    assert Path(engine_env.ensure(said.append).python).is_file()
+    assert len(said) == 2
+
+
+def test_env_that_was_cut_short_is_built_anew(installer: Installer, said: list[str]) -> None:
+    """Without its mark a directory is rubbish."""
+    python = Path(engine_env.ensure(said.append).python)
+    root = python.parents[1]
+    (root / ".complete").unlink()
+    (root / "rubbish").touch()
+    engine_env.ensure(said.append)
+
+    assert not (root / "rubbish").exists()
+    assert (root / ".complete").exists()
+
+
+def test_env_wanted_by_two_is_built_by_one_while_the_other_waits(installer: Installer) -> None:
+    """The second says that it waits, and finds it done."""
+    said: dict[str, list[str]] = {"first": [], "second": []}
+    begun, waits = threading.Event(), threading.Event()
+    found: list[engine_env.EngineEnv] = []
+
+    def build_slowly() -> None:
+        begun.set()
+        assert waits.wait(10)
+
+    def second_says(text: str) -> None:
+        said["second"].append(text)
+        waits.set()
+
+    installer.before = build_slowly
+    first = threading.Thread(target=lambda: found.append(engine_env.ensure(said["first"].append)))
+    first.start()
+    assert begun.wait(10)
+    second = threading.Thread(target=lambda: found.append(engine_env.ensure(second_says)))
+    second.start()
+    first.join(10)
+    second.join(10)
+
+    assert found[0] == found[1]
+    assert len([call for call in installer.calls if call[0] == "venv"]) == 1
+    assert said["second"] == ["Another process is building the engine's environment; waiting for it."]
+
+
+def test_env_without_room_is_refused_before_anything_is_made(
+    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What, how much, where, and where else: nothing was run."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 10**9))
+    with pytest.raises(DiskSpaceError, match=r"engine's environment needs 3\.5 GB and .* has 1\.0 GB.*XDG_CACHE_HOME"):
+        engine_env.ensure(said.append)
+
+    assert installer.calls == []
+    assert said == []
+
+
+def test_env_with_a_cache_that_cannot_be_written_is_refused_in_words(
+    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home directory that is read-only, or no directory at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+
+    with pytest.raises(ServiceError, match=r"/dev/null.*XDG_CACHE_HOME"):
+        engine_env.ensure(said.append)
+
+
+def test_env_on_an_unsupported_platform_is_refused_first(
+    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to build."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UnsupportedPlatformError):
+        engine_env.ensure(said.append)
+
+    assert installer.calls == []
+
+
+def test_installer_failing_for_real_is_reported_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own words go to the terminal; ours say what it was for."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    with pytest.raises(EnvironmentBuildError, match="uv venv --quiet failed with code 1"):
+        engine_env._uv("venv", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("environ", "handed_on"),
+    [({"UV_FIND_LINKS": "/mine", "PIP_FIND_LINKS": "/x"}, "/mine"), ({"PIP_FIND_LINKS": "/a /b"}, "/a,/b")],
+)
+def test_installer_is_told_where_pip_looks(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], handed_on: str
+) -> None:
+    """Uv reads no pip configuration; its own variable goes before."""
+    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    seen: list[dict[str, str]] = []
+
+    def run(_: list[str], env: dict[str, str], **__: object) -> subprocess.CompletedProcess[bytes]:
+        seen.append(env)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    engine_env._run_uv("venv")
+
+    assert seen[0]["UV_FIND_LINKS"] == handed_on
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vllm_version_is_one_on_both_sides(device: engine_env.Device) -> None:
+    """What is tested on the CPU is what is deployed."""
+    assert engine_env.vllm_version(device) == engine_env.vllm_version("cpu")

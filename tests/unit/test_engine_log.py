@@ -1,0 +1,215 @@
+"""The engine's log: what is kept, and which line of a dead engine's log names the cause."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from service.engine_log import KEPT_LINES, EngineLog, root_line
+
+_SERVER = "(APIServer pid=101) "
+_CORE = "(EngineCore pid=117) "
+_CORE_ERROR = "(EngineCore pid=117) ERROR 11-20 22:01:02 [core.py:1130] "
+
+
+def traceback(prefix: str, error: str) -> list[str]:
+    """Return a traceback as vLLM's processes write it, each line with the prefix."""
+    frames = ["Traceback (most recent call last):", '  File "/e/vllm/v1/engine/core.py", line 1118, in run_engine_core']
+    return [prefix + line for line in (*frames, "    engine_core = EngineCoreProc(*args, **kwargs)", error)]
+
+
+# How the API server ends when its engine core did not come up: the cause is far above.
+AFTERMATH = [
+    _CORE + "Process EngineCore:",
+    *traceback(_CORE, "RuntimeError: cannot continue"),
+    *traceback(_SERVER, "RuntimeError: Engine core initialization failed. See root cause above. Failed procs: {}"),
+]
+KV_CACHE = (
+    "ValueError: To serve at least one request with the models's max seq len (131072), (18.0 GiB KV cache is needed, "
+    "which is larger than the available KV cache memory (2.0 GiB)."
+)
+SHARD = "safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, file not covered"
+DEATHS = {
+    "bad flag": (
+        ["usage: vllm serve [model_tag] [options]", "vllm serve: error: unrecognized arguments: --no-such-flag 5"],
+        "unrecognized arguments: --no-such-flag 5",
+        "extra_args",
+    ),
+    "bad value": (
+        ["usage: vllm serve [options]", "vllm serve: error: argument --kv-cache-dtype: invalid choice: 'fp9'"],
+        "argument --kv-cache-dtype: invalid choice: 'fp9'",
+        "extra_args",
+    ),
+    "bad parser": (
+        traceback(_SERVER, "KeyError: 'invalid tool call parser: hermies (chose from { hermes,pythonic })'"),
+        "invalid tool call parser: hermies",
+        "",
+    ),
+    "bad path": (
+        traceback(_SERVER, "OSError: Can't load the configuration of '/no/such/model'."),
+        "Can't load the configuration of '/no/such/model'",
+        "",
+    ),
+    "port in use": (
+        traceback(_SERVER, "OSError: [Errno 98] Address already in use"),
+        "Address already in use",
+        "SERVICE_PORT",
+    ),
+    "cache too large": ([*traceback(_CORE_ERROR, KV_CACHE), *AFTERMATH], "KV cache is needed", "max_model_len"),
+    "corrupt weights": ([*traceback(_CORE_ERROR, SHARD), *AFTERMATH], "incomplete metadata", "damaged"),
+    "out of memory": (
+        [
+            *traceback(_CORE_ERROR, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 MiB."),
+            *AFTERMATH,
+        ],
+        "CUDA out of memory",
+        "SERVICE_N_GPU",
+    ),
+    "disk full": (
+        [*traceback(_CORE_ERROR, "OSError: [Errno 28] No space left on device"), *AFTERMATH],
+        "No space left on device",
+        "disk space",
+    ),
+    "canary changed": (
+        traceback(_SERVER, "RuntimeError: The canary after waking is [1], before sleeping it was [2]."),
+        "The canary after waking",
+        "",
+    ),
+}
+NOISE = [
+    "WARNING 11-20 22:00:55 [argparse_utils.py:195] With `vllm serve`, you should provide the model as a positional",
+    "INFO 11-20 22:00:56 [utils.py:233] non-default args: {'model': '/weights', 'port': 8000}",
+    _CORE + "INFO 11-20 22:00:58 [core.py:93] Initializing a V1 LLM engine (v0.32.0) with config: ...",
+    _CORE + "Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00, 29.11it/s]",
+    "",
+]
+
+
+@pytest.mark.parametrize(("lines", "root", "advice"), DEATHS.values(), ids=DEATHS)
+def test_root_line_of_a_death_is_its_first_cause(lines: list[str], root: str, advice: str) -> None:
+    """Among warnings before and failures after, the one exception that started it."""
+    found = root_line([*NOISE, *lines, *NOISE[-1:]])
+
+    assert found is not None
+    assert root in found
+    assert "pid=" not in found
+    assert found == found.strip()
+
+
+@pytest.mark.parametrize(("lines", "root", "advice"), DEATHS.values(), ids=DEATHS)
+def test_post_mortem_of_a_death_has_code_time_root_and_advice(lines: list[str], root: str, advice: str) -> None:
+    """One sentence for people: how it ended, when, why, and what to do."""
+    log = EngineLog()
+    for line in [*NOISE, *lines]:
+        log.add(line)
+    sentence = log.post_mortem(1, 21.96, None)
+
+    assert "exited with code 1 after 22.0 s, before it was ready" in sentence
+    assert root in sentence
+    assert advice in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        NOISE,
+        ["INFO 11-20 22:00:56 [x.py:1] a line that mentions ValueError: in the middle"],
+        traceback(_SERVER, "KeyboardInterrupt"),
+    ],
+)
+def test_root_line_of_a_log_without_a_cause_is_none(lines: list[str]) -> None:
+    """Warnings, mentions and an interrupt are no causes."""
+    assert root_line(lines) is None
+
+
+def test_root_line_passes_over_an_exception_that_was_handled_by_another() -> None:
+    """Of chained tracebacks the first is the cause; the second is what came of it."""
+    lines = traceback(_CORE_ERROR, "FileNotFoundError: no shard 3")
+    chained = [_CORE_ERROR + "The above exception was the direct cause of the following exception:"]
+
+    assert root_line([*lines, *chained, *traceback(_CORE_ERROR, "RuntimeError: load failed")]) == (
+        "FileNotFoundError: no shard 3"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
+def test_post_mortem_of_a_signal_names_it(number: signal.Signals) -> None:
+    """The CPU build can die of an illegal instruction, without a word."""
+    assert f"killed by {number.name} after 3.0 s" in EngineLog().post_mortem(-number, 3.0, None)
+
+
+def test_post_mortem_of_sigkill_suspects_memory() -> None:
+    """Nobody else kills so."""
+    sentence = EngineLog().post_mortem(-signal.SIGKILL, 3.0, None)
+
+    assert "killed by SIGKILL" in sentence
+    assert "memory" in sentence
+
+
+def test_post_mortem_after_ready_counts_from_ready() -> None:
+    """When it worked for an hour that is worth knowing."""
+    assert "3600.0 s after it was ready" in EngineLog().post_mortem(0, 3615.0, 15.0)
+
+
+def test_post_mortem_without_a_cause_has_the_last_line() -> None:
+    """Empty lines are no last words."""
+    log = EngineLog()
+    for line in ("first", "second", "", "   "):
+        log.add(line)
+
+    assert "Last line: 'second'" in log.post_mortem(3, 1.0, None)
+
+
+def test_post_mortem_of_an_empty_log_still_says_how_it_ended() -> None:
+    """A process that could not even be loaded writes nothing."""
+    assert "exited with code 127" in EngineLog().post_mortem(127, 0.1, None)
+
+
+def test_log_keeps_the_end_of_a_long_output() -> None:
+    """A service runs for weeks; its parent must not grow."""
+    log = EngineLog()
+    for number in range(KEPT_LINES + 10):
+        log.add(str(number))
+
+    assert len(log.lines) == KEPT_LINES
+    assert log.last_line == str(KEPT_LINES + 9)
+
+
+def test_log_passes_each_line_on() -> None:
+    """The screen and the log file see every line, empty ones too."""
+    seen: list[str] = []
+    log = EngineLog(seen.append)
+    for line in ("a", "", "b"):
+        log.add(line)
+
+    assert seen == ["a", "", "b"] == log.lines
+
+
+def test_log_can_be_read_while_it_is_written() -> None:
+    """One thread adds lines while another asks for the last one."""
+    log = EngineLog()
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(20000):
+            log.add(str(number))
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert log.lines is not log.lines
+        _ = log.last_line
+    writer.join()
+
+
+def test_log_closed_wakes_whoever_waits() -> None:
+    """The reaper waits for the end of the output, bounded."""
+    log = EngineLog()
+    log.wait_closed(0)
+    log.close()
+    log.wait_closed(60)

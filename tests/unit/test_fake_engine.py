@@ -1,0 +1,132 @@
+"""The fake engine's own tests: it does what its script says and rejects what it does not know."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from .conftest import FAKE_ENGINE, IN_ENGINE
+
+
+class Piped:
+    """A fake engine with both of its pipes in the test's hands."""
+
+    def __init__(self, python: str, port: int, hold: str, script: dict[str, Any]) -> None:
+        words, self.words = os.pipe()
+        self.events, events = os.pipe()
+        env = {"PYTHONPATH": str(IN_ENGINE), "ENGINE_PIPES": f"{words},{events}", "ENGINE_HOLD": hold}
+        line = [python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", str(port)]
+        self.process = subprocess.Popen(
+            line,
+            env=env | {"FAKE_ENGINE": json.dumps(script)},
+            pass_fds=(words, events),
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.close(words)
+        os.close(events)
+
+    def close(self) -> str:
+        """Close the words' pipe, which ends the fake; return the rest of its output."""
+        os.close(self.words)
+        output = self.process.communicate(timeout=10)[0].decode()
+        os.close(self.events)
+        return output
+
+    def heard(self) -> list[str]:
+        """Return the names of all events until the fake's end."""
+        with os.fdopen(os.dup(self.events)) as events:
+            return [json.loads(line)["event"] for line in events]
+
+
+@pytest.fixture
+def piped(fake_python: str, port: int) -> Iterator[Callable[..., Piped]]:
+    """Return a function that starts the fake; it is gone after the test."""
+    started: list[Piped] = []
+
+    def start(hold: str = "", **script: Any) -> Piped:
+        started.append(Piped(fake_python, port, hold, script))
+        return started[-1]
+
+    yield start
+    for fake in started:
+        if fake.process.poll() is None:
+            os.killpg(fake.process.pid, signal.SIGKILL)
+        fake.process.communicate(timeout=10)
+
+
+def test_fake_engine_with_a_death_scripted_tells_the_steps_before_it(piped: Callable[..., Piped]) -> None:
+    """The events up to the scripted step arrive, then it ends with the scripted code and words."""
+    fake = piped(die_at="canary", code=7, last_words=["Boom"])
+
+    assert fake.process.wait(10) == 7
+    assert fake.heard() == ["started", "imported", "loaded", "canary"]
+    assert fake.close() == "Boom\n"
+
+
+def test_fake_engine_with_a_negative_code_dies_by_that_signal(piped: Callable[..., Piped]) -> None:
+    """A negative code is a signal's number, as `subprocess` has it."""
+    fake = piped(die_at="start", code=-signal.SIGABRT)
+
+    assert fake.process.wait(10) == -signal.SIGABRT
+    fake.close()
+
+
+def test_fake_engine_when_its_parent_closes_the_pipe_is_killed(piped: Callable[..., Piped]) -> None:
+    """The real Control is at work: the end of the pipe is the end of the group."""
+    fake = piped(hang_at="imported")
+
+    fake.close()
+
+    assert fake.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("script", "hold", "named"),
+    [
+        ({"di_at": "start"}, "", "the key di_at"),
+        ({"die_at": "lunch"}, "", "the step lunch"),
+        ({"hang_at": "lunch"}, "", "the step lunch"),
+        ({}, "sideways", "the hold sideways"),
+    ],
+)
+def test_fake_engine_asked_for_what_it_does_not_know_refuses(
+    piped: Callable[..., Piped], script: dict[str, str], hold: str, named: str
+) -> None:
+    """A mistyped script must not pass for a healthy engine."""
+    fake = piped(hold, **script)
+
+    assert fake.process.wait(10) == 64
+    assert named in fake.close()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["-m", "vllm.main"],
+        ["-m", "vllm_service.main", "--port", "1"],
+        ["-m", "vllm_service.main", "--host", "h", "--port", "1", "--api-key", "x"],
+    ],
+)
+def test_fake_engine_with_other_arguments_refuses(arguments: list[str]) -> None:
+    """Only the program that it stands for can be asked of it."""
+    line = [sys.executable, "-S", str(FAKE_ENGINE), *arguments]
+    done = subprocess.run(line, env={"PYTHONPATH": str(IN_ENGINE)}, capture_output=True, timeout=10, check=False)
+
+    assert done.returncode == 64
+
+
+def test_fake_engine_without_pipes_refuses(fake_python: str) -> None:
+    """Like the real program, it is nothing without its parent."""
+    line = [fake_python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", "1"]
+    done = subprocess.run(line, env={"PYTHONPATH": str(IN_ENGINE)}, capture_output=True, timeout=10, check=False)
+
+    assert (done.returncode, done.stdout) == (64, b"the fake engine does not know a life without pipes\n")

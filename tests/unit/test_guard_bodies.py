@@ -1,0 +1,178 @@
+"""The guard's limits on bodies, the body of /health, and what is no HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm_service import control
+from vllm_service.guard import BODY_LIMIT, MIB, TEXT_BODY_LIMIT, Guard
+
+from .test_guard import DIGEST, KEY, Behind, ask, bearer
+
+LIMITS = [("/v1/chat/completions", BODY_LIMIT), ("/tokenize", TEXT_BODY_LIMIT), ("/detokenize", TEXT_BODY_LIMIT)]
+
+
+@pytest.mark.parametrize(("path", "limit"), LIMITS)
+def test_body_declared_over_the_limit_is_refused_unread(path: str, limit: int) -> None:
+    """The declared length is enough to refuse it."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), path, "POST", {"Content-Length": str(limit + 1)})
+
+    assert (answer.status, behind.scopes) == (413, [])
+    assert f"{limit // MIB} MiB" in answer.error["message"]
+
+
+@pytest.mark.parametrize(("path", "limit"), LIMITS)
+def test_body_declared_at_the_limit_passes(path: str, limit: int) -> None:
+    """The limit itself is allowed."""
+    assert ask(Guard(Behind(), []), path, "POST", {"Content-Length": str(limit)}).status == 200
+
+
+@pytest.mark.parametrize(("path", "limit"), LIMITS)
+def test_body_in_chunks_at_the_limit_passes_whole(path: str, limit: int) -> None:
+    """Every byte arrives, in order."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), path, "POST", chunks=(b"a" * (limit - 1), b"b"))
+
+    assert answer.status == 200
+    assert behind.read == b"a" * (limit - 1) + b"b"
+
+
+@pytest.mark.parametrize(("path", "limit"), LIMITS)
+def test_body_in_chunks_over_the_limit_is_cut_off(path: str, limit: int) -> None:
+    """Nothing was declared: it ends at the first chunk over the limit, and the application sees a client that left."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), path, "POST", chunks=(b"a" * limit, b"b", b"never read"))
+
+    assert (answer.status, behind.read, behind.disconnected) == (413, b"a" * limit, True)
+
+
+def test_body_longer_than_declared_is_cut_off() -> None:
+    """A small declaration buys nothing."""
+    answer = ask(Guard(Behind(), []), "/tokenize", "POST", {"Content-Length": "5"}, (b"a" * TEXT_BODY_LIMIT, b"b"))
+
+    assert answer.status == 413
+
+
+@pytest.mark.parametrize("declared", ["-1", "many", "1e3", ""])
+def test_body_with_a_length_that_is_no_number_is_refused(declared: str) -> None:
+    """Refused before the application, whatever the server in front let through."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), "/v1/completions", "POST", {"Content-Length": declared})
+
+    assert (answer.status in {400, 413}, behind.scopes) == (True, [])
+
+
+def test_body_is_refused_before_it_is_read_when_the_key_is_wrong() -> None:
+    """A stranger's body is not even looked at."""
+    behind = Behind()
+    answer = ask(Guard(behind, [DIGEST]), "/tokenize", "POST", {"Content-Length": str(TEXT_BODY_LIMIT + 1)})
+
+    assert (answer.status, behind.scopes) == (401, [])
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_health_has_the_contracts_body(pieces: int) -> None:
+    """VLLM's is empty; however many messages it takes to say so, the answer is one."""
+    answer = ask(Guard(Behind(body=b"", pieces=pieces), [DIGEST]), "/health")
+
+    assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
+    assert answer.headers == {b"content-type": b"application/json", b"content-length": b"15"}
+
+
+def test_health_of_a_dead_engine_passes_as_it_is() -> None:
+    """503 must not become ok."""
+
+    async def dying(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b"dead"})
+
+    answer = ask(Guard(dying, []), "/health")
+
+    assert (answer.status, answer.body) == (503, b"dead")
+
+
+def test_stream_passes_message_by_message() -> None:
+    """Nothing is gathered: each chunk goes on as it came."""
+    sent: list[dict[str, Any]] = []
+    guard = Guard(Behind(body=b"last", pieces=3, reads=False), [])
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(dict(message))
+
+    asyncio.run(guard({"type": "http", "path": "/v1/models", "method": "GET", "headers": []}, lambda: None, send))  # type: ignore[arg-type, return-value]
+
+    assert [message.get("body") for message in sent] == [None, b"", b"", b"last"]
+
+
+def test_websocket_is_refused_before_the_application() -> None:
+    """VLLM has a realtime route; it is not in the contract."""
+    behind = Behind()
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": [(b"authorization", b"Bearer " + KEY.encode())]}
+    asyncio.run(Guard(behind, [DIGEST])(scope, receive, send))
+
+    assert [message["type"] for message in sent] == ["websocket.close"]
+    assert behind.scopes == []
+
+
+def test_lifespan_passes() -> None:
+    """VLLM's own start and end run through it."""
+    behind = Behind()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(Guard(behind)({"type": "lifespan"}, None, send))  # type: ignore[arg-type]
+
+    assert behind.scopes == [{"type": "lifespan"}]
+    assert sent == [{"type": "lifespan.startup.complete"}]
+
+
+@pytest.mark.parametrize("link", [None, SimpleNamespace(release={}), SimpleNamespace(release={"word": "release"})])
+def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.MonkeyPatch, link: Any) -> None:
+    """Silence is not the same as "no keys": it fails closed."""
+    monkeypatch.setattr(control, "current", lambda: link)
+    behind = Behind()
+
+    with pytest.raises(RuntimeError, match="no word about keys"):
+        ask(Guard(behind), "/v1/models", headers=bearer())
+    assert behind.scopes == []
+
+
+def test_guard_takes_the_keys_that_the_release_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM constructs the guard before the keys arrive; they are read at the first request."""
+    link = SimpleNamespace(release={})
+    monkeypatch.setattr(control, "current", lambda: link)
+    guard = Guard(Behind())
+    link.release = {"word": "release", "digests": [DIGEST]}
+
+    assert ask(guard, "/v1/models", headers=bearer()).status == 200
+    assert ask(guard, "/v1/models", headers=bearer("x")).status == 401
+
+
+def test_guard_compares_with_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first match does not end the comparison: time tells nothing about which key it was."""
+    compared: list[str] = []
+
+    def compare(given: str, known: str) -> bool:
+        compared.append(known)
+        return given == known
+
+    monkeypatch.setattr("vllm_service.guard.hmac.compare_digest", compare)
+    others = [hashlib.sha256(bytes([number])).hexdigest() for number in range(3)]
+
+    assert ask(Guard(Behind(), [DIGEST, *others]), "/v1/models", headers=bearer()).status == 200
+    assert compared == [DIGEST, *others]

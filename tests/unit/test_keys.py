@@ -1,0 +1,84 @@
+"""Keys: how they are written in the environment, and that no error shows one."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from service.errors import UsageError
+from service.keys import digests
+
+HEX = hashlib.sha256(b"opensesame").hexdigest()
+
+
+def test_keys_with_none_set_are_none() -> None:
+    """Nothing set, or nothing in it: no key is asked for."""
+    assert digests({}) == digests({"API_KEY": "", "API_KEYS": " , "}) == {}
+
+
+def test_keys_with_one_key_are_its_digest() -> None:
+    """One key has the name `default`; spaces around it are nobody's intention."""
+    assert digests({"API_KEY": " opensesame "}) == {"default": HEX}
+
+
+@pytest.mark.parametrize(
+    "text", ["alice=opensesame,bob=b", " alice = opensesame , bob = b ", "alice=opensesame,,bob=b,"]
+)
+def test_keys_with_pairs_are_named(text: str) -> None:
+    """Spaces and a trailing comma change nothing."""
+    assert digests({"API_KEYS": text}) == {"alice": HEX, "bob": hashlib.sha256(b"b").hexdigest()}
+
+
+def test_keys_with_an_equals_sign_in_a_key_keep_it() -> None:
+    """Base64 ends in equals signs."""
+    assert digests({"API_KEYS": "alice=a=b=="}) == {"alice": hashlib.sha256(b"a=b==").hexdigest()}
+
+
+@pytest.mark.parametrize("written", [f"sha256:{HEX}", f"sha256:{HEX.upper()}"])
+def test_keys_given_as_a_digest_are_taken_as_they_are(written: str) -> None:
+    """Whoever keeps the service's secret need not know the key."""
+    assert digests({"API_KEY": written}) == digests({"API_KEYS": f"default={written}"}) == {"default": HEX}
+
+
+@pytest.mark.parametrize(
+    "written", ["sha256:", "sha256:abc", f"sha256:{HEX[:-1]}", f"sha256:{HEX}0", f"sha256:{HEX[:-1]}g"]
+)
+def test_keys_given_as_a_broken_digest_are_refused(written: str) -> None:
+    """A digest that was cut must not become a key that anybody can read off the secret's name."""
+    for environ in ({"API_KEY": written}, {"API_KEYS": f"alice={written}"}):
+        with pytest.raises(UsageError, match="64"):
+            digests(environ)
+
+
+def test_keys_in_both_variables_are_all_accepted() -> None:
+    """The one key and the named ones side by side."""
+    assert set(digests({"API_KEY": "a", "API_KEYS": "bob=b"})) == {"default", "bob"}
+
+
+@pytest.mark.parametrize("text", ["t0psecret", "alice=", "=t0psecret", "alice=a,t0psecret", "alice=a,=t0psecret"])
+def test_keys_pair_without_name_or_key_is_refused_without_showing_it(text: str) -> None:
+    """The sentence counts the pairs: what stands in one may be a key."""
+    with pytest.raises(UsageError) as caught:
+        digests({"API_KEYS": text})
+
+    assert f"pair {text.count(',') + 1} is not name=key" in str(caught.value)
+    assert "t0psecret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{"API_KEYS": "alice=t0psecret,alice=t0psecret2"}, {"API_KEY": "t0psecret", "API_KEYS": "default=t0psecret2"}],
+)
+def test_keys_with_one_name_twice_are_refused_without_showing_them(environ: dict[str, str]) -> None:
+    """Which of the two was meant nobody can tell."""
+    with pytest.raises(UsageError, match="stands twice") as caught:
+        digests(environ)
+
+    assert "t0psecret" not in str(caught.value)
+
+
+def test_keys_refusal_is_the_users_error() -> None:
+    """Exit code 2: nothing was started."""
+    assert UsageError.exit_code == 2

@@ -1,0 +1,230 @@
+"""The local run: which model it takes, what it refuses before anything is started, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service import engine_env, local, weights
+from service.errors import (
+    EngineError,
+    GpuCountError,
+    MemoryTooSmallError,
+    OpenDoorError,
+    PortInUseError,
+    ServiceError,
+    UnknownModelError,
+    UsageError,
+)
+from service.models import Registry
+from service.settings import Settings
+
+REGISTRY = Registry.load()
+
+
+class Screen:
+    """Takes what would be shown."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.phases: list[str] = []
+        self.lines: list[str] = []
+        self.say, self.phase, self.engine_line = self.said.append, self.phases.append, self.lines.append
+
+
+@pytest.fixture
+def screen() -> Screen:
+    """Return a screen that keeps everything."""
+    return Screen()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Refuse to build an engine's environment; return the list of attempts."""
+    attempts: list[str] = []
+
+    def ensure(_: object) -> engine_env.EngineEnv:
+        attempts.append("build")
+        raise ServiceError("this would have built the engine's environment")
+
+    monkeypatch.setattr(engine_env, "ensure", ensure)
+    return attempts
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
+    """Make the fake engine the environment of this machine; nothing of it is left after the test."""
+    monkeypatch.setattr(engine_env, "ensure", lambda _: engine_env.EngineEnv("cpu", fake_python))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False) -> None:
+    """Decide what the hub and the cache have."""
+    monkeypatch.setattr(weights, "hub_in_reach", lambda: in_reach)
+    monkeypatch.setattr(weights, "find", lambda _: weights.Weights(Path("/cached")) if cached else None)
+
+
+@pytest.mark.parametrize(
+    ("in_reach", "cached", "key", "lines"),
+    [(True, False, "qwen3-0.6b", 0), (False, True, "qwen3-0.6b", 0), (False, False, "tiny", 1)],
+)
+def test_model_unnamed_is_the_default_or_else_the_tiny_one(
+    monkeypatch: pytest.MonkeyPatch, in_reach: bool, cached: bool, key: str, lines: int
+) -> None:
+    """With a hub or a full cache the default; without either the built-in one, which is said in one line."""
+    hub(monkeypatch, in_reach=in_reach, cached=cached)
+    said: list[str] = []
+
+    assert local.choose_model(None, REGISTRY, said.append).key == key
+    assert len(said) == lines
+    assert all("No model hub is in reach" in line and "'tiny'" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("qwen3-4b", "qwen3-4b"), ("QWEN/qwen3-8b-fp8", "qwen3-8b"), ("llm", "qwen3-0.6b"), ("qwen3-8b-h200", "qwen3-8b"),
+     ("Qwen/Qwen3-8B-FP8-h200", "qwen3-8b"), ("org/new", "new")],
+)  # fmt: skip
+def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
+    """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
+    monkeypatch.setattr(weights, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+
+    assert local.choose_model(name, REGISTRY, lambda _: None).key == key
+
+
+def test_model_named_by_a_directory_is_that_directory(tmp_path: Path) -> None:
+    """A model of one's own, wherever it lies."""
+    (tmp_path / "config.json").write_text("{}")
+
+    assert local.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
+
+
+def test_model_unknown_is_refused_with_the_nearest() -> None:
+    """A mistyped key is not taken for a hub id."""
+    with pytest.raises(UnknownModelError, match="Did you mean 'qwen3-8b'"):
+        local.choose_model("qwen3-8", REGISTRY, lambda _: None)
+
+
+def refuse(kind: type[ServiceError], screen: Screen, match: str, **options: object) -> None:
+    """Serve, and insist that it is refused so."""
+    arguments = {"model": "tiny", "settings": Settings(), "host": "127.0.0.1", "environ": {}} | options
+    with pytest.raises(kind, match=match):
+        local.serve(**arguments, screen=screen, on_ready=lambda _: pytest.fail("it was served"))  # type: ignore[arg-type]
+    assert screen.phases == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", "", "127.0.0.1.example.org"])
+def test_door_without_keys_opens_on_loopback_only(screen: Screen, built: list[str], host: str) -> None:
+    """The sentence names the address and how to set a key; exit code 2."""
+    refuse(OpenDoorError, screen, f"'{host}' is reachable from elsewhere.*API_KEY=", host=host)
+    assert built == []
+    assert OpenDoorError.exit_code == 2
+
+
+def test_door_with_broken_keys_stays_shut(screen: Screen, built: list[str]) -> None:
+    """A key that cannot be read is not the same as none."""
+    refuse(UsageError, screen, "pair 1 is not name=key", environ={"API_KEYS": "t0psecret"})
+    assert built == []
+
+
+def test_door_on_a_taken_port_is_refused_before_the_engine(screen: Screen, built: list[str], port: int) -> None:
+    """Named at once, not after the engine was loaded."""
+    with socket.create_server(("127.0.0.1", port)):
+        refuse(PortInUseError, screen, f"Port {port}", settings=Settings(port=port))
+    assert built == []
+
+
+def test_more_gpus_than_visible_are_refused_before_anything_is_built(
+    screen: Screen, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    """Two gigabytes for nothing is half of a thing done."""
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    refuse(GpuCountError, screen, "n_gpu=2 GPUs and 0 are visible", settings=Settings(n_gpu=2, port=port))
+    assert built == []
+
+
+def test_weights_over_the_memory_are_refused_before_anything_is_built(
+    screen: Screen, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int, tmp_path: Path
+) -> None:
+    """On a CPU the weights are in memory."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    file = tmp_path / "mine.toml"
+    file.write_text("[models.huge]\nhub_id = 'org/huge'\nweights_gb = 1_000_000\n")
+
+    refuse(MemoryTooSmallError, screen, "'huge'", model="huge", settings=Settings(port=port, models_file=str(file)))
+    assert built == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_serve_until_a_signal_drains_and_returns(
+    screen: Screen, engine: None, port: int, number: signal.Signals
+) -> None:
+    """Ready, then the signal: everything is gone, nothing is raised, and the handlers are what they were."""
+    before = signal.getsignal(number)
+    ready: list[local.Ready] = []
+
+    def on_ready(what: local.Ready) -> None:
+        ready.append(what)
+        os.kill(os.getpid(), number)
+
+    local.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+
+    assert ready[0].base_url == f"http://127.0.0.1:{port}/v1"
+    assert (ready[0].spec.key, ready[0].asks_for_key) == ("tiny", False)
+    assert screen.phases[-1] == "draining"
+    assert signal.getsignal(number) is before
+
+
+def test_serve_interrupted_before_ready_raises_and_leaves_nothing(screen: Screen, engine: None, port: int) -> None:
+    """Ctrl-C during the boot is an interrupt to the caller."""
+
+    def phase(name: str) -> None:
+        screen.phases.append(name)
+        if name == "started":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    screen.phase = phase  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ={})
+
+
+def test_serve_whose_engine_dies_raises_the_reason(screen: Screen, engine: None, port: int) -> None:
+    """`kill -9` of the engine ends the service with its sentence."""
+
+    def on_ready(_: local.Ready) -> None:
+        leader = next(child for child in psutil.Process().children() if "vllm_service.main" in child.cmdline())
+        threading.Timer(0.05, leader.kill).start()
+
+    with pytest.raises(EngineError, match="killed by SIGKILL"):
+        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+
+
+def test_serve_with_keys_hands_on_their_digests_only(screen: Screen, engine: None, port: int) -> None:
+    """The engine's environment, arguments and log never hold the key."""
+    seen: Callable[[], str] = lambda: "\n".join(screen.lines)  # noqa: E731
+
+    def on_ready(what: local.Ready) -> None:
+        assert what.asks_for_key
+        leader = next(child for child in psutil.Process().children() if "vllm_service.main" in child.cmdline())
+        assert "t0psecret" not in " ".join(leader.cmdline()) + str(leader.environ()) + seen()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    environ = dict(os.environ) | {"API_KEY": "t0psecret", "HF_TOKEN": "hf_t0psecret"}
+    local.serve("tiny", Settings(port=port), "0.0.0.0", screen, on_ready, environ=environ)
+
+    assert '"digests": ["' in seen()
+
+
+def test_log_file_is_in_the_users_state_by_port(tmp_path: Path) -> None:
+    """Two services on two ports do not share a log."""
+    assert local.log_file(8001) == tmp_path / "state" / "vllm-service" / "engine-8001.log"

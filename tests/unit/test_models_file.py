@@ -1,0 +1,285 @@
+"""A models file of the user's own: what it may say, and every way in which it can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import RegistryError
+from service.models import ModelSpec, Registry
+
+GOOD = '[models.mine]\nhub_id = "org/mine"\n'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Return where the models file of this test goes."""
+    return tmp_path / "models.toml"
+
+
+def loaded(file: Path, text: str) -> Registry:
+    """Write the file and load the registry with it."""
+    file.write_text(text)
+    return Registry.load(file)
+
+
+def refusal(file: Path, text: str) -> str:
+    """Return the sentence with which a models file is refused; it always names the file, in one line."""
+    file.write_text(text)
+    with pytest.raises(RegistryError) as caught:
+        Registry.load(file)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_models_file_adds_an_entry(file: Path) -> None:
+    """The built-in models stay; the own one comes behind them."""
+    registry = loaded(file, GOOD)
+
+    assert registry.find("org/MINE").spec.key == "mine"
+    assert "qwen3-8b" in registry.specs
+
+
+def test_models_file_replaces_an_entry_by_its_key(file: Path) -> None:
+    """Nothing of the replaced entry is kept."""
+    registry = loaded(file, '[models.qwen3-8b]\nhub_id = "org/other"\n')
+
+    assert registry.specs["qwen3-8b"] == ModelSpec(key="qwen3-8b", hub_id="org/other")
+
+
+def test_models_file_may_use_every_field(file: Path) -> None:
+    """Each field of an entry can be written in TOML, arrays and tables too."""
+    spec = (
+        loaded(
+            file,
+            """[models.mine]
+hub_id = "org/mine"
+revision = "0123456789012345678901234567890123456789"
+aliases = ["my-model", "Also.Mine"]
+gated = true
+gpu = "h200"
+n_gpu = 2
+weights_gb = 100
+max_model_len = 4096
+modalities = ["text", "image"]
+tool_call_parser = "hermes"
+reasoning_parser = "qwen3"
+chat_template = "x.jinja"
+kv_cache_dtype = "fp8"
+moe_backend = "flashinfer_cutlass"
+async_scheduling = false
+fusion_passes = ["eliminate_noops"]
+limit_mm_per_prompt = { image = 4 }
+ignore_patterns = ["original/*"]
+extra_args = ["--seed", "1"]
+speculative = { method = "mtp", num_speculative_tokens = 3 }
+""",
+        )
+        .find("also.mine")
+        .spec
+    )
+
+    assert (spec.gpu, spec.weights_gb, spec.modalities) == ("H200", 100.0, ("text", "image"))
+    assert {name for name in ModelSpec.model_fields if name not in spec.model_fields_set} == {"path"}
+
+
+def test_models_file_path_is_relative_to_the_file(file: Path) -> None:
+    """The file and the model's directory travel together."""
+    spec = loaded(file, '[models.mine]\npath = "weights/mine"\n').specs["mine"]
+
+    assert spec.directory == file.parent / "weights" / "mine"
+
+
+def test_models_file_two_entries_may_serve_one_repository(file: Path) -> None:
+    """The hub id then means the first of them; each has its key."""
+    registry = loaded(file, '[models.mine]\nhub_id = "Qwen/Qwen3-8B-FP8"\nmax_model_len = 4096\n')
+
+    assert registry.find("Qwen/Qwen3-8B-FP8").spec.key == "qwen3-8b"
+    assert registry.find("mine").spec.max_model_len == 4096
+
+
+def test_models_file_missing_is_named(tmp_path: Path) -> None:
+    """The sentence has the path, the reason and the variable."""
+    with pytest.raises(RegistryError, match=r"nowhere\.toml.*No such file.*SERVICE_MODELS_FILE"):
+        Registry.load(tmp_path / "nowhere.toml")
+
+
+def test_models_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
+    """A directory can be opened by nobody."""
+    with pytest.raises(RegistryError, match="directory"):
+        Registry.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[models.mine\n", "just words", '[models.a]\nhub_id = "a/b"\n[models.a]\n'])
+def test_models_file_that_is_no_toml_is_named_with_the_place(file: Path, text: str) -> None:
+    """Broken syntax, prose and a table that stands twice."""
+    sentence = refusal(file, text)
+
+    assert f"'{file}' is not TOML" in sentence
+    assert "line" in sentence
+
+
+def test_models_file_that_is_no_text_is_named(file: Path) -> None:
+    """A binary file is no TOML either."""
+    file.write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(RegistryError, match="is not TOML"):
+        Registry.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no [models.<key>] table"),
+        ("models = 5\n", "has no [models.<key>] table"),
+        ("[mine]\nhub_id = 'a/b'\n", "holds 'mine' at its top"),
+        ("colour = 1\n" + GOOD, "holds 'colour' at its top"),
+        ("[models]\nmine = 'a/b'\n", "model 'mine': 'a/b' is not a table"),
+    ],
+)
+def test_models_file_of_another_shape_is_told_the_right_one(file: Path, text: str, said: str) -> None:
+    """The sentence names the file and shows how an entry begins."""
+    sentence = refusal(file, text)
+
+    assert str(file) in sentence
+    assert said in sentence
+    assert "[models." in sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("revision = 'main'", "revision", "'main'"),
+        ("revision = 5", "revision", "5"),
+        ("gated = 'yes'", "gated", "'yes'"),
+        ("gpu = 4", "gpu", "4"),
+        ("n_gpu = 0", "n_gpu", "0"),
+        ("n_gpu = 9", "n_gpu", "9"),
+        ("n_gpu = '2'", "n_gpu", "'2'"),
+        ("weights_gb = 0", "weights_gb", "0"),
+        ("weights_gb = -1.5", "weights_gb", "-1.5"),
+        ("weights_gb = '9 GB'", "weights_gb", "'9 GB'"),
+        ("weights_gb = true", "weights_gb", "True"),
+        ("max_model_len = 15", "max_model_len", "15"),
+        ("max_model_len = 4096.5", "max_model_len", "4096.5"),
+        ("modalities = ['smell']", "modalities.0", "'smell'"),
+        ("modalities = 'text'", "modalities", "'text'"),
+        ("aliases = 'one'", "aliases", "'one'"),
+        ("aliases = [1]", "aliases.0", "1"),
+        ("tool_call_parser = 1", "tool_call_parser", "1"),
+        ("reasoning_parser = []", "reasoning_parser", "()"),
+        ("chat_template = 1", "chat_template", "1"),
+        ("kv_cache_dtype = 8", "kv_cache_dtype", "8"),
+        ("moe_backend = 1", "moe_backend", "1"),
+        ("async_scheduling = 1", "async_scheduling", "1"),
+        ("fusion_passes = 'x'", "fusion_passes", "'x'"),
+        ("limit_mm_per_prompt = { image = 'four' }", "limit_mm_per_prompt.image", "'four'"),
+        ("limit_mm_per_prompt = 4", "limit_mm_per_prompt", "4"),
+        ("ignore_patterns = 1", "ignore_patterns", "1"),
+        ("extra_args = '--seed 1'", "extra_args", "'--seed 1'"),
+        ("speculative = { method = 'magic', num_speculative_tokens = 3 }", "speculative.method", "'magic'"),
+        ("speculative = { method = 'mtp', num_speculative_tokens = 0 }", "speculative.num_speculative_tokens", "0"),
+        ("speculative = 'mtp'", "speculative", "'mtp'"),
+    ],
+)
+def test_models_file_with_a_wrong_value_names_entry_field_and_value(
+    file: Path, line: str, field: str, value: str
+) -> None:
+    """Types are strict: what is a number in TOML is a number here."""
+    sentence = refusal(file, f"{GOOD}{line}\n")
+
+    assert f"'{file}', model 'mine': field '{field}' is {value}" in sentence
+
+
+@pytest.mark.parametrize("line", ["hub_id = 'no-slash'", "hub_id = 5", "hub_id = 'a b/c'", "path = ''", "path = 5"])
+def test_models_file_with_a_wrong_source_names_the_field(file: Path, line: str) -> None:
+    """Neither a hub id nor a directory can be just anything."""
+    field = line.split(" ", maxsplit=1)[0]
+
+    assert f"model 'mine': field '{field}' is " in refusal(file, f"[models.mine]\n{line}\n")
+
+
+@pytest.mark.parametrize("fields", ["", "hub_id = 'a/b'\npath = 'c'\n"])
+def test_models_file_with_no_source_or_two_is_told_to_give_one(file: Path, fields: str) -> None:
+    """Exactly one of hub_id and path."""
+    assert "model 'mine': give exactly one of hub_id" in refusal(file, f"[models.mine]\n{fields}")
+
+
+@pytest.mark.parametrize(
+    ("line", "named", "nearest"),
+    [
+        ("hubid = 'a/b'", "'hubid'", "'hub_id'"),
+        ("max_len = 5", "'max_len'", "'max_model_len'"),
+        (
+            "speculative = { method = 'mtp', num_speculative_tokens = 3, num_tokens = 3 }",
+            "num_tokens'",
+            "'num_speculative_tokens'",
+        ),
+    ],
+)
+def test_models_file_with_an_unknown_field_offers_the_nearest(file: Path, line: str, named: str, nearest: str) -> None:
+    """A typo in a field must not silently serve a default."""
+    sentence = refusal(file, f"{GOOD}{line}\n")
+
+    assert "model 'mine': " in sentence
+    assert named in sentence
+    assert f"Did you mean {nearest}?" in sentence
+
+
+def test_models_file_with_a_missing_field_names_it(file: Path) -> None:
+    """A draft needs to be told how many tokens it guesses."""
+    sentence = refusal(file, f"{GOOD}speculative = {{ method = 'mtp' }}\n")
+
+    assert "field 'speculative.num_speculative_tokens' is missing" in sentence
+
+
+@pytest.mark.parametrize("key", ["Mine", "'my model'", "'a/b'", "'-x'"])
+def test_models_file_with_a_key_that_no_name_can_be_is_refused(file: Path, key: str) -> None:
+    """Keys are lower case, digits, dots and dashes."""
+    assert "field 'key' is" in refusal(file, f"[models.{key}]\nhub_id = 'a/b'\n")
+
+
+def test_models_file_with_an_unknown_gpu_offers_the_nearest(file: Path) -> None:
+    """As in a setting."""
+    sentence = refusal(file, f"{GOOD}gpu = 'H1000'\n")
+
+    assert "model 'mine': " in sentence
+    assert "Unknown GPU 'H1000'. Did you mean" in sentence
+
+
+def test_models_file_with_more_gpus_than_a_container_holds_names_the_entry(file: Path) -> None:
+    """An A10 comes four at most."""
+    sentence = refusal(file, f"{GOOD}gpu = 'A10'\nn_gpu = 8\n")
+
+    assert "model 'mine': 8 x A10" in sentence
+
+
+@pytest.mark.parametrize(
+    ("alias", "owner"),
+    [("qwen3-4b", "model 'qwen3-4b'"), ("QWEN3-4B", "model 'qwen3-4b'"), ("llm", "the default model"),
+     ("Qwen/Qwen3-4B-Instruct-2507", "model 'qwen3-4b'")],
+)  # fmt: skip
+def test_models_file_with_a_taken_alias_names_both_models(file: Path, alias: str, owner: str) -> None:
+    """A name means one model: neither a key, nor an alias, nor another's hub id may be taken over."""
+    sentence = refusal(file, f"{GOOD}aliases = ['{alias}']\n")
+
+    assert f"'{alias}' of model 'mine' is already a name of {owner}" in sentence
+
+
+def test_models_file_with_one_alias_in_two_entries_names_both(file: Path) -> None:
+    """Both entries are the user's own here."""
+    sentence = refusal(file, GOOD + "aliases = ['x']\n[models.yours]\nhub_id = 'a/b'\naliases = ['X']\n")
+
+    assert "'X' of model 'yours' is already a name of model 'mine'" in sentence
+
+
+def test_models_file_with_a_taken_alias_names_the_file(file: Path) -> None:
+    """Whoever has several files must be told which one is wrong."""
+    assert str(file) in refusal(file, f"{GOOD}aliases = ['qwen3-4b']\n")
+
+
+def test_models_file_with_the_key_llm_is_refused(file: Path) -> None:
+    """`llm` is the default model and cannot be an entry."""
+    assert "'llm'" in refusal(file, "[models.llm]\nhub_id = 'a/b'\n")

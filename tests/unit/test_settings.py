@@ -1,0 +1,223 @@
+"""Settings: every field's bounds, what a wrong value is told, and the round trip through the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import SettingsError
+from service.settings import Settings
+
+# field -> values that are valid, as somebody writes them, with what they mean
+VALID: dict[str, dict[str, object]] = {
+    "app": {"vllm-h100": "vllm-h100", "A.b_c-9": "A.b_c-9", "x" * 64: "x" * 64},
+    "model": {"qwen3-8b": "qwen3-8b", "Qwen/Qwen3-8B-FP8": "Qwen/Qwen3-8B-FP8"},
+    "gpu": {"H100": "H100", "h100!": "H100!", "b200+": "B200+", "a100-80gb": "A100-80GB", "A10G": "A10"},
+    "n_gpu": {"1": 1, "8": 8},
+    "fast_boot": {"true": True, "false": False, "1": True, "0": False, "True": True, "False": False},
+    "snapshot": {"off": "off", "cpu": "cpu"},
+    "scaledown_window": {"2": 2, "3600": 3600},
+    "min_containers": {"0": 0, "1000": 1000},
+    "max_containers": {"1": 1, "1000": 1000},
+    "buffer_containers": {"0": 0, "1000": 1000},
+    "max_inputs": {"1": 1, "1000": 1000},
+    "target_inputs": {"1": 1, "64": 64},
+    "startup_timeout_s": {"10": 10, "86400": 86400},
+    "request_timeout_s": {"1": 1, "86400": 86400},
+    "region": {"us": "us", "us-west": "us-west"},
+    "direct_auth": {"proxy": "proxy", "keys": "keys"},
+    "hold_s": {"0": 0, "3600": 3600},
+    "models_file": {"~/models.toml": "~/models.toml"},
+    "hub_secret": {"huggingface": "huggingface"},
+    "keys_secret": {"team-keys": "team-keys"},
+    "port": {"1": 1, "65535": 65535},
+}
+# field -> values that are refused, and words of what is expected instead
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "app": (("a b", "x" * 65, "a/b"), ""),
+    "gpu": (("H1000", "cpu"), "Modal offers"),
+    "n_gpu": (("0", "9", "two", "1.5"), "a whole number from 1 to 8"),
+    "fast_boot": (("maybe", "2"), "a switch (true or false)"),
+    "snapshot": (("gpu", "OFF"), "one of off, cpu"),
+    "scaledown_window": (("1", "3601", "soon"), "a whole number from 2 to 3600"),
+    "min_containers": (("-1", "1001"), "a whole number from 0 to 1000"),
+    "max_containers": (("0", "1001"), "a whole number from 1 to 1000"),
+    "buffer_containers": (("-1", "1001"), "a whole number from 0 to 1000"),
+    "max_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
+    "target_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
+    "startup_timeout_s": (("9", "86401"), "a whole number from 10 to 86400"),
+    "request_timeout_s": (("0", "86401"), "a whole number from 1 to 86400"),
+    "region": (("u",), ""),
+    "direct_auth": (("none", "Proxy"), "one of proxy, keys"),
+    "hold_s": (("-1", "3601"), "a whole number from 0 to 3600"),
+    "port": (("0", "65536", "http"), "a whole number from 1 to 65535"),
+}
+ANY_TEXT = {"model", "models_file", "hub_secret", "keys_secret"}
+
+
+def load(**fields: str) -> Settings:
+    """Load settings from these fields, written as variables."""
+    return Settings.load({f"SERVICE_{name.upper()}": value for name, value in fields.items()})
+
+
+def refusal(**fields: str) -> str:
+    """Return the sentence with which these fields are refused."""
+    with pytest.raises(SettingsError) as caught:
+        load(**fields)
+    return str(caught.value)
+
+
+def test_settings_tables_here_cover_every_field() -> None:
+    """A field that is added needs its bounds tested too."""
+    fields = set(Settings.model_fields)
+    assert set(VALID) == fields
+    assert set(WRONG) | ANY_TEXT == fields
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "meant"), [(field, text, meant) for field, row in VALID.items() for text, meant in row.items()]
+)
+def test_settings_at_its_bounds_is_accepted(field: str, text: str, meant: object) -> None:
+    """Both ends of every range are valid, and GPU names take Modal's spelling."""
+    assert getattr(load(**{field: text}), field) == meant
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "expected"),
+    [(field, text, expected) for field, (texts, expected) in WRONG.items() for text in texts],
+)
+def test_settings_with_a_wrong_value_names_variable_value_and_range(field: str, text: str, expected: str) -> None:
+    """The sentence names the variable, the value and what would be valid."""
+    sentence = refusal(**{field: text})
+
+    assert f"SERVICE_{field.upper()}" in sentence
+    assert f"'{text}'" in sentence
+    assert expected in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("field", sorted(WRONG))
+def test_settings_with_a_wrong_value_speaks_no_python(field: str) -> None:
+    """People read these sentences: no class name of a library in them."""
+    sentence = refusal(**{field: WRONG[field][0][0]})
+
+    for jargon in ("Metadata", "metadata", "MinLen", "pattern=", "pydantic", "NoneType", "input_value"):
+        assert jargon not in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("SERVICE_GPUS", "SERVICE_GPU"),
+        ("SERVICE_SCALEDOWN", "SERVICE_SCALEDOWN_WINDOW"),
+        ("SERVICE_MODLE", "SERVICE_MODEL"),
+        ("SERVICE_port", "SERVICE_PORT"),
+    ],
+)
+def test_settings_with_an_unknown_name_offers_the_nearest(name: str, nearest: str) -> None:
+    """A typo must not silently deploy the default."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({name: "x"})
+
+    assert str(caught.value).startswith(f"{name} is not a setting of this service. Did you mean '{nearest}'?")
+    assert "Known: SERVICE_APP, " in str(caught.value)
+
+
+def test_settings_with_an_unknown_name_and_no_value_is_refused() -> None:
+    """An empty typo is a typo."""
+    with pytest.raises(SettingsError, match="SERVICE_GPUS"):
+        Settings.load({"SERVICE_GPUS": ""})
+
+
+def test_settings_of_others_are_ignored() -> None:
+    """Only the prefix `SERVICE_` is ours."""
+    assert Settings.load({"MY_SERVICE_GPU": "x", "service_gpu": "x", "PATH": "x"}) == Settings()
+
+
+@pytest.mark.parametrize("field", sorted(Settings.model_fields))
+def test_settings_with_an_empty_value_takes_the_default(field: str) -> None:
+    """`SERVICE_X= make serve` unsets a variable for one command."""
+    assert load(**{field: ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "meant"), [(field, text, meant) for field, row in VALID.items() for text, meant in row.items()]
+)
+def test_settings_survive_the_round_trip_through_the_environment(field: str, text: str, meant: object) -> None:
+    """The image carries them as variables; the container must read the same."""
+    settings = load(**{field: text})
+
+    assert Settings.load(settings.to_env()) == settings
+
+
+def test_settings_to_env_leaves_out_what_is_unset() -> None:
+    """A None stays a None: the registry's entry fills it on both sides."""
+    env = Settings().to_env()
+
+    assert "SERVICE_GPU" not in env
+    assert all(isinstance(value, str) and value for value in env.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "seconds"),
+    [("scaledown_window", "2m", 120), ("startup_timeout_s", "20h", 72000), ("hold_s", "90s", 90)],
+)
+def test_settings_with_a_duration_offers_its_seconds(field: str, text: str, seconds: int) -> None:
+    """Somebody who writes `2m` is told the number to write."""
+    assert f"; write {seconds}." in refusal(**{field: text})
+
+
+@pytest.mark.parametrize(("field", "text"), [("hold_s", "2h"), ("startup_timeout_s", "5s"), ("port", "2m")])
+def test_settings_with_a_duration_outside_the_range_offers_none(field: str, text: str) -> None:
+    """A number that would be refused next is no help."""
+    assert "write" not in refusal(**{field: text})
+
+
+@pytest.mark.parametrize("text", ["²m", "m", "s", "-2m", "1.5h"])
+def test_settings_with_what_only_resembles_a_duration_is_refused_in_words(text: str) -> None:
+    """The hint must not fail over what it cannot read."""
+    assert "a whole number from 0 to 3600" in refusal(hold_s=text)
+
+
+def test_settings_with_a_count_behind_the_gpu_names_both_variables() -> None:
+    """Modal's own spelling `H100:2` is two settings here."""
+    assert "SERVICE_GPU=H100 SERVICE_N_GPU=2" in refusal(gpu="H100:2")
+
+
+def test_settings_with_more_gpus_than_a_container_holds_is_refused() -> None:
+    """An A10 comes four at most."""
+    sentence = refusal(gpu="A10", n_gpu="5")
+
+    assert "SERVICE_N_GPU" in sentence
+    assert "5 x A10" in sentence
+    assert "1 to 4" in sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_inputs": "65"}, ("SERVICE_TARGET_INPUTS=65", "SERVICE_MAX_INPUTS=64")),
+        ({"min_containers": "2", "max_containers": "1"}, ("SERVICE_MIN_CONTAINERS=2", "SERVICE_MAX_CONTAINERS=1")),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_with_both(
+    fields: dict[str, str], words: tuple[str, str]
+) -> None:
+    """Each is valid alone; together they make no sense."""
+    sentence = refusal(**fields)
+
+    assert all(word in sentence for word in words)
+
+
+def test_settings_cannot_be_changed() -> None:
+    """They are resolved once."""
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_settings_defaults_are_the_contract() -> None:
+    """What design.md and the README promise to whoever sets nothing."""
+    settings = Settings.load({})
+
+    assert (settings.model, settings.port, settings.fast_boot) == ("qwen3-8b", 8000, True)
+    assert (settings.direct_auth, settings.keys_secret) == ("proxy", "vllm-api-key")
+    assert (settings.gpu, settings.n_gpu, settings.app, settings.hub_secret) == (None,) * 4

@@ -1,0 +1,170 @@
+"""Weights from a hub on loopback: fetched whole, or refused with the reason in words."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from service import weights
+from service.errors import DiskSpaceError, GatedModelError, WeightsError
+from service.models import ModelSpec
+from tests.fakes.hub import Hub
+
+from .hub_client import COMMIT, FILES, SHARDS, SPEC, filled
+
+pytestmark = pytest.mark.usefixtures("cache", "slept")
+
+
+def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
+    """Every file, into the cache, announced with size and revision; afterwards the hub is not asked again."""
+    said: list[str] = []
+    found = weights.ensure(SPEC, None, said.append)
+
+    assert found.fetched
+    assert {file.name: file.read_bytes() for file in found.model.iterdir()} == FILES
+    assert found.model == cache / "models--org--mine" / "snapshots" / COMMIT
+    assert len(said) == 1
+    assert "org/mine" in said[0]
+    assert COMMIT in said[0]
+    asked = len(hub.asked)
+    assert weights.ensure(SPEC, None, said.append) == weights.Weights(found.model)
+    assert (len(hub.asked), len(said)) == (asked, 1)
+
+
+def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
+    """Finished files are kept, the missing shard is fetched."""
+    filled(cache, {name: content for name, content in FILES.items() if name != SHARDS[1]})
+    found = weights.ensure(SPEC)
+
+    assert (found.model / SHARDS[1]).read_bytes() == b"numbers"
+    assert not [line for line in hub.asked if line.startswith("GET") and line.endswith(SHARDS[0])]
+
+
+def test_weights_in_other_formats_are_not_fetched(hub: Hub) -> None:
+    """The same numbers again as a pickle, and what the entry itself leaves out."""
+    hub.repositories["org/mine"].files |= {"pytorch_model.bin": b"x", "original/a.pth": b"x", "metal/m.bin": b"x"}
+    found = weights.ensure(SPEC.model_copy(update={"ignore_patterns": ("original/*", "metal/*")}))
+
+    assert {file.name for file in found.model.iterdir()} == set(FILES)
+
+
+def test_weights_without_a_pinned_revision_are_the_newest(hub: Hub) -> None:
+    """A hub id that is in no registry has no pin."""
+    assert weights.ensure(SPEC.model_copy(update={"revision": None})).model.name == COMMIT
+
+
+def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Named before the first byte: what, how much, where, what to do."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
+
+    with pytest.raises(DiskSpaceError, match=r"org/mine needs 0\.0 GB and .* has 0\.0 GB free.*HF_HOME"):
+        weights.ensure(SPEC)
+    assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+
+
+def test_weights_room_is_asked_of_the_disk_that_gets_them(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`HF_HUB_CACHE` moves the cache away from `HF_HOME`."""
+    asked: list[Path] = []
+    elsewhere = tmp_path / "large" / "disk"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(elsewhere))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere))
+    monkeypatch.setattr(weights, "check_room", lambda directory, *_: asked.append(directory))
+    weights.ensure(SPEC)
+
+    assert asked == [elsewhere]
+
+
+@pytest.mark.parametrize("gated", ["files", "all"])
+def test_weights_of_a_gated_model_without_a_token_name_page_and_token(hub: Hub, gated: Any) -> None:
+    """Accept the licence there, then set the token: locally so, on Modal so."""
+    hub.repositories["org/mine"].gated = gated
+    with pytest.raises(GatedModelError) as caught:
+        weights.ensure(SPEC)
+
+    for part in ("org/mine is gated", f"{hub.url}/org/mine", "HF_TOKEN", "modal secret create huggingface"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("gated", ["files", "all"])
+def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(hub: Hub, gated: Any) -> None:
+    """The licence was not accepted with that account."""
+    hub.repositories["org/mine"].gated = gated
+    with pytest.raises(GatedModelError, match="Accept its licence") as caught:
+        weights.ensure(SPEC, "hf_wrong")
+
+    assert "hf_wrong" not in str(caught.value)
+
+
+def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub) -> None:
+    """The token goes to the hub and nowhere else."""
+    hub.repositories["org/mine"].gated = "all"
+    found = weights.ensure(SPEC, hub.token)
+
+    assert (found.model / "config.json").is_file()
+
+
+@pytest.mark.parametrize("token", [None, "hf_right"])
+def test_weights_of_no_repository_say_so(hub: Hub, token: str | None) -> None:
+    """Missing or private: the hub does not tell which."""
+    with pytest.raises(WeightsError, match=f"no repository 'org/gone'.*{hub.url}/org/gone"):
+        weights.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}), token)
+
+
+def test_weights_of_no_revision_say_so(hub: Hub) -> None:
+    """A pin that was mistyped."""
+    with pytest.raises(WeightsError, match=f"org/mine has no revision '{'f' * 40}'"):
+        weights.ensure(SPEC.model_copy(update={"revision": "f" * 40}))
+
+
+def test_weights_from_a_broken_hub_name_it(hub: Hub) -> None:
+    """The sentence has the hub's address, what it answered, and the model that needs none."""
+    hub.fails_with = 500
+    with pytest.raises(WeightsError) as caught:
+        weights.ensure(SPEC)
+
+    assert hub.url in str(caught.value)
+    assert "500" in str(caught.value)
+    assert "'tiny'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_without_a_hub_name_it_soon(slept: list[float]) -> None:
+    """Nobody listens there, and trying again for half a minute does not change that."""
+    with pytest.raises(WeightsError, match=r"cannot be fetched from http://127\.0\.0\.1.*HF_ENDPOINT"):
+        weights.ensure(SPEC)
+    assert sum(slept) < 5
+
+
+def test_weights_of_a_name_that_the_client_refuses_say_so() -> None:
+    """The hub's client has rules of its own for names; its complaint is no crash of ours."""
+    with pytest.raises(WeightsError, match="a/b--c"):
+        weights.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
+
+
+def test_hub_in_reach_tells_whether_it_answers(hub: Hub) -> None:
+    """Any answer counts, a refusal too."""
+    assert weights.hub_in_reach()
+    hub.fails_with = 503
+    assert weights.hub_in_reach()
+
+
+def test_hub_in_reach_without_a_hub_is_false() -> None:
+    """Nobody listens there."""
+    assert not weights.hub_in_reach()
+
+
+def test_hub_in_reach_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`HF_HUB_OFFLINE=1` is the user's word, and the client would fetch nothing."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    assert not weights.hub_in_reach()
+    assert hub.asked == []
