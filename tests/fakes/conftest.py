@@ -1,0 +1,39 @@
+"""Planes for the plane's own tests: one shared by tests that use pools of their own, and fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import modal
+import pytest
+
+from .modal import ContainerRuntime, ModalPlane, client_directory
+from .sample import deploy, running
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> ContainerRuntime:
+    """Containers that run with this environment's interpreter and the client mounted beside it."""
+    return ContainerRuntime(client_path=client_directory(tmp_path_factory.mktemp("client")))
+
+
+@pytest.fixture
+def plane(tmp_path: Path, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane of the test's own."""
+    with running(tmp_path, runtime) as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with the sample deployed, for tests that leave nothing behind but pools of their own model."""
+    with running(tmp_path_factory.mktemp("shared"), runtime) as plane:
+        deploy(plane)
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def client(shared: ModalPlane) -> modal.Client:
+    """A client in this process."""
+    return shared.client()

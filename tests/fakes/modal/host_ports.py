@@ -1,0 +1,69 @@
+"""Ports of the host's loopback made reachable inside a container's network, such as a stand-in for the model hub.
+
+The container's process makes the listening socket, so that it lies in the container's network, and hands it to the
+plane over a socket pair; the plane accepts on it and relays. No process of the container is needed for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+PIECE_BYTES = 65536
+Relay = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class HostPorts:
+    """The relays of one container: 127.0.0.1:<port> inside is 127.0.0.1:<port> of the host."""
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        self._ports = list(ports)
+        self._servers: list[asyncio.Server] = []
+        self._plane_end, self.container_end = socket.socketpair()
+        self._plane_end.setblocking(False)
+
+    def follow(self) -> None:
+        """Wait for the container's sockets in the background. Call once the process has its end."""
+        self.container_end.close()
+        asyncio.get_running_loop().add_reader(self._plane_end, self._receive)
+
+    def _receive(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._plane_end)
+        _, descriptors, _, _ = socket.recv_fds(self._plane_end, 1, len(self._ports))
+        self._plane_end.close()
+        self._serving = asyncio.ensure_future(self._serve(descriptors))
+
+    async def _serve(self, descriptors: list[int]) -> None:
+        for port, descriptor in zip(self._ports, descriptors, strict=False):  # none where the process died before
+            listening = socket.socket(fileno=descriptor)
+            self._servers.append(await asyncio.start_server(_relay_to(port), sock=listening))
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        if self._plane_end.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._plane_end)
+            self._plane_end.close()
+
+
+def _relay_to(port: int) -> Relay:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:  # nobody listens on the host: the container sees the connection closed
+            writer.close()
+            return
+        await asyncio.gather(_pipe(reader, far_writer), _pipe(far_reader, writer), return_exceptions=True)
+        for end in (writer, far_writer):
+            end.close()
+
+    return relay
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while piece := await reader.read(PIECE_BYTES):
+        writer.write(piece)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()

@@ -1,0 +1,119 @@
+"""From a function's definition to a booting container: directory, mounts, volumes, environment, arguments, socket."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpclib.server
+from modal_proto import api_pb2 as pb
+
+from .apps import Apps
+from .functions import Function
+from .gpus import lay_out_gpus
+from .ids import Ids
+from .objects import ENVIRONMENT, Images, Mounts, Secrets
+from .rpc import Endpoint, Handlers, Transcript
+from .sandbox import ContainerRuntime, Task, base_environment
+from .storage import Storage
+from .volumes import Volumes
+
+
+@dataclass
+class Launcher:
+    """Everything that a container is made of."""
+
+    ids: Ids
+    runtime: ContainerRuntime
+    directory: Path
+    socket_directory: Path
+    apps: Apps
+    images: Images
+    mounts: Mounts
+    secrets: Secrets
+    volumes: Volumes
+    storage: Storage
+    transcript: Transcript
+    snapshots_enabled: bool = True
+    handlers: Handlers = field(init=False)
+
+    def create(self, function: Function, *, with_snapshot: bool) -> Task:
+        """Make the record of a container that is about to boot."""
+        snapshots = with_snapshot and self.snapshots_enabled and function.app.is_deployed
+        task_id = self.ids.new("ta")
+        return Task(
+            id=task_id,
+            function=function,
+            work=self.directory / f"task-{int(task_id[3:])}",
+            socket_directory=self.socket_directory,
+            is_snapshotting=snapshots and function.definition.checkpointing_enabled,
+            loop=asyncio.get_running_loop(),
+            on_line=lambda task, text: function.app.log.add(task.id, text),
+        )
+
+    async def boot(self, task: Task) -> None:
+        """Lay the container out and start its process."""
+        task.root.mkdir(parents=True)
+        self._lay_out_mounts(task)
+        mounts = task.function.definition.volume_mounts
+        task.volume_views = [self.volumes.view(mount, task.work) for mount in mounts]
+        arguments = self._arguments(task)
+        task.arguments_path.write_bytes(arguments.SerializeToString())
+        socket = await self.listen(task)
+        ports = [*self.runtime.host_ports, self.storage.port]
+        await task.boot(self.runtime, self._environment(task, socket), ports)
+
+    async def listen(self, task: Task) -> Path:
+        """Open one more socket for the container: it moves at a restore."""
+        server: grpclib.server.Server = Endpoint(self.handlers, self.transcript, task).server()
+        socket = self.socket_directory / f"{int(task.id[3:])}-{len(task.servers)}"
+        await server.start(path=str(socket))
+        task.servers.append(server)
+        return socket
+
+    def _lay_out_mounts(self, task: Task) -> None:
+        for mount_id in task.function.definition.mount_ids:
+            for name, (content, mode) in self.mounts.files(mount_id).items():
+                path = task.work / name.lstrip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                path.chmod((mode & 0o777) or 0o644)
+
+    def _arguments(self, task: Task) -> pb.ContainerArguments:
+        definition = pb.Function()
+        definition.CopyFrom(task.function.definition)
+        definition.is_checkpointing_function = task.is_snapshotting
+        return pb.ContainerArguments(
+            task_id=task.id,
+            function_id=task.function.id,
+            app_id=task.function.app.id,
+            function_def=definition,
+            environment_name=ENVIRONMENT,
+            serialized_params=task.function.params,
+            app_layout=self.apps.layout(task.function.app),
+            checkpoint_id=self.ids.new("ch") if task.is_snapshotting else "",
+        )
+
+    def _environment(self, task: Task, socket: Path) -> dict[str, str]:
+        definition = task.function.definition
+        environment = base_environment(task.root)
+        directories = [str(lay_out_gpus(task)), str(Path(self.runtime.python).parent)]
+        environment["PATH"] = ":".join([*directories, environment.get("PATH", "/usr/bin:/bin")])
+        environment |= self.images.env(definition.image_id)
+        environment |= self.secrets.environment(list(definition.secret_ids))
+        environment |= self.runtime.environment
+        environment |= {
+            "MODAL_SERVER_URL": f"unix://{socket}",
+            "MODAL_TASK_ID": task.id,
+            "MODAL_IS_REMOTE": "1",
+            "MODAL_IMAGE_ID": definition.image_id,
+            "MODAL_ENVIRONMENT": ENVIRONMENT,
+            "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_PLANE",
+            "MODAL_REGION": "loopback",
+            "MODAL_CONTAINER_ARGUMENTS_PATH": str(task.arguments_path),
+            "MODAL_RESTORE_STATE_PATH": str(task.state_path),
+        }
+        if task.is_snapshotting:
+            environment["MODAL_ENABLE_SNAP_RESTORE"] = "1"
+        return environment

@@ -1,0 +1,143 @@
+"""The protocol's surface: which Python method answers which call, who asked, and what was asked.
+
+Owns registration, dispatch and the transcript. Refuses every call without a handler with UNIMPLEMENTED and the
+call's name; an unexpected exception of a handler is answered FAILED_PRECONDITION, which no client retries, so that a
+mistake of the plane shows at once instead of after a minute of back-off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpclib.const
+import grpclib.exceptions
+import grpclib.server
+from google.protobuf.message import Message
+from grpclib import GRPCError, Status
+from modal._utils.grpc_utils import custom_detail_codec
+from modal_proto import api_grpc
+
+if TYPE_CHECKING:
+    from .sandbox import Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+UnaryHandler = Callable[[Any, "Task | None"], Awaitable[Message]]
+StreamHandler = Callable[[Any, "Task | None"], AsyncIterator[Message]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call as it arrived. `caller` is "client" or the id of the task that asked."""
+
+    name: str
+    caller: str
+    request: Message
+    at: float
+
+
+@dataclass
+class Transcript:
+    """Every call in order of arrival, the names that nobody answers, and the plane's own failures."""
+
+    calls: list[Call] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def note(self, name: str, task: Task | None, request: Message) -> None:
+        self.calls.append(Call(name, task.id if task else "client", request, time.time()))
+
+
+def unary(name: str) -> Callable[[F], F]:
+    """Answer the call `name` with the decorated `async def (request, task) -> response`."""
+    return _mark(name, streams=False)
+
+
+def streaming(name: str) -> Callable[[F], F]:
+    """Answer the call `name` with the decorated async generator `(request, task) -> responses`."""
+    return _mark(name, streams=True)
+
+
+def _mark(name: str, *, streams: bool) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        function.rpc = (name, streams)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+class Handlers:
+    """The handlers of all roles by call name. Two roles answering one call is refused."""
+
+    def __init__(self, roles: Iterable[object]) -> None:
+        self.unary: dict[str, UnaryHandler] = {}
+        self.streaming: dict[str, StreamHandler] = {}
+        for role in roles:
+            for attribute in dir(type(role)):
+                if mark := getattr(getattr(type(role), attribute), "rpc", None):
+                    self._add(mark[0], getattr(role, attribute), streams=mark[1])
+
+    def _add(self, name: str, handler: Any, *, streams: bool) -> None:
+        if name not in api_grpc.ModalClientBase.__abstractmethods__:
+            raise TypeError(f"{handler!r} answers {name!r}, which is no call of the installed modal client.")
+        if name in self.unary or name in self.streaming:
+            raise TypeError(f"{handler!r} answers {name!r}, which another role answers already.")
+        if streams:
+            self.streaming[name] = handler
+        else:
+            self.unary[name] = handler
+
+
+def _template() -> dict[str, grpclib.const.Handler]:
+    async def unreachable(self: object, stream: object) -> None:
+        raise NotImplementedError
+
+    names = api_grpc.ModalClientBase.__abstractmethods__
+    blank = type("Blank", (api_grpc.ModalClientBase,), dict.fromkeys(names, unreachable))
+    mapping: dict[str, grpclib.const.Handler] = blank().__mapping__()
+    return mapping
+
+
+TEMPLATE = _template()
+
+
+class Endpoint:
+    """One address of the plane: the client's, or one container's, since container calls carry no task id."""
+
+    def __init__(self, handlers: Handlers, transcript: Transcript, task: Task | None = None) -> None:
+        self._handlers, self._transcript, self._task = handlers, transcript, task
+
+    def server(self) -> grpclib.server.Server:
+        return grpclib.server.Server([self], status_details_codec=custom_detail_codec)
+
+    def __mapping__(self) -> dict[str, grpclib.const.Handler]:
+        return {
+            path: handler._replace(func=self._dispatcher(path.rsplit("/", 1)[1])) for path, handler in TEMPLATE.items()
+        }
+
+    def _dispatcher(self, name: str) -> Callable[[Any], Awaitable[None]]:
+        async def dispatch(stream: Any) -> None:
+            request = await stream.recv_message()
+            self._transcript.note(name, self._task, request)
+            try:
+                await self._answer(name, request, stream)
+            except (GRPCError, OSError, grpclib.exceptions.StreamTerminatedError):
+                raise
+            except Exception as error:
+                self._transcript.failures.append(f"{name}: {error!r}")
+                message = f"The plane failed in {name}: {error!r}"
+                raise GRPCError(Status.FAILED_PRECONDITION, message) from error
+
+        return dispatch
+
+    async def _answer(self, name: str, request: Message, stream: Any) -> None:
+        if handler := self._handlers.unary.get(name):
+            await stream.send_message(await handler(request, self._task))
+        elif streamer := self._handlers.streaming.get(name):
+            async for message in streamer(request, self._task):
+                await stream.send_message(message)
+        else:
+            self._transcript.unknown.append(name)
+            raise GRPCError(Status.UNIMPLEMENTED, f"The modal plane for tests does not know the call {name!r}.")

@@ -1,0 +1,82 @@
+"""What the plane's tests share: the sample app deployed, called and read."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import modal
+
+from .modal import ContainerRuntime, ModalPlane
+
+SAMPLE = Path(__file__).with_name("sample_app")
+REPOSITORY = Path(__file__).parents[2]
+BOOT_S = 15.0
+
+
+def command(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real `modal` CLI against the plane."""
+    line = [sys.executable, "-m", "modal", *arguments]
+    merged = os.environ | plane.env | environment
+    return subprocess.run(line, cwd=SAMPLE, env=merged, capture_output=True, text=True, timeout=60, check=False)
+
+
+def deploy(plane: ModalPlane, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Deploy the sample and insist that it worked."""
+    done = command(plane, "deploy", "-m", "sample.server", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def get(url: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> tuple[int, bytes]:
+    """Send a request; return status and body, whatever the status."""
+    request = urllib.request.Request(url, headers=headers or {}, data=data)  # noqa: S310 - a loopback URL
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@contextlib.contextmanager
+def connection(url: str) -> Iterator[http.client.HTTPConnection]:
+    """Open a connection that shows a response byte by byte and follows no redirect."""
+    parts = urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)) as opened:
+        yield opened
+
+
+def events(plane: ModalPlane, model: str | None = None) -> list[dict[str, Any]]:
+    """Return the sample's TRACE lines in order, of all containers or of one model's."""
+    tasks = [task for task in plane.tasks if model is None or task.parameters.get("model") == model]
+    lines = [line for task in tasks for line in task.log.splitlines() if line.startswith("TRACE ")]
+    return [json.loads(line.removeprefix("TRACE ")) for line in lines]
+
+
+def names(plane: ModalPlane, model: str) -> list[str]:
+    """Return the names of a model's events."""
+    return [event["event"] for event in events(plane, model)]
+
+
+@contextlib.contextmanager
+def running(directory: Path, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with what the sample needs; the plane's own mistakes fail the test."""
+    with ModalPlane(directory, container=runtime) as plane:
+        plane.secrets.put("sample-secret", {"TOKEN": "t0"})
+        yield plane
+        assert plane.failures == []
+
+
+def server(client: modal.Client) -> Any:
+    """Look the deployed class up."""
+    return modal.Cls.from_name("sample", "Server", client=client)

@@ -1,0 +1,1 @@
+"""A small app of the shape of the service: what the plane is tested with."""

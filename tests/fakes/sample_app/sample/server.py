@@ -1,0 +1,157 @@
+"""A class of the service's shape: parameters, hooks around a snapshot, a web server, methods, an exit hook.
+
+Every event is printed as one `TRACE {json}` line; `SAMPLE_FAIL` and the parameter `model` choose what goes wrong.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import modal
+
+APP_NAME = os.environ.get("SAMPLE_APP", "sample")
+PORT = int(os.environ.get("SAMPLE_PORT", "8000"))
+SETTINGS = {
+    "SAMPLE_APP": APP_NAME,
+    "SAMPLE_PORT": str(PORT),
+    "SAMPLE_NOTE": os.environ.get("SAMPLE_NOTE", "a b 'c'"),
+}
+CACHE = Path.home() / ".cache" / "sample"
+
+app = modal.App(APP_NAME)
+image = modal.Image.debian_slim().pip_install("nothing==1").env({"SAMPLE_LAYER": "1"}).env(SETTINGS)
+cache = modal.Volume.from_name("sample-cache", create_if_missing=True, version=2)
+
+
+def trace(event: str, **values: object) -> None:
+    """Print the event with what a test compares."""
+    line = {"event": event, "task": os.environ.get("MODAL_TASK_ID"), **values}
+    print("TRACE " + json.dumps(line), flush=True)  # noqa: T201 - a container's output is its log
+
+
+def gpus() -> str:
+    """Return what nvidia-smi lists."""
+    return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+@app.cls(
+    image=image,
+    gpu=os.environ.get("SAMPLE_GPU", "H100:1"),
+    volumes={"/root/.cache/sample": cache},
+    scaledown_window=int(os.environ.get("SAMPLE_SCALEDOWN_WINDOW", "60")),
+    max_containers=2,
+    enable_memory_snapshot=True,
+    experimental_options={"enable_gpu_snapshot": True} if os.environ.get("SAMPLE_GPU_SNAPSHOT") else {},
+    secrets=[modal.Secret.from_name("sample-secret", required_keys=["TOKEN"])],
+    startup_timeout=60,
+    timeout=60,
+)
+@modal.concurrent(max_inputs=4)
+class Server:
+    """What the tests call."""
+
+    model: str = modal.parameter(default="default-model")
+    fast_boot: bool = modal.parameter(default=True)
+    n_gpu: int = modal.parameter(default=1)
+
+    @modal.enter(snap=True)
+    def prepare(self) -> None:
+        """Start a helper in a session of its own, write to the volume and commit."""
+        if self.model == "fails-in-prepare":
+            raise RuntimeError("boom in prepare")
+        if self.model == "writes-much":
+            (CACHE / "much.bin").write_bytes(b"x" * 200_000)
+        if self.model == "slow-in-prepare":
+            trace("slow")
+            time.sleep(1.5)
+        self.helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        (CACHE / f"{self.model}.txt").write_text("prepared")
+        cache.commit()
+        if self.model == "holds-a-file":
+            self.held = (CACHE / "holds-a-file.txt").open()
+        trace(
+            "prepare", model=self.model, fast_boot=self.fast_boot, n_gpu=self.n_gpu, gpus=gpus(), child=self.helper.pid
+        )
+
+    @modal.enter(snap=False)
+    def start(self) -> None:
+        """Start the web server and wait until it listens."""
+        if self.model == "holds-a-file":
+            self.held.close()
+        cache.reload()
+        files = sorted(path.name for path in CACHE.iterdir())
+        trace("start", gpus=gpus(), files=files, note=os.environ["SAMPLE_NOTE"], late=os.environ.get("LATE"))
+        self.server = subprocess.Popen([sys.executable, "-m", "sample.web", str(PORT)], stdout=subprocess.PIPE)
+        if self.server.stdout is None or self.server.stdout.readline() != b"listening\n":
+            raise RuntimeError("the web server did not start")
+
+    @modal.web_server(port=PORT, startup_timeout=5, requires_proxy_auth=os.environ.get("SAMPLE_AUTH") == "1")
+    def serve(self) -> None:
+        """Answer HTTP."""
+        trace("serve")
+
+    @modal.method()
+    async def complete(self, path: str, body: dict[str, object], seconds: float = 0.0) -> dict[str, object]:
+        """Return what came; take the given time."""
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            trace("cancelled", path=path)
+            raise
+        return {"path": path, "body": body, "model": self.model, "task": os.environ["MODAL_TASK_ID"]}
+
+    @modal.method()
+    async def count(self, n: int):  # type: ignore[no-untyped-def]
+        """Yield n numbers."""
+        for i in range(n):
+            yield {"i": i, "model": self.model}
+
+    @modal.method()
+    async def fail(self) -> None:
+        """Raise."""
+        raise ValueError("told to fail")
+
+    @modal.method()
+    async def fetch(self, url: str) -> str:
+        """Get a URL from inside the container."""
+        return await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())  # noqa: S310
+
+    @modal.method()
+    async def die(self) -> None:
+        """End the container without a word."""
+        os._exit(7)
+
+    @modal.method()
+    async def hold_file_and_reload(self) -> str:
+        """Reload while a file of the volume is open; return the error."""
+        with (CACHE / "held.txt").open("w"):
+            try:
+                await cache.reload.aio()
+            except RuntimeError as error:
+                return str(error)
+        return "no error"
+
+    @modal.exit()
+    def stop(self) -> None:
+        """End the web server; leave the helper to the platform."""
+        (CACHE / "left-at-exit.txt").write_text(str(time.time()))
+        self.server.terminate()
+        trace("stop", code=self.server.wait(5))
+
+
+@app.function(image=image)
+def ping(word: str) -> str:
+    """Return the word."""
+    return f"pong {word}"
+
+
+@app.local_entrypoint()
+def main(model: str = "from-entrypoint") -> None:
+    """Call a variant, as `modal run` does."""
+    variant = Server.with_options(gpu="H200")(model=model)
+    trace("main", items=list(variant.count.remote_gen(2)), one=variant.complete.remote("/x", {"a": 1})["model"])

@@ -1,0 +1,262 @@
+"""Containers of the plane: life, calls, scaling, failure, volumes. The real container runtime, a sample app."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import os
+import signal
+import time
+from pathlib import Path
+
+import modal
+import pytest
+
+from .modal import ContainerRuntime, ModalPlane, TaskState
+from .sample import BOOT_S, command, connection, deploy, events, get, names, running, server
+
+
+def test_run_calls_both_hooks_back_to_back(plane: ModalPlane) -> None:
+    """`modal run` has no snapshot, streams logs, ends its containers with their exit hooks, leaves nothing deployed."""
+    done = command(plane, "run", "-m", "sample.server", "--model", "r")
+    assert done.returncode == 0, done.stderr
+    assert names(plane, "r") == ["prepare", "start", "serve", "stop"]
+    assert plane.snapshots.checkpoints == []
+    assert '"items": [{"i": 0, "model": "r"}, {"i": 1, "model": "r"}], "one": "r"' in done.stdout
+    assert '"event": "prepare"' in done.stdout
+    assert plane.tasks[0].gpu == "H200:1"
+
+
+def test_two_pools_share_port_8000(shared: ModalPlane) -> None:
+    """Each container has a network of its own, with the eth0 that Modal's proxy connects to."""
+    url = shared.url_of("sample", "Server", "serve")
+    assert get(f"{url}/health?model=port-a") == get(f"{url}/health?model=port-b") == (200, b'{"status":"ok"}')
+    tasks = [task for task in shared.tasks if str(task.parameters.get("model")).startswith("port-")]
+    assert len({task.namespace for task in tasks} - {None}) == 2
+    assert all("No network namespace" not in task.log for task in tasks)
+
+
+def test_query_and_python_parameters_are_one_pool(shared: ModalPlane, client: modal.Client) -> None:
+    """A pool that HTTP has opened serves Python calls with the same parameters."""
+    get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=one")
+    answer = server(client)(model="one").complete.remote("/p", {"x": 1})
+    mine = [task for task in shared.tasks if task.parameters.get("model") == "one"]
+    assert answer == {"path": "/p", "body": {"x": 1}, "model": "one", "task": mine[0].id}
+    assert len(mine) == 1
+
+
+def test_variant_is_a_pool_of_its_own(shared: ModalPlane, client: modal.Client) -> None:
+    """`with_options` changes the GPU and replaces secrets, and streams through `remote_gen`."""
+    variant = server(client).with_options(gpu="H200:2", env={"LATE": "from-options"})(model="variant")
+    assert list(variant.count.remote_gen(3)) == [{"i": i, "model": "variant"} for i in range(3)]
+    assert next(task for task in shared.tasks if task.parameters.get("model") == "variant").gpu == "H200:2"
+    assert next(e for e in events(shared, "variant") if e["event"] == "start")["late"] == "from-options"
+
+
+def test_map_and_spawn_return_in_order(client: modal.Client) -> None:
+    """`.map` keeps the order of its inputs, `.spawn` gives a handle."""
+    instance = server(client)(model="mapped")
+    answers = list(instance.complete.map(["/m"] * 6, [{"i": i} for i in range(6)]))
+    assert [answer["body"]["i"] for answer in answers] == list(range(6))
+    assert instance.complete.spawn("/s", {}).get(timeout=10)["path"] == "/s"
+
+
+def test_raising_method_raises_at_the_caller(client: modal.Client) -> None:
+    """The exception of a method is the caller's, type and text."""
+    with pytest.raises(ValueError, match="told to fail"):
+        server(client)(model="raising").fail.remote()
+
+
+def test_cancelled_call_is_cancelled_in_the_container(shared: ModalPlane, client: modal.Client) -> None:
+    """Cancelling a call cancels the coroutine that works on it, and the container goes on."""
+    instance = server(client)(model="cancelled")
+    call = instance.complete.spawn("/long", {}, seconds=50.0)
+    pool = next(pool for pool in shared.pools if pool.parameters.get("model") == "cancelled")
+    shared.wait_until(lambda: any(task.inputs for task in pool.tasks), BOOT_S, "the call to be worked on")
+    call.cancel()
+    shared.wait_until(lambda: "cancelled" in names(shared, "cancelled"), BOOT_S, "the cancellation")
+    with pytest.raises(Exception, match=r".*"):
+        call.get(timeout=5)
+    assert instance.complete.remote("/after", {})["path"] == "/after"
+
+
+def test_plain_function_is_called(client: modal.Client) -> None:
+    """Functions without a class work too."""
+    assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
+
+
+def test_inputs_beyond_concurrency_start_a_second_container(shared: ModalPlane, client: modal.Client) -> None:
+    """Ten inputs at four a container start two, which is the maximum."""
+    instance = server(client)(model="many")
+    answers = list(instance.complete.map(["/x"] * 10, [{}] * 10, kwargs={"seconds": 1.0}))
+    assert len({answer["task"] for answer in answers}) == 2
+    assert len([task for task in shared.tasks if task.parameters.get("model") == "many"]) == 2
+
+
+def test_idle_container_stops_after_the_window(plane: ModalPlane) -> None:
+    """After the scaledown window the exit hook runs, and the volume is committed a last time."""
+    deploy(plane, SAMPLE_SCALEDOWN_WINDOW="2")
+    get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=idle")
+    served = time.monotonic()
+    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the scale-down")
+    assert time.monotonic() - served > 1.9
+    assert names(plane, "idle")[-1] == "stop"
+    assert plane.tasks[0].exit_code == 0
+    assert "left-at-exit.txt" in plane.volumes["sample-cache"].files()
+
+
+def test_autoscaler_minimum_starts_a_container(shared: ModalPlane, client: modal.Client) -> None:
+    """`autoscaler.update(min_containers=1)` warms a pool that nobody has called."""
+    instance = server(client)(model="warm")
+    assert instance.serve.autoscaler.update(min_containers=1).min_containers == 1
+    warm = lambda: [t for t in shared.tasks if t.parameters.get("model") == "warm" and t.state is TaskState.READY]  # noqa: E731
+    shared.wait_until(warm, BOOT_S, "the warm container")
+    assert instance.serve.autoscaler.settings().min_containers == 1
+
+
+def test_preempted_container_runs_its_exit_hook_and_hands_its_input_on(plane: ModalPlane) -> None:
+    """SIGINT ends the container in its grace; another one takes what it worked on."""
+    deploy(plane)
+    instance = server(plane.client())(model="p")
+    call = instance.complete.spawn("/p", {}, seconds=2.0)
+    plane.wait_until(lambda: plane.tasks and plane.tasks[0].inputs, BOOT_S, "the input to be worked on")
+    plane.tasks[0].preempt(grace_s=10)
+    assert call.get(timeout=BOOT_S)["path"] == "/p"
+    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the preempted container's end")
+    assert "stop" in [e["event"] for e in events(plane) if e["task"] == plane.tasks[0].id]
+    assert len(plane.tasks) == 2
+
+
+def test_preempted_container_that_stays_is_killed_after_the_grace(plane: ModalPlane) -> None:
+    """What does not end within the grace is killed, without its exit hook."""
+    deploy(plane)
+    get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=stays")
+    task = plane.tasks[0]
+    assert task.pid is not None
+    os.kill(task.pid, signal.SIGSTOP)
+    task.preempt(grace_s=0.2)
+    plane.wait_until(lambda: task.state is TaskState.DEAD, 5, "the kill")
+    assert task.exit_code == -signal.SIGKILL
+    assert "stop" not in names(plane, "stays")
+
+
+def test_killed_container_fails_its_call_and_is_replaced(shared: ModalPlane, client: modal.Client) -> None:
+    """A death that nobody asked for fails the input; the next call gets a fresh container."""
+    instance = server(client)(model="dies")
+    with pytest.raises(modal.exception.InternalFailure, match="exited with code 7"):
+        instance.die.remote()
+    assert instance.complete.remote("/again", {})["path"] == "/again"
+
+
+def test_raising_hook_fails_callers_with_its_exception(shared: ModalPlane, client: modal.Client) -> None:
+    """What a hook raises is what a Python caller sees, and a 500 over HTTP."""
+    with pytest.raises(RuntimeError, match="boom in prepare"):
+        server(client)(model="fails-in-prepare").complete.remote("/x", {})
+    status, body = get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=fails-in-prepare")
+    assert status == 500
+    assert b"boom in prepare" in body
+
+
+def test_close_leaves_no_process(tmp_path: Path, runtime: ContainerRuntime) -> None:
+    """Closing kills what a container started, in a session of its own too."""
+    with running(tmp_path, runtime) as plane:
+        deploy(plane)
+        get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=o")
+        helper = next(e["child"] for e in events(plane, "o") if e["event"] == "prepare")
+        members = plane.tasks[0].members()
+        assert helper in members
+        assert len(members) == 3
+    assert plane.tasks[0].members() == []
+
+
+def test_volume_reload_with_an_open_file_fails(client: modal.Client) -> None:
+    """A reload refuses while a file of the volume is open, with Modal's words."""
+    answer = server(client)(model="holds").hold_file_and_reload.remote()
+    assert "there are open files preventing the operation" in answer
+
+
+def test_volume_commit_beyond_its_capacity_fails(plane: ModalPlane) -> None:
+    """A full volume fails the commit, and with it the hook."""
+    plane.volumes.put("sample-cache").capacity_bytes = 3
+    deploy(plane)
+    status, body = get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=full")
+    assert status == 500
+    assert b"is full" in body
+    assert plane.volumes["sample-cache"].files() == []
+
+
+def test_volume_beyond_its_capacity_has_no_space(plane: ModalPlane) -> None:
+    """A write that does not fit fails with ENOSPC; what fits is kept, and committed."""
+    plane.volumes.put("sample-cache", {"seed.txt": b"seed"}).capacity_bytes = 65536
+    deploy(plane)
+    url = f"{plane.url_of('sample', 'Server', 'serve')}/health"
+    status, body = get(f"{url}?model=writes-much")
+    assert (status, b"No space left on device" in body) == (500, True)
+    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the commit of half a file at the exit")
+    plane.volumes["sample-cache"].remove("much.bin")
+    assert get(f"{url}?model=writes-little")[0] == 200
+    assert plane.volumes["sample-cache"].files() == ["seed.txt", "writes-little.txt"]
+
+
+def test_volume_content_is_seen_elsewhere_once_committed(shared: ModalPlane) -> None:
+    """What the sample's hook committed is on the volume, and in the next container."""
+    url = shared.url_of("sample", "Server", "serve")
+    get(f"{url}/health?model=writer")
+    assert shared.volumes["sample-cache"].read("writer.txt") == b"prepared"
+    get(f"{url}/health?model=reader")
+    assert "writer.txt" in next(e for e in events(shared, "reader") if e["event"] == "start")["files"]
+
+
+def test_input_beyond_its_timeout_fails_and_is_cancelled(shared: ModalPlane, client: modal.Client) -> None:
+    """A variant with a short timeout gives up on a long call, in the container too."""
+    instance = server(client).with_options(timeout=1)(model="times-out")
+    with pytest.raises(modal.exception.FunctionTimeoutError, match="hit its timeout of 1s"):
+        instance.complete.remote("/long", {}, seconds=50.0)
+    shared.wait_until(lambda: "cancelled" in names(shared, "times-out"), BOOT_S, "the cancellation")
+
+
+def test_variants_are_listed(shared: ModalPlane, client: modal.Client) -> None:
+    """Every pool that was bound is a variant of its class, for `modal function variants` too."""
+    instance = server(client).with_options(gpu="L4")(model="listed")
+    assert instance.complete.remote("/x", {})["model"] == "listed"
+    done = command(shared, "function", "variants", "sample/Server.*", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "listed" in done.stdout
+    assert "L4" in done.stdout
+
+
+def test_preemption_during_prepare_costs_a_container_not_the_request(plane: ModalPlane) -> None:
+    """A container that is taken away while it starts is replaced, and the waiting request is answered."""
+    deploy(plane)
+    url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=slow-in-prepare"
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(get, url)
+        plane.wait_until(lambda: "slow" in names(plane, "slow-in-prepare"), BOOT_S, "the hook")
+        plane.tasks[0].preempt(grace_s=5)
+        assert answer.result(BOOT_S)[0] == 200
+    assert [task.ready_at is None for task in plane.tasks] == [True, False]
+
+
+def test_preemption_during_a_stream_breaks_it_off(plane: ModalPlane) -> None:
+    """A client must not take half a stream for a whole one."""
+    deploy(plane)
+    with connection(plane.url_of("sample", "Server", "serve")) as opened:
+        opened.request("GET", "/slow?model=stream&n=100&s=0.05")
+        answer = opened.getresponse()
+        assert answer.read1() == b"0\n"
+        plane.tasks[0].preempt(grace_s=5)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            answer.read()
+    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the preempted container's end")
+    assert names(plane, "stream")[-1] == "stop"
+
+
+def test_container_that_cannot_be_laid_out_fails_its_request(tmp_path: Path, runtime: ContainerRuntime) -> None:
+    """A secret that is gone when a container starts is a failure of the plane's test, told at once."""
+    with ModalPlane(tmp_path, container=runtime) as plane:
+        plane.secrets.put("sample-secret", {"TOKEN": "t"})
+        deploy(plane)
+        plane.secrets.remove("sample-secret")
+        status, body = get(f"{plane.url_of('sample', 'Server', 'serve')}/health")
+        assert (status, b"could not start container" in body) == (500, True)
+        assert len(plane.failures) == 1

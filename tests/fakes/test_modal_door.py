@@ -1,0 +1,116 @@
+"""The plane's HTTP door: pools by query, proxy auth, streams both ways, disconnects, the 150 s rule."""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+
+from .modal import ModalPlane
+from .sample import command, connection, deploy, get
+
+
+def test_door_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> None:
+    """No token, no container; both forms of a token are admitted, a revoked one is not."""
+    deploy(plane, SAMPLE_AUTH="1")
+    url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=a"
+    token = plane.proxy_tokens.create()
+    assert get(url)[0] == 401
+    assert get(url, {"Modal-Key": token.key, "Modal-Secret": "ws-wrong"})[0] == 401
+    assert plane.tasks == []
+    assert get(url, token.headers)[0] == 200
+    assert get(url, {"Authorization": f"Bearer {token.bearer}"})[0] == 200
+    plane.proxy_tokens.revoke(token)
+    assert get(url, token.headers)[0] == 401
+    assert [status for _, _, status in plane.door.requests] == [401, 401, 200, 200, 401]
+
+
+def test_door_wrong_parameter_is_refused(shared: ModalPlane) -> None:
+    """A parameter of the wrong type is a 400, and starts nothing."""
+    count = len(shared.tasks)
+    status, body = get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=w&n_gpu=two")
+    assert (status, len(shared.tasks)) == (400, count)
+    assert b"two" in body
+
+
+def test_door_passes_headers_and_bodies(shared: ModalPlane) -> None:
+    """A large body comes back whole, with status and headers of the server inside."""
+    url = f"{shared.url_of('sample', 'Server', 'serve')}/echo?model=http"
+    body = os.urandom(3_000_000)
+    request = urllib.request.Request(url, data=body)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        assert (answer.status, answer.headers["X-Sample"], answer.read()) == (201, "1", body)
+
+
+def test_door_streams_the_response(shared: ModalPlane) -> None:
+    """The first piece is there long before the last."""
+    url = shared.url_of("sample", "Server", "serve")
+    get(f"{url}/health?model=http")
+    with connection(url) as opened:
+        opened.request("GET", "/slow?model=http&n=4&s=0.3")
+        began = time.monotonic()
+        answer = opened.getresponse()
+        assert answer.read1() == b"0\n"
+        assert time.monotonic() - began < 0.5
+        assert answer.read() == b"1\n2\n3\n"
+
+
+def test_door_streams_the_request(shared: ModalPlane) -> None:
+    """A chunked body is passed on as it comes."""
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(3):
+            yield f"piece {number};".encode()
+            time.sleep(0.05)
+
+    headers = {"Transfer-Encoding": "chunked"}
+    with connection(shared.url_of("sample", "Server", "serve")) as opened:
+        opened.request("POST", "/echo?model=http", body=pieces(), encode_chunked=True, headers=headers)
+        assert opened.getresponse().read() == b"piece 0;piece 1;piece 2;"
+
+
+def test_door_passes_a_disconnect_on(shared: ModalPlane) -> None:
+    """A client that leaves a stream is noticed by the server inside the container."""
+    with connection(shared.url_of("sample", "Server", "serve")) as opened:
+        opened.request("GET", "/slow?model=http&n=400&s=0.05")
+        answer = opened.getresponse()
+        assert answer.read1()
+        answer.close()
+    task = next(task for task in shared.tasks if task.parameters.get("model") == "http")
+    shared.wait_until(lambda: "client left" in task.log, 5, "the disconnect inside the container")
+    shared.wait_until(lambda: not task.inputs, 5, "the input's end")
+
+
+def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:
+    """After the limit the client is sent to a URL that waits on for the same answer."""
+    plane.door.redirect_after_s = 0.4
+    deploy(plane)
+    url = plane.url_of("sample", "Server", "serve")
+    with connection(url) as opened:
+        opened.request("GET", "/silent?model=slow&s=1")
+        answer = opened.getresponse()
+        location = answer.getheader("Location") or ""
+    assert answer.status == 303
+    assert "__modal_function_call_id=fc-" in location
+    status, body = get(location)
+    while status == 303:
+        status, body = get(location)
+    assert (status, body) == (200, b'{"status":"ok"}')
+    assert len(list(plane.calls("FunctionGetInputs"))) <= 2
+
+
+def test_door_refuses_websockets(shared: ModalPlane) -> None:
+    """An upgrade is refused before a container starts."""
+    count = len(shared.tasks)
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+    assert get(f"{shared.url_of('sample', 'Server', 'serve')}/ws?model=ws", headers)[0] == 501
+    assert len(shared.tasks) == count
+
+
+def test_door_of_a_stopped_app_answers_404(plane: ModalPlane) -> None:
+    """`modal app stop` closes the app's door."""
+    deploy(plane)
+    url = plane.url_of("sample", "Server", "serve")
+    assert command(plane, "app", "stop", "sample", "--yes").returncode == 0
+    assert get(f"{url}/health")[0] == 404

@@ -1,0 +1,214 @@
+"""Deploys against the plane, and the plane itself: the real client, a sample app."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .modal import ContainerRuntime, ContainerRuntimeError, ModalPlane, NotDeployed, PlaneTimeout, TaskState
+from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, running
+
+
+def test_plane_start_is_quick(tmp_path: Path, runtime: ContainerRuntime) -> None:
+    """Starting and closing a plane takes less than half a second."""
+    began = time.monotonic()
+    with ModalPlane(tmp_path, container=runtime):
+        pass
+    assert time.monotonic() - began < 0.5
+
+
+def test_deploy_sample_publishes_its_definition(shared: ModalPlane) -> None:
+    """What the decorator says is what the plane has."""
+    definition = shared.function("sample", "Server")
+    assert definition.resources.gpu_config.gpu_type == "H100"
+    assert definition.max_concurrent_inputs == 4
+    assert definition.task_idle_timeout_secs == 60
+    assert definition.checkpointing_enabled
+    assert [mount.mount_path for mount in definition.volume_mounts] == ["/root/.cache/sample"]
+    assert definition.method_definitions["serve"].webhook_config.web_server_port == 8000
+    assert [spec.name for spec in definition.class_parameter_info.schema] == ["model", "fast_boot", "n_gpu"]
+    assert shared.apps["sample"].versions == 1
+
+
+def test_deploy_image_is_recorded_layer_by_layer(shared: ModalPlane) -> None:
+    """Layers come base first, and ENV values survive the quoting."""
+    image_id = shared.function("sample", "Server").image_id
+    layers = shared.images.layers(image_id)
+    install = next(i for i, layer in enumerate(layers) if "pip install" in layer and "nothing==1" in layer)
+    assert install < layers.index("ENV SAMPLE_LAYER=1")
+    assert shared.images.env(image_id)["SAMPLE_NOTE"] == "a b 'c'"
+
+
+def test_deploy_takes_at_most_three_seconds(plane: ModalPlane) -> None:
+    """The whole command, the interpreter's start included, is quick."""
+    began = time.monotonic()
+    deploy(plane)
+    assert time.monotonic() - began < 3
+
+
+def test_deploy_without_its_secret_publishes_nothing(plane: ModalPlane) -> None:
+    """A missing secret fails the deploy with the secret's name."""
+    plane.secrets.remove("sample-secret")
+    done = command(plane, "deploy", "-m", "sample.server")
+    assert done.returncode == 1
+    assert "Secret 'sample-secret' not found" in done.stdout + done.stderr
+    with pytest.raises(NotDeployed, match="Published: "):
+        plane.function("sample", "Server")
+
+
+def test_deploy_with_a_secret_without_the_key_publishes_nothing(plane: ModalPlane) -> None:
+    """A required key that is missing fails the deploy with the key's name."""
+    plane.secrets.put("sample-secret", {"OTHER": "t"})
+    done = command(plane, "deploy", "-m", "sample.server")
+    assert done.returncode == 1
+    assert "missing key(s): TOKEN" in done.stdout + done.stderr
+    assert not plane.apps["sample"].is_deployed
+
+
+def test_deploy_with_an_unknown_gpu_publishes_nothing(plane: ModalPlane) -> None:
+    """A GPU that Modal does not have fails the deploy with the valid ones."""
+    done = command(plane, "deploy", "-m", "sample.server", SAMPLE_GPU="H900")
+    assert done.returncode == 1
+    assert "Unknown GPU type 'H900'" in done.stdout + done.stderr
+    assert not plane.apps["sample"].is_deployed
+
+
+def test_failed_redeploy_leaves_the_version_before(plane: ModalPlane) -> None:
+    """A deploy that fails on the way changes nothing that is live."""
+    deploy(plane)
+    command(plane, "deploy", "-m", "sample.server", SAMPLE_GPU="H900")
+    assert plane.function("sample", "Server").resources.gpu_config.gpu_type == "H100"
+    assert plane.apps["sample"].versions == 1
+
+
+def test_redeploy_keeps_the_url_and_retires_containers(plane: ModalPlane) -> None:
+    """The second version has the first one's URL; the first one's container ends with its exit hook."""
+    deploy(plane)
+    url = plane.url_of("sample", "Server", "serve")
+    assert get(f"{url}/health?model=m")[0] == 200
+    deploy(plane, SAMPLE_NOTE="second")
+    assert plane.url_of("sample", "Server", "serve") == url
+    assert get(f"{url}/health?model=m")[0] == 200
+    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the old container's end")
+    assert "stop" in [e["event"] for e in events(plane) if e["task"] == plane.tasks[0].id]
+    assert [e["note"] for e in events(plane, "m") if e["event"] == "start"] == ["a b 'c'", "second"]
+
+
+def test_unknown_call_fails_with_its_name(shared: ModalPlane) -> None:
+    """A command that needs a call nobody answers fails, and says which call."""
+    done = command(shared, "queue", "list")
+    assert done.returncode != 0
+    assert "QueueList" in done.stdout + done.stderr
+    assert "QueueList" in shared.unknown_calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("app", "list"), "sample"),
+        (("volume", "list"), "sample-cache"),
+        (("secret", "list"), "sample-secret"),
+        (("environment", "list"), "main"),
+        (("container", "list"), "Container"),
+    ],
+)
+def test_cli_listing_shows_what_there_is(shared: ModalPlane, arguments: tuple[str, ...], expected: str) -> None:
+    """The listings that people look at work."""
+    done = command(shared, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
+def test_transcript_tells_who_called(shared: ModalPlane) -> None:
+    """Calls of the client and of containers are told apart."""
+    callers = {call.name: call.caller for call in shared.transcript}
+    assert callers["FunctionCreate"] == "client"
+    assert callers["ContainerHello"].startswith("ta-")
+    assert len(shared.calls("AppPublish")) == 1
+
+
+def test_wait_until_in_vain_shows_the_logs(plane: ModalPlane) -> None:
+    """A wait that fails says what it waited for."""
+    with pytest.raises(PlaneTimeout, match=r"Waited 0\.05 s in vain for a miracle"):
+        plane.wait_until(lambda: False, 0.05, "a miracle")
+
+
+def test_runtime_with_no_interpreter_is_refused(tmp_path: Path) -> None:
+    """A container's interpreter that is not there is an error at once."""
+    with pytest.raises(ContainerRuntimeError, match="is not a file"):
+        ModalPlane(tmp_path, container=ContainerRuntime(python=tmp_path / "python"))
+
+
+def test_command_prints_its_environment_and_ends_on_a_signal(tmp_path: Path) -> None:
+    """`python -m tests.fakes.modal` serves until SIGTERM; a deploy against what it prints works."""
+    line = [sys.executable, "-m", "tests.fakes.modal", str(tmp_path / "w"), "--secret", "sample-secret:TOKEN=t"]
+    with subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        printed = [process.stdout.readline().removeprefix("export ").strip().partition("=") for _ in range(5)]
+        environment = os.environ | {name: value for name, _, value in printed}
+        deployed = subprocess.run(
+            [sys.executable, "-m", "modal", "deploy", "-m", "sample.server"],
+            cwd=SAMPLE,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert deployed.returncode == 0
+
+
+def test_plane_works_beside_a_running_loop(tmp_path: Path, runtime: ContainerRuntime) -> None:
+    """A test with an event loop of its own may use the plane too."""
+
+    async def deployed() -> int:
+        with running(tmp_path, runtime) as plane:
+            done = await asyncio.to_thread(deploy, plane)
+            return done.returncode
+
+    assert asyncio.run(deployed()) == 0
+
+
+def test_cli_moves_files_in_and_out_of_a_volume(plane: ModalPlane, tmp_path: Path) -> None:
+    """`modal volume put`, `ls`, `get` and `rm` work on the directory of the volume."""
+    content = os.urandom(9_000_000)  # more than one block
+    (tmp_path / "in.bin").write_bytes(content)
+    for arguments in (
+        ("create", "files"),
+        ("put", "files", str(tmp_path / "in.bin"), "/d/a.bin"),
+        ("get", "files", "/d/a.bin", str(tmp_path / "out.bin")),
+    ):
+        done = command(plane, "volume", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.bin").read_bytes() == plane.volumes["files"].read("d/a.bin") == content
+    assert "d/a.bin" in command(plane, "volume", "ls", "files", "/d").stdout
+    assert command(plane, "volume", "rm", "files", "/d/a.bin").returncode == 0
+    assert plane.volumes["files"].files() == []
+
+
+def test_cli_creates_a_proxy_token_that_opens_the_door(plane: ModalPlane) -> None:
+    """What `modal workspace proxy-tokens create` prints is admitted."""
+    deploy(plane, SAMPLE_AUTH="1")
+    printed = command(plane, "workspace", "proxy-tokens", "create").stdout
+    bearer = next(word for word in printed.split() if word.startswith("wk-") and ".ws-" in word)
+    url = f"{plane.url_of('sample', 'Server', 'serve')}/health"
+    assert get(url, {"Authorization": f"Bearer {bearer}"})[0] == 200
+
+
+def test_large_file_of_a_package_is_laid_out(plane: ModalPlane, tmp_path: Path) -> None:
+    """Files that travel as blobs arrive whole in the container's directory."""
+    shutil.copytree(SAMPLE / "sample", tmp_path / "app" / "sample")
+    content = os.urandom(5_000_000)
+    (tmp_path / "app" / "sample" / "weights.bin").write_bytes(content)
+    line = [sys.executable, "-m", "modal", "deploy", "-m", "sample.server"]
+    subprocess.run(line, cwd=tmp_path / "app", env=os.environ | plane.env, check=True, capture_output=True)
+    get(f"{plane.url_of('sample', 'Server', 'serve')}/health")
+    assert (plane.tasks[0].root / "sample" / "weights.bin").read_bytes() == content

@@ -1,0 +1,68 @@
+"""Checkpoints and restores of the plane: what differs after one, and what happens when one fails."""
+
+from __future__ import annotations
+
+from .modal import ModalPlane, TaskState
+from .sample import command, deploy, events, get, names
+
+
+def test_deployed_container_is_checkpointed_and_restored(plane: ModalPlane) -> None:
+    """A restore brings a task id, an environment and GPUs that the hooks before it have not seen."""
+    plane.snapshots.environment = {"LATE": "yes"}
+    deploy(plane)
+    assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=s&n_gpu=2&fast_boot=false")[0] == 200
+    prepare, start, serve = events(plane, "s")
+    assert (prepare["model"], prepare["fast_boot"], prepare["n_gpu"]) == ("s", False, 2)
+    assert prepare["task"] != start["task"] == serve["task"] == plane.tasks[0].id
+    assert (prepare["gpus"], start["gpus"]) == ("", "GPU 0: H100 (UUID: GPU-0)")
+    assert start["late"] == "yes"
+    assert plane.tasks[0].restored
+    assert plane.snapshots.checkpoints == [prepare["task"]]
+
+
+def test_restore_shows_the_volume_of_that_moment(plane: ModalPlane) -> None:
+    """Files committed while the container was frozen are there after it; removed ones are gone."""
+
+    def change(task: object) -> None:
+        plane.volumes["sample-cache"].write("new.txt", b"1")
+        plane.volumes["sample-cache"].remove("old.txt")
+
+    plane.volumes.put("sample-cache", {"old.txt": b"0"})
+    plane.snapshots.before_restore.append(change)
+    deploy(plane)
+    get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=v")
+    assert next(e for e in events(plane, "v") if e["event"] == "start")["files"] == ["new.txt", "v.txt"]
+
+
+def test_failing_restore_boots_a_fresh_container(plane: ModalPlane) -> None:
+    """A restore that fails costs a container, not a request."""
+    plane.snapshots.fail_next_restore()
+    deploy(plane)
+    assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=f")[0] == 200
+    assert [(task.state, task.restored) for task in plane.tasks] == [(TaskState.DEAD, False), (TaskState.READY, False)]
+    assert names(plane, "f") == ["prepare", "prepare", "start", "serve"]
+
+
+def test_open_file_that_is_gone_at_restore_fails_the_restore(plane: ModalPlane) -> None:
+    """A snapshot that held a file of a volume open is lost when the file is; a fresh container takes over."""
+    plane.snapshots.before_restore.append(lambda _task: plane.volumes["sample-cache"].remove("holds-a-file.txt"))
+    deploy(plane)
+    assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=holds-a-file")[0] == 200
+    assert [task.restore_failed for task in plane.tasks] == [True, False]
+    assert "Restore of task" in command(plane, "app", "logs", "sample").stdout
+
+
+def test_gpu_snapshot_that_fails_to_restore_boots_without_one(plane: ModalPlane) -> None:
+    """The client leaves with Modal's exit code for it, and the pool goes on without a snapshot."""
+    plane.snapshots.fail_next_gpu_restore()
+    deploy(plane, SAMPLE_GPU_SNAPSHOT="1")
+    assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
+    assert [task.exit_code for task in plane.tasks] == [222, None]
+    assert events(plane, "g")[0]["gpus"] == "GPU 0: H100 (UUID: GPU-0)"
+
+
+def test_gpu_snapshot_restores(plane: ModalPlane) -> None:
+    """With a GPU snapshot the GPU is visible before the checkpoint, and the restore goes through."""
+    deploy(plane, SAMPLE_GPU_SNAPSHOT="1")
+    assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
+    assert [task.restored for task in plane.tasks] == [True]
