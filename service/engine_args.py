@@ -111,12 +111,14 @@ def _parsers(spec: ModelSpec) -> list[str]:
     flags: list[str] = []
     if spec.tool_call_parser:
         flags += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
+        flags += ["--exclude-tools-when-tool-choice-none"]  # else the model sees them, and calls them all the same
     if spec.reasoning_parser:
         flags += ["--reasoning-parser", spec.reasoning_parser]
     if spec.chat_template:
         flags += ["--chat-template", str(Path(__file__).parent / spec.chat_template)]
-    # A schema alone lets a model write spaces for ever; with this backend and no free space 12 of 12 schemas ended.
-    flags += ["--structured-outputs-config", _json({"backend": "guidance", "disable_any_whitespace": True})]
+    # A schema alone lets a model write white space for ever, so none is free. "auto" refuses that switch, and
+    # "guidance" cannot read the grammars of forced and strict tool calls in vLLM 0.32 (400 'triggers').
+    flags += ["--structured-outputs-config", _json({"backend": "xgrammar", "disable_any_whitespace": True})]
     return flags
 
 

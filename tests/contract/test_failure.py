@@ -101,7 +101,7 @@ def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) ->
     with pytest.raises(Exception, match="Did you mean 'tiny'"):
         _pool(plane, "tini").complete.remote("/health")
     plane.wait_until(lambda: _tasks(plane, "tini")[-1].state is TaskState.DEAD, 20, "the container's end")
-    assert not _tasks(plane, "tini")[-1].members()
+    assert not _tasks(plane, "tini")[-1].left_behind
 
 
 def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalPlane) -> None:
@@ -109,7 +109,7 @@ def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalP
     with pytest.raises(Exception, match=r"unrecognized arguments: --no-such-flag"):
         _pool(plane, "bad-flag").complete.remote("/health")
     plane.wait_until(lambda: _tasks(plane, "bad-flag")[-1].state is TaskState.DEAD, 20, "the container's end")
-    assert not _tasks(plane, "bad-flag")[-1].members()
+    assert not _tasks(plane, "bad-flag")[-1].left_behind
 
 
 def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
@@ -150,7 +150,7 @@ def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
     plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
     assert "SIGKILL" in first.log
     plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
-    assert not first.members()
+    assert not first.left_behind
     assert pool.complete.remote("/health") == (200, {"status": "ok"})
     assert _tasks(plane, "tiny")[-1] is not first
 
@@ -175,7 +175,7 @@ def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -
                 answer.read()
     plane.wait_until(lambda: task.state is TaskState.DEAD, 29, "the replica's end, within Modal's grace")
     assert task.exit_code == 0, task.log
-    assert not task.members()
+    assert not task.left_behind
 
 
 def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
@@ -187,7 +187,7 @@ def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
     assert first.state is TaskState.STARTING
     first.preempt(grace_s=10)
     plane.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
-    assert not first.members()
+    assert not first.left_behind
     assert running.get(timeout=BOOT_S) == (200, {"status": "ok"})
 
 
@@ -197,7 +197,7 @@ def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
     assert _pool(plane, "llm").complete.remote("/health") == (200, {"status": "ok"})
     first, second = _tasks(plane, "llm")
     assert first.state is TaskState.DEAD
-    assert not first.members()
+    assert not first.left_behind
     assert second.is_live
 
 

@@ -56,7 +56,7 @@ def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: Modal
     assert task.exit_code == 0, task.log
     assert "Application shutdown complete" in task.log, "the engine was let end by itself"
     assert members
-    assert not task.members()
+    assert not task.left_behind
 
 
 def _engine_at_rest(task: Any) -> tuple[bool, list[Any]]:

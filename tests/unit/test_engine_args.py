@@ -29,7 +29,7 @@ DOOR = (
     *("--shutdown-timeout", "20"),
     *("--disable-access-log-for-endpoints", "/health,/metrics"),
 )
-STRUCTURED = ("--structured-outputs-config", '{"backend":"guidance","disable_any_whitespace":true}')
+STRUCTURED = ("--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}')
 
 
 def command(key: str, **options: object) -> EngineCommand:
@@ -48,7 +48,14 @@ def test_argv_of_a_text_model_on_cuda_is_this() -> None:
         *("--model", "/weights", "--served-model-name", "qwen3-8b", "Qwen/Qwen3-8B-FP8", "llm"),
         *DOOR,
         "--enforce-eager",
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *(
+            "--enable-auto-tool-choice",
+            "--tool-call-parser",
+            "hermes",
+            "--exclude-tools-when-tool-choice-none",
+            "--reasoning-parser",
+            "qwen3",
+        ),
         *STRUCTURED,
         *("--max-model-len", "40960"),
     )
@@ -60,7 +67,7 @@ def test_argv_of_a_model_with_images_limits_them() -> None:
         *("--model", "/weights", "--served-model-name", "qwen3-vl-30b", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
         *DOOR,
         "--enforce-eager",
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--exclude-tools-when-tool-choice-none"),
         *STRUCTURED,
         *("--max-model-len", "32768", "--limit-mm-per-prompt", '{"image":4,"video":1}'),
     )
@@ -73,7 +80,14 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
         *("--model", "/weights", "--served-model-name", "gpt-oss-120b", "openai/gpt-oss-120b"),
         *DOOR,
         *("--no-enforce-eager", "--async-scheduling"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "openai", "--reasoning-parser", "openai_gptoss"),
+        *(
+            "--enable-auto-tool-choice",
+            "--tool-call-parser",
+            "openai",
+            "--exclude-tools-when-tool-choice-none",
+            "--reasoning-parser",
+            "openai_gptoss",
+        ),
         *STRUCTURED,
         *("--max-model-len", "32768", "--kv-cache-dtype", "fp8", "--moe-backend", "flashinfer_cutlass"),
         *("-cc.pass_config.fuse_allreduce_rms=true", "-cc.pass_config.eliminate_noops=true"),
@@ -94,7 +108,14 @@ def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
         *("--model", "/weights", "--served-model-name", "tiny", "llm"),
         *DOOR,
         *("--enforce-eager", "--distributed-executor-backend", "uni"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *(
+            "--enable-auto-tool-choice",
+            "--tool-call-parser",
+            "hermes",
+            "--exclude-tools-when-tool-choice-none",
+            "--reasoning-parser",
+            "qwen3",
+        ),
         *STRUCTURED,
         *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 * 1024**2)),
         *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),

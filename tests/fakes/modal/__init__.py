@@ -29,7 +29,8 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
                                  write(rel, bytes), remove(rel), commits, capacity_bytes (None; ENOSPC beyond it)
     plane.images                 layers(image_id) -> Dockerfile commands, base first; env(image_id)
     plane.tasks                  containers, oldest first: id, app, tag, parameters, gpu, state, pid, exit_code, log,
-                                 root, inputs_served, restored, result; preempt(grace_s=30), kill(), members()
+                                 root, inputs_served, restored, result, left_behind; preempt(grace_s=30), kill(),
+                                 members()
     plane.pools                  app, tag, parameters, gpu, autoscaler, queued, tasks (live ones)
     plane.snapshots              enabled, freeze_s, environment (changes that appear at restore), fail_next_restore(),
                                  fail_next_gpu_restore(), before_restore (callables of the task: change volumes, …),

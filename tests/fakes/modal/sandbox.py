@@ -91,6 +91,7 @@ class Task:
     ready_at: float | None = None
     former_ids: list[str] = field(default_factory=list)
     inputs_served: int = 0
+    left_behind: list[int] = field(default_factory=list)  # processes that outlived the entrypoint until killed
     result: pb.GenericResult | None = None
     inputs: list[Input] = field(default_factory=list, repr=False)
     volume_views: list[VolumeView] = field(default_factory=list, repr=False)
@@ -215,7 +216,9 @@ class Task:
     async def _follow(self, process: asyncio.subprocess.Process, reading: int) -> None:
         output = asyncio.ensure_future(self._keep(reading))
         self.exit_code = await process.wait()
+        self.left_behind = processes.members(self._marks(process.pid))
         await processes.end(self._marks(process.pid))
+        self.namespace = None  # the kernel may give its number to the next container
         await asyncio.wait([output], timeout=LAST_OUTPUT_S)  # all who could hold the pipe are dead
         output.cancel()
         self.bury()

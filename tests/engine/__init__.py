@@ -1,0 +1,1 @@
+"""Tests with the real engine (vLLM's CPU build, the built-in tiny model) and real clients."""

@@ -1,0 +1,61 @@
+"""One service for all tests that only talk to it; tests that end one start their own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import openai
+import pytest
+
+from service import engine_env
+
+from .running import GONE_S, Service
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Time the tests here without their fixtures: the first one may have to build the engine's environment."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(300, func_only=True))
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> str:
+    """Interpreter of the engine's environment, which is built when this machine has none."""
+    return engine_env.ensure(print).python
+
+
+@pytest.fixture(scope="session")
+def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The tiny model, served without keys; Ctrl-C ends it, and then nothing of it is left."""
+    with Service(tmp_path_factory.mktemp("tiny"), "tiny") as service:
+        yield service.wait_ready()
+        assert service.engine(), service.story
+        asked = service.signal(signal.SIGINT)
+        assert service.wait_ended(GONE_S) == 0, service.story
+        service.wait_gone(asked + GONE_S)
+        assert time.monotonic() - asked < GONE_S
+
+
+@pytest.fixture(scope="session")
+def client(tiny: Service) -> Iterator[openai.OpenAI]:
+    """The official client, told nothing but where the service is."""
+    with openai.OpenAI(base_url=f"{tiny.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def start(engine_python: str, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start a service of the test's own; whatever is left of it is killed after the test."""
+    with ExitStack() as stack:
+
+        def begin(*arguments: str, port: int | None = None, name: str = "service", **environment: str) -> Service:
+            return stack.enter_context(Service(tmp_path, *arguments, port=port, name=name, **environment))
+
+        yield begin

@@ -1,0 +1,116 @@
+"""The routes that the service has, those that it must not have, and how to ask for one exactly as it is written."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+from .running import Service
+
+# design.md's contract, written down once more: the guard's own list is what these tests are about.
+ALLOWED = {
+    "/health": {"GET"},
+    "/docs": {"GET"},
+    "/openapi.json": {"GET"},
+    "/metrics": {"GET"},
+    "/v1/models": {"GET"},
+    "/v1/chat/completions": {"POST"},
+    "/v1/completions": {"POST"},
+    "/v1/responses": {"POST"},
+    "/v1/responses/{response_id}": {"GET"},
+    "/v1/responses/{response_id}/cancel": {"POST"},
+    "/v1/messages": {"POST"},
+    "/v1/messages/count_tokens": {"POST"},
+    "/v1/embeddings": {"POST"},
+    "/tokenize": {"POST"},
+    "/detokenize": {"POST"},
+}
+# Routes that vLLM has had in some mode or version, whether the running one has them or not.
+KNOWN = [
+    "/",
+    "/invocations",
+    "/version",
+    "/load",
+    "/ping",
+    "/sleep",
+    "/wake_up",
+    "/is_sleeping",
+    "/reset_prefix_cache",
+    "/collective_rpc",
+    "/generative_scoring",
+    "/inference/v1/generate",
+    "/inference/v1/abort_requests",
+    "/scale_elastic_ep",
+    "/is_scaling_elastic_ep",
+    "/v1/chat/completions/render",
+    "/v1/completions/render",
+    "/v1/chat/completions/batch",
+    "/pooling",
+    "/classify",
+    "/score",
+    "/v1/score",
+    "/rerank",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/v2/embed",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/v1/realtime",
+    "/start_profile",
+    "/stop_profile",
+    "/server_info",
+    "/pause",
+    "/resume",
+    "/abort_requests",
+    "/init_weight_transfer_engine",
+    "/update_weights",
+    "/get_world_size",
+    "/kv_event_sources",
+    "/v1/systemone",
+    "/redoc",
+    "/docs/oauth2-redirect",
+    "/cohere/v2/chat",
+    "/v1/models/tiny",
+]
+# Other ways to write a path that is refused, or one that is allowed.
+DISGUISES = [
+    "//invocations",
+    "/%69nvocations",
+    "/invocations/",
+    "/v1/../invocations",
+    "/v1/models/../../invocations",
+    "/health/../version",
+    "/health/",
+    "/health;x",
+    "/v1/chat/completions/",
+    "/V1/MODELS",
+    "/v1//models",
+    "/v1/responses/a/b",
+    "/v1/responses/a/cancel/x",
+    "/v1/responses/..%2f..%2finvocations",
+    "/v1/chat/completions%2frender",
+    "/health%00",
+]
+
+
+def ask(service: Service, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+    """Send a path exactly as it is written, and return status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    try:
+        connection.request(method, path, body=body, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def error_of(body: bytes) -> dict[str, Any]:
+    """Return the error of an answer in OpenAI's shape, and nothing beside it."""
+    answer = json.loads(body)
+    assert set(answer) == {"error"}
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["message"]
+    return dict(answer["error"])

@@ -1,0 +1,191 @@
+"""A service started as a user starts it: the command line in a process of its own, on a free loopback port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+POLL_S = 0.02
+BOOT_S = 150  # about 10 s on two idle cores; the machine of a test is not always idle
+GONE_S = 10
+_OURS = ("SERVICE_", "API_KEY", "HF_TOKEN")
+
+
+class Service:
+    """`vllm-service up <arguments>` with its outputs in files.
+
+    Args:
+        directory: Where its outputs and its state go.
+        arguments: After `up`.
+        port: Where it is told to listen; by default a free one.
+        name: What its outputs are called.
+        environment: Variables set beside the test's own, of which none of the service's is passed on.
+    """
+
+    def __init__(
+        self, directory: Path, *arguments: str, port: int | None = None, name: str = "service", **environment: str
+    ) -> None:
+        self.directory = directory
+        self._out, self._err = directory / f"{name}.out", directory / f"{name}.err"
+        self.port = free_port() if port is None else port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = arguments
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+        state = {"XDG_STATE_HOME": str(directory), "SERVICE_PORT": str(self.port)}
+        self.environment = {**inherited, **state, **environment}
+        self.began = 0.0
+        self._session = -1
+
+    def __enter__(self) -> Self:
+        """Start it; it is not ready yet."""
+        self.began = time.monotonic()
+        command = [sys.executable, "-m", "service.cli", "up", *self._arguments]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing running, however the test ended."""
+        for process in [*self.engine(), *self._descendants()]:
+            _kill(process)
+        if not self.ended:
+            self._process.kill()
+        self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the command."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the command has ended."""
+        return self._process.poll() is not None
+
+    @property
+    def out(self) -> str:
+        """What it has printed to stdout."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed to stderr."""
+        return self._err.read_text()
+
+    @property
+    def log_file(self) -> Path:
+        """The engine's output."""
+        return Path(self.environment["XDG_STATE_HOME"]) / "vllm-service" / f"engine-{self.port}.log"
+
+    @property
+    def story(self) -> str:
+        """All that it and its engine said, for the message of a failed test."""
+        log = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        return f"--- out\n{self.out}\n--- err\n{self.err}\n--- engine\n{log[-4000:]}"
+
+    def wait_ready(self) -> Self:
+        """Wait until it says that it is ready."""
+        wait_until(lambda: "Ready after" in self.out or self.ended, BOOT_S, self)
+        assert not self.ended, f"It ended with {self._process.returncode}.\n{self.story}"
+        return self
+
+    def wait_said(self, words: str) -> Self:
+        """Wait until it says these words on stderr."""
+        wait_until(lambda: words in self.err or self.ended, BOOT_S, self)
+        assert words in self.err, self.story
+        return self
+
+    def wait_ended(self, timeout_s: float = BOOT_S) -> int:
+        """Wait until the command has ended and return its exit code."""
+        wait_until(lambda: self.ended, timeout_s, self)
+        return self._process.wait()
+
+    def signal(self, number: int = signal.SIGINT) -> float:
+        """Send the command a signal and return when, as `time.monotonic` has it."""
+        self._process.send_signal(number)
+        return time.monotonic()
+
+    def leader(self) -> psutil.Process:
+        """Return the engine's first process, which leads its session and its group."""
+        (child,) = psutil.Process(self.pid).children()
+        self._session = child.pid
+        return child
+
+    def engine(self) -> list[psutil.Process]:
+        """Return every process of the engine that runs: the members of its leader's session."""
+        if self._session < 0 and not self.ended and psutil.Process(self.pid).children():
+            self.leader()
+        return session_members(self._session) if self._session > 0 else []
+
+    def wait_gone(self, deadline: float) -> None:
+        """Wait until no process of the engine runs and its port is free again.
+
+        Args:
+            deadline: As `time.monotonic` has it.
+        """
+        assert self._session > 0, "look at the engine's processes before they go: call engine()"
+        # a process counts as gone when its first thread is: the port comes free with the last
+        gone = lambda: not self.engine() and port_is_free(self.port)  # noqa: E731 - it is said in one line
+        wait_until(gone, max(deadline - time.monotonic(), POLL_S), self)
+
+    def _descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True) if not self.ended else []
+
+
+def session_members(session: int) -> list[psutil.Process]:
+    """Return the processes of a session, less those that only wait to be reaped."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def wait_until(happened: Callable[[], bool], timeout_s: float, service: Service | None = None) -> None:
+    """Poll until something is so, and fail with what the service said when it takes longer."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Not within {timeout_s:.1f} s.\n{service.story if service else ''}")
+        time.sleep(POLL_S)
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Tell whether a server could listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return

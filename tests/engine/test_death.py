@@ -1,0 +1,100 @@
+"""Starts that fail: exit code 1, nothing left, and on stderr the root cause with what to do, not vLLM's last line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .dialogues import TINY
+from .running import Service
+
+Start = Callable[..., Service]
+
+
+def broken(directory: Path, **fields: Any) -> dict[str, str]:
+    """Write a models file with an entry `broken`, a copy of the tiny model with these fields; return its setting."""
+    shutil.copytree(TINY, directory / "copy")
+    entry = {"path": "copy", "max_model_len": 2048, "weights_gb": 0.004, **fields}
+    lines = ["[models.broken]", *(f"{name} = {json.dumps(value)}" for name, value in entry.items())]
+    (directory / "models.toml").write_text("\n".join(lines))
+    return {"SERVICE_MODELS_FILE": str(directory / "models.toml")}
+
+
+def last_words(service: Service) -> str:
+    """Wait for a start that fails and return its error; nothing of it runs any more."""
+    service.wait_said("Importing vLLM").engine()
+    assert service.wait_ended() == 1, service.story
+    assert service.engine() == []
+    assert "Ready" not in service.out
+    assert "Traceback" not in service.err
+    said = service.err.splitlines()[-1]
+    assert said.startswith("error: The engine exited with code ")
+    assert "before it was ready" in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause", "advice"),
+    [
+        ({"extra_args": ["--no-such-flag", "7"]}, "unrecognized arguments: --no-such-flag", "extra_args"),
+        ({"reasoning_parser": "qwen99"}, "'qwen99' not found", "reasoning_parser"),
+        ({"max_model_len": 999999}, "is greater than the derived max_model_len", "Lower max_model_len"),
+        ({"extra_args": ["--kv-cache-memory-bytes", str(10**15)]}, "requested memory for kv", "extra_args"),
+    ],
+    ids=["flag", "parser", "context", "KV cache"],
+)
+def test_start_with_a_wrong_entry_names_the_cause(
+    start: Start, tmp_path: Path, fields: dict[str, Any], cause: str, advice: str
+) -> None:
+    """What the engine refuses in an entry is told in the engine's own words, with the field to correct."""
+    said = last_words(start("broken", **broken(tmp_path, **fields)))
+    assert cause in said.partition("Cause: ")[2]
+    assert advice in said.rpartition("'.")[2]
+
+
+def test_start_with_cut_weights_says_that_they_are_damaged(start: Start, tmp_path: Path) -> None:
+    """Half a safetensors file: the cause is the reader's, far above the last line of the engine's log."""
+    environment = broken(tmp_path)
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    service = start("broken", **environment)
+    said = last_words(service)
+    assert "Error while deserializing header" in said.partition("Cause: ")[2]
+    assert "weights are damaged" in said
+    assert "deserializing" not in service.log_file.read_text().strip().splitlines()[-1]
+
+
+def test_start_without_a_tokenizer_names_it(start: Start, tmp_path: Path) -> None:
+    """A directory without tokenizer files is refused with the word tokenizer, by whomever notices first."""
+    environment = broken(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "copy" / name).unlink()
+    service = start("broken", **environment)
+    assert service.wait_ended() == 1, service.story
+    assert "tokenizer" in service.err.splitlines()[-1]
+
+
+def test_start_whose_port_is_taken_meanwhile_names_the_port(start: Start) -> None:
+    """Somebody else takes the port while the engine imports: the error is about the port, and nobody says "Ready"."""
+    service = start("tiny").wait_said("Starting the engine")
+    with socket.create_server(("127.0.0.1", service.port)):
+        said = last_words(service)
+    assert "Address already in use" in said
+    assert "SERVICE_PORT" in said
+
+
+def test_start_of_a_directory_that_is_no_model_starts_no_engine(start: Start, tmp_path: Path) -> None:
+    """A path without config.json is refused before anything is started, with the path."""
+    environment = broken(tmp_path)
+    (tmp_path / "copy" / "config.json").unlink()
+    service = start("broken", **environment)
+    assert service.wait_ended(20) == 1
+    assert str(tmp_path / "copy") in service.err
+    assert "config.json" in service.err
+    assert "Starting the engine" not in service.err

@@ -1,0 +1,162 @@
+"""Constrained answers: every form of request that users send, on chat and on completions.
+
+Where the words are not the model's own but the constraint's, the constraint is bounded (`maxLength`, `{1,12}`): a tiny
+model would else fill a pattern without end for ever, and then a cut answer proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import openai
+import pytest
+
+from .dialogues import dialogue
+
+NAME = {"type": "string", "maxLength": 12}
+AGE = {"type": "integer", "minimum": 0, "maximum": 150}
+PERSON = {
+    "type": "object",
+    "properties": {"name": NAME, "age": AGE, "city": NAME},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+TWO_FIELDS = {
+    "type": "object",
+    "properties": {"name": NAME, "age": AGE},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+EMAIL = r"\w{1,12}@\w{1,12}\.com"
+CHOICES = ["Positive", "Negative", "Neutral"]
+GRAMMAR = 'root ::= "SELECT " column " FROM " table\ncolumn ::= "id" | "name"\ntable ::= "users" | "orders"'
+SENTENCE = r"SELECT (id|name) FROM (users|orders)"
+
+
+def chat(client: openai.OpenAI, text: str, **fields: Any) -> str:
+    """Return a whole answer; one that was cut fails the test."""
+    answer = client.chat.completions.create(
+        model="llm", messages=[{"role": "user", "content": text}], max_tokens=300, temperature=0, **fields
+    )
+    assert answer.choices[0].finish_reason == "stop", answer.choices[0]
+    return answer.choices[0].message.content or ""
+
+
+def complete(client: openai.OpenAI, text: str, **extra_body: Any) -> str:
+    """Return a whole continuation; one that was cut fails the test."""
+    answer = client.completions.create(model="llm", prompt=text, max_tokens=300, temperature=0, extra_body=extra_body)
+    assert answer.choices[0].finish_reason == "stop", answer.choices[0]
+    return answer.choices[0].text
+
+
+def check_person(text: str, schema: dict[str, Any] = PERSON) -> None:
+    """Check that a text is JSON which fits the schema of a person."""
+    person = json.loads(text)
+    assert set(schema["required"]) <= set(person)
+    assert isinstance(person["name"], str)
+    assert isinstance(person["age"], int)
+    assert isinstance(person.get("city", ""), str)
+
+
+def test_json_object_gives_the_known_object(client: openai.OpenAI) -> None:
+    """`response_format: json_object` gives JSON, here the very object that the model knows."""
+    asked = dialogue("json-colors")
+    text = chat(client, asked.request["messages"][-1]["content"], response_format={"type": "json_object"})
+    assert json.loads(text) == json.loads(asked.content)
+
+
+def test_json_object_on_a_question_for_words_gives_json(client: openai.OpenAI) -> None:
+    """A question whose answer is words gets JSON all the same, or the beginning of it."""
+    answer = client.chat.completions.create(
+        model="llm", max_tokens=40, response_format={"type": "json_object"}, **dialogue("capital").request
+    )
+    assert (answer.choices[0].message.content or "").lstrip().startswith("{")
+
+
+def test_json_schema_gives_the_known_object(client: openai.OpenAI) -> None:
+    """A schema that the known answer fits leaves it as it is."""
+    asked = dialogue("json")
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": TWO_FIELDS}}
+    text = chat(client, asked.request["messages"][-1]["content"], response_format=schema)
+    assert json.loads(text) == json.loads(asked.content)
+
+
+def test_json_schema_on_any_question_fits_the_schema(client: openai.OpenAI) -> None:
+    """Whatever the model would say, what it says parses and has the schema's fields."""
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    check_person(chat(client, "Extract: John is 30 years old and lives in NYC", response_format=schema))
+
+
+def test_json_schema_stream_fits_the_schema(client: openai.OpenAI) -> None:
+    """A constrained stream is constrained from its first chunk to its last."""
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    messages = [{"role": "user", "content": "Extract: Alice is 25"}]
+    with client.chat.completions.create(
+        model="llm", messages=messages, max_tokens=300, response_format=schema, stream=True
+    ) as stream:
+        check_person("".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices))
+
+
+@pytest.mark.parametrize(
+    ("question", "constraint", "pattern"),
+    [
+        ("Generate an email for Alan Turing at Enigma", {"regex": EMAIL}, EMAIL),
+        ("Classify: vLLM is wonderful!", {"choice": CHOICES}, "|".join(CHOICES)),
+        ("Generate a SQL query", {"grammar": GRAMMAR}, SENTENCE),
+    ],
+    ids=["regex", "choice", "grammar"],
+)
+def test_structured_outputs_on_chat_fit(
+    client: openai.OpenAI, question: str, constraint: dict[str, Any], pattern: str
+) -> None:
+    """`structured_outputs` beside the messages constrains the answer."""
+    text = chat(client, question, extra_body={"structured_outputs": constraint})
+    assert re.fullmatch(pattern, text), text
+
+
+def test_structured_outputs_json_on_chat_fits(client: openai.OpenAI) -> None:
+    """`structured_outputs: {json: …}` does what a schema in `response_format` does."""
+    check_person(chat(client, "Extract: Alice is 25", extra_body={"structured_outputs": {"json": PERSON}}))
+
+
+def test_structured_outputs_unbounded_regex_never_leaves_the_pattern(client: openai.OpenAI) -> None:
+    """An answer to users' own example fits the pattern; one that was cut is the beginning of a text that fits."""
+    answer = client.chat.completions.create(
+        model="llm",
+        messages=[{"role": "user", "content": "Generate an email for Alan Turing at Enigma"}],
+        max_tokens=100,
+        extra_body={"structured_outputs": {"regex": r"\w+@\w+\.com"}},
+    ).choices[0]
+    whole, beginning = r"\w+@\w+\.com", r"\w+(@(\w+(\.(c(om?)?)?)?)?)?"
+    assert re.fullmatch(whole if answer.finish_reason == "stop" else beginning, answer.message.content or "")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [({"regex": EMAIL}, EMAIL), ({"choice": CHOICES}, "|".join(CHOICES)), ({"grammar": GRAMMAR}, SENTENCE)],
+    ids=["regex", "choice", "grammar"],
+)
+def test_structured_outputs_on_completions_fit(client: openai.OpenAI, constraint: dict[str, Any], pattern: str) -> None:
+    """A raw prompt's continuation is constrained from its first token: nobody thinks there first."""
+    text = complete(client, "Once upon a time", structured_outputs=constraint)
+    assert re.fullmatch(pattern, text), text
+
+
+def test_structured_outputs_json_on_completions_fits(client: openai.OpenAI) -> None:
+    """The form that users send: `structured_outputs: {json: …}` beside a prompt."""
+    check_person(complete(client, "Generate a person object:", structured_outputs={"json": TWO_FIELDS}), TWO_FIELDS)
+
+
+def test_response_format_on_completions_fits(client: openai.OpenAI) -> None:
+    """`response_format` constrains completions as well."""
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": TWO_FIELDS}}
+    check_person(complete(client, "Generate a person object:", response_format=schema), TWO_FIELDS)
+
+
+def test_structured_outputs_bad_grammar_is_refused(client: openai.OpenAI) -> None:
+    """A grammar that is none is the client's error, and the engine goes on."""
+    with pytest.raises(openai.BadRequestError):
+        chat(client, "Generate a SQL query", extra_body={"structured_outputs": {"grammar": "root ::= ("}})
+    assert chat(client, dialogue("capital").request["messages"][-1]["content"]).strip() == dialogue("capital").content
