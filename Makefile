@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test check bench bench-boot locks clean
+.PHONY: serve test check bench bench-boot bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
@@ -16,10 +16,13 @@ test: $(VENV)/dev
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: bench-boot
+bench: bench-boot bench-contract
 
 bench-boot: $(VENV)/dev
 	@$(BIN)/python -m bench.boot
+
+bench-contract: $(VENV)/dev
+	@$(BIN)/python -m bench.contract
 
 # The pins of every environment, with hashes and without index addresses.
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-header

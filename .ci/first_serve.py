@@ -32,7 +32,9 @@ def serve(which: str) -> str:
         began = time.monotonic()
         with output.open("wb") as stream:
             command = ["make", "serve", "MODEL=tiny"]
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         try:
             while "Ctrl-C stops it." not in output.read_text():
                 assert process.poll() is None, f"make serve ended with {process.returncode}:\n{output.read_text()}"
