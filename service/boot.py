@@ -118,11 +118,11 @@ class Replica:
             EngineError: The engine died or did not get ready in time.
         """
         with self._nothing_left_on_failure():
-            if self.plan.device == "cuda":
-                check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
             if self._engine is None:
                 self._spawn(hold=False)
             self.engine.release(self._accepted(digests or {}))
+            if self.plan.device == "cuda":  # while the engine is on its way
+                check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
             self.engine.wait_for(State.READY, self.plan.startup_timeout_s)
 
     def stop(self, grace_s: float | None = None) -> None:

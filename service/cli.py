@@ -61,9 +61,6 @@ def main() -> NoReturn:
     except ServiceError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
     sys.exit(0)
 
 

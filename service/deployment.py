@@ -11,6 +11,7 @@ from service.gpus import Gpu, check_count, find_gpu, tier
 from service.models import ModelSpec, Registry
 from service.settings import Settings
 
+STARTUP_MARGIN_S = 60  # so that a boot which takes too long is ended, and explained, by us before Modal does
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
 
 
@@ -76,7 +77,7 @@ class Deployment:
             "min_containers": s.min_containers,
             "max_containers": s.max_containers,
             "buffer_containers": s.buffer_containers,
-            "startup_timeout": s.startup_timeout_s,
+            "startup_timeout": s.startup_timeout_s + STARTUP_MARGIN_S,
             "timeout": s.request_timeout_s,
             "region": s.region,
             "enable_memory_snapshot": s.snapshot != "off",

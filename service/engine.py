@@ -223,7 +223,8 @@ class EngineProcess:
         connection = http.client.HTTPConnection(host, self.command.port, timeout=5)
         try:
             connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            answer = connection.getresponse()
+            return answer.status == 200 and answer.getheader("x-engine-pid") == str(self.pid)
         except (OSError, http.client.HTTPException):  # nobody there, or somebody who speaks no HTTP
             return False
         finally:
@@ -262,8 +263,6 @@ def _kill_group(pgid: int) -> None:
         try:
             os.killpg(pgid, signal.SIGKILL)
         except ProcessLookupError:
-            return
-        except PermissionError:  # macOS says so of a group of zombies
             return
         if not _runs(pgid):
             return

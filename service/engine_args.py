@@ -99,7 +99,7 @@ def _door(host: str, port: int, shutdown_timeout_s: int) -> list[str]:
 def _execution(spec: ModelSpec, device: str, n_gpu: int, fast_boot: bool) -> list[str]:
     flags = ["--enforce-eager" if fast_boot else "--no-enforce-eager"]
     if device == "cpu":
-        flags += ["--distributed-executor-backend", "uni"]  # with the variable below: one process instead of three
+        flags += ["--distributed-executor-backend", "uni"]  # with the variable below: no worker process
     elif n_gpu > 1:
         flags += ["--tensor-parallel-size", str(n_gpu)]
     if spec.async_scheduling is not None:
@@ -111,6 +111,7 @@ def _parsers(spec: ModelSpec) -> list[str]:
     flags: list[str] = []
     if spec.tool_call_parser:
         flags += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
+        flags += ["--tool-strict-level", "parameter"]  # a forced call's arguments fit their schema, strict or not
         flags += ["--exclude-tools-when-tool-choice-none"]  # else the model sees them, and calls them all the same
     if spec.reasoning_parser:
         flags += ["--reasoning-parser", spec.reasoning_parser]

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from service.errors import EnvironmentBuildError
-from service.hardware import check_platform, check_room, visible_gpus
+from service.hardware import check_driver, check_platform, check_room, visible_gpus
 
 PINS = Path(__file__).with_name("pins")
-_NEEDED_GB = {"cpu": 3.5, "cuda": 16.0}  # measured for cpu: 2.4 GB installed and its download cache
+_NEEDED_GB = {"cpu": 3.5, "cuda": 16.0}  # cpu: measured, 2.4 GB and its download cache; cuda: an estimate
 _MARK = ".complete"
 Device = Literal["cpu", "cuda"]
 
@@ -35,11 +35,12 @@ class EngineEnv:
     python: str
 
 
-def ensure(say: Callable[[str], None]) -> EngineEnv:
+def ensure(say: Callable[[str], None], device: Device | None = None) -> EngineEnv:
     """Return the engine's environment, building it when it is not here yet.
 
     Args:
         say: Called with one sentence when something is built; a finished environment is reused silently.
+        device: Which engine; by default `cuda` where a GPU is visible, else `cpu`.
 
     Raises:
         UnsupportedPlatformError: vLLM has no build for this machine.
@@ -47,7 +48,9 @@ def ensure(say: Callable[[str], None]) -> EngineEnv:
         EnvironmentBuildError: The installer failed; its own words are on the terminal above.
     """
     check_platform()
-    device: Device = "cuda" if visible_gpus() else "cpu"
+    device = device or ("cuda" if visible_gpus() else "cpu")
+    if device == "cuda":
+        check_driver()
     root = _cache_home() / "engines" / f"{device}-{_fingerprint(device)}"
     env = EngineEnv(device, str(root / "bin" / "python"))
     if (root / _MARK).exists():

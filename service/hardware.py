@@ -5,6 +5,7 @@ Never touches torch: under a CPU snapshot that would freeze "no GPU" into the pr
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -12,11 +13,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, PortInUseError, UnsupportedPlatformError
 
 MIN_PYTHON, MAX_PYTHON = (3, 11), (3, 14)
+MIN_DRIVER = 580
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -42,11 +46,7 @@ def check_platform() -> None:
 
 def visible_gpus() -> int:
     """Return how many NVIDIA GPUs this process may use: what the driver lists, less what CUDA_VISIBLE_DEVICES hides."""
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    lines = listing.stdout.splitlines() if listing.returncode == 0 else []
+    lines = _nvidia_smi("-L")
     present = sum(line.startswith("GPU ") for line in lines)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -57,11 +57,35 @@ def visible_gpus() -> int:
     return min(present, next(bad, len(ids)))  # CUDA reads up to the first entry that names none
 
 
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Return what the driver's tool prints, line by line; nothing where there is no driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
 def _names_gpu(part: str, present: int, uuids: list[str]) -> bool:
     """Tell whether an entry of CUDA_VISIBLE_DEVICES is an index or the beginning of a UUID that the driver lists."""
     if part.isdecimal():
         return int(part) < present
     return part.startswith(("GPU-", "MIG-")) and any(uuid.startswith(part) for uuid in uuids)
+
+
+def check_driver() -> None:
+    """Refuse an NVIDIA driver that is too old for the engine's CUDA, before the engine is built.
+
+    Raises:
+        UnsupportedPlatformError: It is older than 580, which CUDA 13 needs.
+    """
+    version = next(iter(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "").strip()
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) < MIN_DRIVER:
+        raise UnsupportedPlatformError(
+            f"The NVIDIA driver {version} is older than {MIN_DRIVER}, which the engine's CUDA 13 needs. Update it, or "
+            "use the processor alone: CUDA_VISIBLE_DEVICES= make serve."
+        )
 
 
 def check_gpu_count(n_gpu: int, model: str) -> None:
@@ -112,6 +136,26 @@ def is_loopback(host: str) -> bool:
     return host in _LOOPBACK
 
 
+@contextmanager
+def claim_port(port: int) -> Iterator[None]:
+    """Keep other starts of this service away from a port while the context lasts.
+
+    vLLM binds at once but listens only when it is built, and until then a second one may bind as well; then both
+    believe that they serve. The claim is a socket's name in the kernel: it needs no file and ends with its holder.
+
+    Raises:
+        PortInUseError: Another start has it.
+    """
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            claim.bind(f"\0vllm-service-port-{port}")
+        except OSError as error:
+            raise PortInUseError(
+                f"Port {port} is claimed by another vllm-service that is starting or serving. {_another(port)}"
+            ) from error
+        yield
+
+
 def check_port(host: str, port: int) -> None:
     """Refuse a port that somebody listens on.
 
@@ -124,7 +168,14 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
+                raise PortInUseError(
+                    f"Port {port} on {host} cannot be had: {error.strerror}. {_another(port)}"
+                ) from error
             raise PortInUseError(
-                f"Port {port} on {host} cannot be had: {error.strerror}. Stop what listens there, or choose another: "
-                f"make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."
+                f"--host {host} is no address to listen on: {error.strerror}. Give one of this machine's, or none."
             ) from error
+
+
+def _another(port: int) -> str:
+    return f"Stop what has it, or choose another: make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."

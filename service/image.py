@@ -35,9 +35,13 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     built = (
         modal.Image.from_registry(BASE, add_python=PYTHON)
         .entrypoint([])
-        .uv_pip_install(requirements=[str(PINS / "engine-cuda.lock")], extra_options="--require-hashes --no-deps")
+        .uv_pip_install(
+            requirements=[str(PINS / "engine-cuda.lock")],
+            extra_options="--require-hashes --no-deps",
+            uv_version=pinned("light.lock", "uv"),
+        )
     )
-    transfer = fast_transfer(_hub_version())
+    transfer = fast_transfer(pinned("engine-cuda.lock", "huggingface-hub"))
     if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
         built = built.uv_pip_install("hf_transfer==0.1.9")
     if not settings.models_file:
@@ -54,6 +58,7 @@ def fast_transfer(hub_version: str) -> dict[str, str]:
     return {"HF_XET_HIGH_PERFORMANCE": "1"}
 
 
-def _hub_version() -> str:
-    pins = (PINS / "engine-cuda.in").read_text().splitlines()
-    return next(line for line in pins if line.startswith("huggingface_hub==")).partition("==")[2]
+def pinned(lock: str, package: str) -> str:
+    """Return the version of a package in one of the locks."""
+    line = next(line for line in (PINS / lock).read_text().splitlines() if line.startswith(f"{package}=="))
+    return line.partition("==")[2].split()[0]

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from service import engine_env, keys, weights
+from service import engine_env, fetch, keys, weights
 from service.boot import Plan, Replica
 from service.errors import OpenDoorError, ServiceError, UnknownModelError
-from service.hardware import check_gpu_count, check_memory, check_port, is_loopback, visible_gpus
+from service.hardware import check_gpu_count, check_memory, check_port, claim_port, is_loopback, visible_gpus
 from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.settings import Settings
 
@@ -64,7 +64,7 @@ def choose_model(name: str | None, registry: Registry, say: Callable[[str], None
                 raise
             return unregistered(name)
     spec = registry.find(DEFAULT_MODEL).spec
-    if weights.find(spec) or weights.hub_in_reach():
+    if weights.find(spec) or fetch.hub_in_reach():
         return spec
     say(f"No model hub is in reach, so this serves the built-in '{OFFLINE_MODEL}' model, which knows a few dialogues.")
     return registry.find(OFFLINE_MODEL).spec
@@ -87,6 +87,19 @@ def serve(
     """
     digests = keys.digests(environ)
     _check_door(host, settings.port, bool(digests))
+    with _signals_interrupt(), claim_port(settings.port):
+        plan = _plan(model, settings, host, screen, environ)
+        _run(plan, digests, screen, on_ready)
+
+
+def log_file(port: int) -> Path:
+    """Return where the engine's output of a run on this port is kept, until the next run."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "vllm-service"
+    return state / f"engine-{port}.log"
+
+
+def _plan(model: str | None, settings: Settings, host: str, screen: Screen, environ: Mapping[str, str]) -> Plan:
+    """Refuse what cannot work here, and only then build what is missing."""
     spec = choose_model(model, Registry.load(settings.models_file), screen.say)
     gpus = visible_gpus()
     n_gpu = settings.n_gpu or (spec.n_gpu if gpus else 1)
@@ -95,8 +108,8 @@ def serve(
     else:
         check_memory(spec.weights_gb, spec.key)
     screen.phase("environment")  # nothing is refused from here on: now things are made
-    env = engine_env.ensure(screen.say)
-    plan = Plan(
+    env = engine_env.ensure(screen.say, "cuda" if gpus else "cpu")
+    return Plan(
         spec=spec,
         default_key=spec.key,
         device=env.device,
@@ -108,15 +121,8 @@ def serve(
         port=settings.port,
         startup_timeout_s=settings.startup_timeout_s,
         shutdown_timeout_s=DRAIN_S,
-        hub_token=environ.get("HF_TOKEN"),
+        hub_token=environ.get("HF_TOKEN", "").strip() or None,
     )
-    _run(plan, digests, screen, on_ready)
-
-
-def log_file(port: int) -> Path:
-    """Return where the engine's output of a run on this port is kept, until the next run."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "vllm-service"
-    return state / f"engine-{port}.log"
 
 
 def _check_door(host: str, port: int, has_keys: bool) -> None:
@@ -137,20 +143,21 @@ def _run(plan: Plan, digests: Mapping[str, str], screen: Screen, on_ready: Calla
         ended.set()
 
     replica = Replica(plan, say=screen.say, on_line=screen.engine_line, on_event=screen.phase, on_death=on_death)
-    with _signals_interrupt():
-        try:
-            screen.phase("weights")
-            replica.prepare()
-            screen.phase("spawned")
-            replica.start(digests)
-            on_ready(_ready(plan, replica, bool(digests)))
-            ended.wait()
-        except KeyboardInterrupt:
-            _drain(replica, screen)
-            if "ready" not in replica.phases:
-                raise
-        if death:
-            raise death[0]
+    try:
+        screen.phase("weights")
+        replica.prepare()
+        screen.phase("spawned")
+        replica.start(digests)
+        on_ready(_ready(plan, replica, bool(digests)))
+        ended.wait()
+    except KeyboardInterrupt:
+        if "ready" not in replica.phases:
+            raise
+        _drain(replica, screen)
+    finally:
+        replica.stop(0)
+    if death:
+        raise death[0]
 
 
 def _drain(replica: Replica, screen: Screen) -> None:

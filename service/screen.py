@@ -10,10 +10,10 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from service.errors import ServiceError
+from service.errors import ServiceError, UnknownModelError
 from service.gpus import PRICES_DATE, PRICES_SOURCE
 from service.local import Ready
-from service.models import Registry
+from service.models import Registry, looks_like_a_source
 from service.settings import Settings
 
 _TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
@@ -54,7 +54,9 @@ class Terminal:
             self._log.close()
 
     def say(self, text: str) -> None:
-        """Show a sentence that stays."""
+        """Show a sentence that stays; a download's own progress bars may follow it."""
+        if self._status:
+            self._status.stop()
         self._console.print(text, markup=False)
 
     def phase(self, text: str) -> None:
@@ -114,7 +116,12 @@ Ctrl-C stops it."""
 
 def print_models(registry: Registry, default: str, as_json: bool) -> None:
     """Print the registry as a table, or as a JSON array with one object a model."""
-    default_key = registry.find(default, Settings.model_fields["model"].default).spec.key
+    try:
+        default_key = registry.find(default, Settings.model_fields["model"].default).spec.key
+    except UnknownModelError:
+        if not looks_like_a_source(default):
+            raise
+        default_key = ""  # a hub id that is in no registry can be served locally
     rows = [
         {
             "key": spec.key,

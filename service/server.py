@@ -85,7 +85,7 @@ class Server:
             host="0.0.0.0",  # noqa: S104 - Modal's proxy comes by the container's own address
             port=SETTINGS.port,
             startup_timeout_s=SETTINGS.startup_timeout_s,
-            hub_token=os.environ.get("HF_TOKEN"),
+            hub_token=os.environ.get("HF_TOKEN", "").strip() or None,
         )
 
 
@@ -112,4 +112,5 @@ def _replace(error: EngineError) -> None:
 def test(content: str = selftest.CONTENT, twice: bool = True) -> None:
     """Check health and hold two conversations, as `modal run -m service.server`."""
     server = Server()
-    selftest.run(server.complete.remote, server.serve.get_web_url(), content, twice)
+    url = server.serve.get_web_url() if SETTINGS.direct_auth == "proxy" else None
+    selftest.run(server.complete.remote, url, content, twice)

@@ -7,20 +7,14 @@ with every other program that uses the hub. What is complete there is used witho
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from service.errors import GatedModelError, WeightsError
-from service.hardware import check_room
+from service import fetch
+from service.errors import WeightsError
 from service.models import ModelSpec
-
-HUB_TIMEOUT_S = 3.0
-# The engine reads safetensors; the same weights in other formats would only cost time and room.
-_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "onnx/*", "openvino/*")
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")  # one of several: only their index tells which all are
 
@@ -69,28 +63,11 @@ def ensure(spec: ModelSpec, token: str | None = None, say: Callable[[str], None]
     if weights := find(spec):
         return weights
     assert spec.hub_id is not None  # noqa: S101 - entries with a path were answered above
-    model = _fetch(spec.hub_id, spec.revision, spec.ignore_patterns, token, say)
+    model = fetch.in_child(fetch.Wanted(spec.hub_id, spec.revision, spec.ignore_patterns), token, say)
     draft = None
     if spec.speculative and spec.speculative.hub_id:
-        draft = _fetch(spec.speculative.hub_id, spec.speculative.revision, (), token, say)
+        draft = fetch.in_child(fetch.Wanted(spec.speculative.hub_id, spec.speculative.revision), token, say)
     return Weights(model, draft, fetched=True)
-
-
-def hub_in_reach() -> bool:
-    """Tell whether the hub answers within a few seconds."""
-    import requests  # noqa: PLC0415 - 90 ms that only this question costs
-
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:  # as huggingface_hub reads it
-        return False
-    try:
-        requests.head(_endpoint(), timeout=HUB_TIMEOUT_S, allow_redirects=False)
-    except requests.RequestException:
-        return False
-    return True
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _existing(directory: Path, key: str) -> Path:
@@ -106,7 +83,9 @@ def _cached(hub_id: str, revision: str | None, ignore: tuple[str, ...]) -> Path 
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
-        path = snapshot_download(hub_id, revision=revision, local_files_only=True, ignore_patterns=_ignored(ignore))
+        path = snapshot_download(
+            hub_id, revision=revision, local_files_only=True, ignore_patterns=[*fetch.OTHER_FORMATS, *ignore]
+        )
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
     return Path(path) if _complete(Path(path)) else None
@@ -120,78 +99,3 @@ def _complete(directory: Path) -> bool:
     if index.is_file():
         return all((directory / shard).is_file() for shard in set(json.loads(index.read_text())["weight_map"].values()))
     return any(file.is_file() and not _SHARD.search(file.name) for file in directory.glob("*.safetensors"))
-
-
-def _fetch(
-    hub_id: str, revision: str | None, ignore: tuple[str, ...], token: str | None, say: Callable[[str], None]
-) -> Path:
-    from huggingface_hub import constants, snapshot_download  # noqa: PLC0415 - only hub models need it
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f" at revision {revision}" if revision else ""
-    advice = "Check the connection (HF_ENDPOINT names another hub), or serve 'tiny', which needs none."
-    if not hub_in_reach():  # the client would try again for half a minute
-        raise WeightsError(f"{hub_id}{at} cannot be fetched from {_endpoint()}: it is not in reach. {advice}")
-    try:
-        missing = _missing_bytes(hub_id, revision, _ignored(ignore), token)
-        check_room(Path(constants.HF_HUB_CACHE), missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
-        say(f"Fetching {hub_id}{at}: {missing / 1e9:.1f} GB")
-        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=_ignored(ignore), token=token))
-    except GatedRepoError as error:
-        raise GatedModelError(_gated(hub_id, token)) from error
-    except RevisionNotFoundError as error:
-        raise WeightsError(f"{hub_id} has no revision '{revision}'. Correct the entry's revision.") from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"The hub has no repository '{hub_id}', or it is private and the token has no access. "
-            f"Look it up at {_endpoint()}/{hub_id}."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise WeightsError(
-            f"{hub_id}{at} cannot be fetched from {_endpoint()}: {_first_line(error)} {advice}"
-        ) from error
-
-
-def _missing_bytes(hub_id: str, revision: str | None, ignore: list[str], token: str | None) -> int:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
-    from huggingface_hub.errors import DryRunError  # noqa: PLC0415
-    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
-
-    class Silent(tqdm):
-        """No bar for asking sizes."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-    try:
-        plan = snapshot_download(
-            hub_id, revision=revision, ignore_patterns=ignore, token=token, dry_run=True, tqdm_class=Silent
-        )
-    except DryRunError as error:
-        raise error.__cause__ or error from None  # what kept it from the repository says more
-    return sum(file.file_size or 0 for file in plan if file.will_download)
-
-
-def _gated(hub_id: str, token: str | None) -> str:
-    page = f"{_endpoint()}/{hub_id}"
-    if token:
-        return f"{hub_id} is gated and this token has no access. Accept its licence at {page} with the token's account."
-    return (
-        f"{hub_id} is gated and no token is here. Accept its licence at {page}, then set HF_TOKEN (locally) or "
-        "create the secret: modal secret create huggingface HF_TOKEN=<token>."
-    )
-
-
-def _ignored(own: tuple[str, ...]) -> list[str]:
-    return [*_OTHER_FORMATS, *own]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ def test_deploy_of_each_entry_publishes_the_class_on_its_gpu(plane: ModalPlane, 
     assert function.max_concurrent_inputs == 64
     assert function.checkpointing_enabled
     assert function.timeout_secs == 3600
-    assert function.startup_timeout_secs == 1800
+    assert function.startup_timeout_secs == 1860
     assert {mount.mount_path for mount in function.volume_mounts} == {
         "/root/.cache/huggingface",
         "/root/.cache/vllm",

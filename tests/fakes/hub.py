@@ -43,9 +43,25 @@ class Hub:
     token: str = "hf_right"
     repositories: dict[str, Repository] = field(default_factory=dict)
     fails_with: int | None = None
+    cuts_files: bool = False
+    asked_for_files: threading.Event = field(default_factory=threading.Event)
+    may_send_files: threading.Event = field(default_factory=threading.Event)
     asked: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     url: str = ""
+
+    def __post_init__(self) -> None:
+        """Hold no file back."""
+        self.may_send_files.set()
+
+    @contextmanager
+    def holding_files(self) -> Iterator[None]:
+        """Answer no request for a file's content while the block lasts; `asked_for_files` tells of the first one."""
+        self.may_send_files.clear()
+        try:
+            yield
+        finally:
+            self.may_send_files.set()
 
 
 @contextmanager
@@ -124,8 +140,20 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if found is None:
                 return
             content = found.files[path]
+            if self.command == "GET":
+                hub.asked_for_files.set()
+                hub.may_send_files.wait(30)
+            if self.command == "GET" and hub.cuts_files:
+                self.cut(content)
+                return
             tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.commit}  # noqa: S324
             self.answer(200, content, tag)
+
+        def cut(self, content: bytes) -> None:
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + 1))
+            self.end_headers()
 
         def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
             self.send_response(status)

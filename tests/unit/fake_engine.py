@@ -33,6 +33,7 @@ FLAGS = {
     *("--model", "--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout", "--max-model-len"),
     *("--disable-access-log-for-endpoints", "--enforce-eager", "--no-enforce-eager", "--distributed-executor-backend"),
     *("--tensor-parallel-size", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser"),
+    *("--exclude-tools-when-tool-choice-none", "--tool-strict-level"),
     *("--structured-outputs-config", "--kv-cache-memory-bytes", "--max-num-seqs", "--max-num-batched-tokens"),
 }
 REFUSED = 64
@@ -126,7 +127,7 @@ class Fake:
         answer = self.answers.pop(0) if self.answers else 200
         if answer == "garbage":
             return b"220 this is a mail server\r\n"
-        return f"HTTP/1.1 {answer} Scripted\r\nContent-Length: 0\r\n\r\n".encode()
+        return f"HTTP/1.1 {answer} Scripted\r\nX-Engine-Pid: {os.getpid()}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
 def main() -> None:

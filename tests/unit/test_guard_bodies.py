@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +82,11 @@ def test_health_has_the_contracts_body(pieces: int) -> None:
     answer = ask(Guard(Behind(body=b"", pieces=pieces), [DIGEST]), "/health")
 
     assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
-    assert answer.headers == {b"content-type": b"application/json", b"content-length": b"15"}
+    assert answer.headers == {
+        b"content-type": b"application/json",
+        b"content-length": b"15",
+        b"x-engine-pid": str(os.getpid()).encode(),
+    }
 
 
 def test_health_of_a_dead_engine_passes_as_it_is() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service import engine_env, local, weights
+from service import engine_env, fetch, local, weights
 from service.errors import (
     EngineError,
     GpuCountError,
@@ -50,7 +50,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Refuse to build an engine's environment; return the list of attempts."""
     attempts: list[str] = []
 
-    def ensure(_: object) -> engine_env.EngineEnv:
+    def ensure(*_: object) -> engine_env.EngineEnv:
         attempts.append("build")
         raise ServiceError("this would have built the engine's environment")
 
@@ -61,7 +61,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
     """Make the fake engine the environment of this machine; nothing of it is left after the test."""
-    monkeypatch.setattr(engine_env, "ensure", lambda _: engine_env.EngineEnv("cpu", fake_python))
+    monkeypatch.setattr(engine_env, "ensure", lambda *_: engine_env.EngineEnv("cpu", fake_python))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
@@ -69,7 +69,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
 
 def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False) -> None:
     """Decide what the hub and the cache have."""
-    monkeypatch.setattr(weights, "hub_in_reach", lambda: in_reach)
+    monkeypatch.setattr(fetch, "hub_in_reach", lambda: in_reach)
     monkeypatch.setattr(weights, "find", lambda _: weights.Weights(Path("/cached")) if cached else None)
 
 
@@ -96,7 +96,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
 )  # fmt: skip
 def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
-    monkeypatch.setattr(weights, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(fetch, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
 
     assert local.choose_model(name, REGISTRY, lambda _: None).key == key
 

@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service import weights
+from service import fetch, weights
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.models import ModelSpec
 from tests.fakes.hub import Hub
 
 from .hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
-pytestmark = pytest.mark.usefixtures("cache", "slept")
+pytestmark = pytest.mark.usefixtures("cache", "slept", "fetched_here")
+
+
+@pytest.fixture
+def fetched_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch in this process, whose client and clock the fixtures have; `test_fetch_child.py` has the child."""
+    monkeypatch.setattr(fetch, "in_child", fetch.fetch)
 
 
 def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
@@ -77,7 +83,7 @@ def test_weights_room_is_asked_of_the_disk_that_gets_them(
     elsewhere.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(elsewhere))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere))
-    monkeypatch.setattr(weights, "check_room", lambda directory, *_: asked.append(directory))
+    monkeypatch.setattr(fetch, "check_room", lambda directory, *_: asked.append(directory))
     weights.ensure(SPEC)
 
     assert asked == [elsewhere]
@@ -152,19 +158,19 @@ def test_weights_of_a_name_that_the_client_refuses_say_so() -> None:
 
 def test_hub_in_reach_tells_whether_it_answers(hub: Hub) -> None:
     """Any answer counts, a refusal too."""
-    assert weights.hub_in_reach()
+    assert fetch.hub_in_reach()
     hub.fails_with = 503
-    assert weights.hub_in_reach()
+    assert fetch.hub_in_reach()
 
 
 def test_hub_in_reach_without_a_hub_is_false() -> None:
     """Nobody listens there."""
-    assert not weights.hub_in_reach()
+    assert not fetch.hub_in_reach()
 
 
 def test_hub_in_reach_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """`HF_HUB_OFFLINE=1` is the user's word, and the client would fetch nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    assert not weights.hub_in_reach()
+    assert not fetch.hub_in_reach()
     assert hub.asked == []

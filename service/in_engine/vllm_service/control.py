@@ -51,6 +51,14 @@ class Control:
 _current: Control | None = None
 
 
+def _forget() -> None:
+    global _current  # noqa: PLW0603 - see above
+    _current = None
+
+
+os.register_at_fork(after_in_child=_forget)  # a child has neither the thread nor the duty
+
+
 def current() -> Control | None:
     """Return this process's control, opened on the first call; None in vLLM's own child processes."""
     global _current  # noqa: PLW0603 - one pipe, one reader

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -154,14 +155,17 @@ def _methods(path: str) -> set[str] | None:
 
 
 def _healthy(send: Send) -> Send:
-    """Give vLLM's empty 200 of /health a body; other answers pass as they are."""
+    """Give vLLM's empty 200 of /health a body, and say whose it is: the parent waits for its own engine's.
+
+    Other answers pass as they are.
+    """
     ok = answered = False
 
     async def wrapped(message: Message) -> None:
         nonlocal ok, answered
         if message["type"] == "http.response.start" and message["status"] == 200:
             ok = True
-            message = {**message, "headers": _json_headers(_HEALTHY)}
+            message = {**message, "headers": [*_json_headers(_HEALTHY), (b"x-engine-pid", str(os.getpid()).encode())]}
         elif message["type"] == "http.response.body" and ok:
             if answered:  # an application may send an empty body in several messages
                 return
