@@ -213,6 +213,7 @@ class EngineProcess:
         while self._state not in _ENDS:
             if self._healthy():
                 self._ready_after_s = time.monotonic() - self._spawned_at
+                self.log.begin_anew()
                 self._report("ready", {"at": time.monotonic()})
                 self._set(State.READY)
                 return

@@ -63,6 +63,7 @@ class EngineLog:
 
     def __init__(self, on_line: Callable[[str], None] | None = None) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._newer = 0  # lines since the boot was finished, or since the start
         self._on_line = on_line
         self._closed = threading.Event()
 
@@ -79,8 +80,13 @@ class EngineLog:
     def add(self, line: str) -> None:
         """Take one line without its line end."""
         self._lines.append(line)
+        self._newer += 1
         if self._on_line:
             self._on_line(line)
+
+    def begin_anew(self) -> None:
+        """Look no further back than here for the cause of a death: what a finished boot complained of is none."""
+        self._newer = 0
 
     def close(self) -> None:
         """Mark the end of the output."""
@@ -96,7 +102,8 @@ class EngineLog:
             when = f"after {lived_s:.1f} s, before it was ready"
         else:
             when = f"{lived_s - ready_after_s:.1f} s after it was ready"
-        if cause := _first_cause(self.lines):
+        lines = self.lines
+        if cause := _first_cause(lines[max(0, len(lines) - self._newer) :]):
             return f"The engine exited with code {code} {when}. Cause: '{cause.text}'. {cause.advice}"
         if code < 0:
             oom = "The kernel does that when memory runs out (dmesg tells)."

@@ -248,8 +248,8 @@ class Variety:
         return forced_sample(self.render, messages, pieces, thinking=self.chance(0.5))
 
     def json_pieces(self, value: Mapping[str, Any], *, learn_keys: bool) -> list[tuple[str, bool]]:
-        """Write an object, most often with spaces, in the pieces that a grammar makes of it."""
-        comma, colon = (", ", ": ") if self.chance(0.8) else (",", ":")
+        """Write an object, most often as xgrammar 0.2.8 wants it, in the pieces that a grammar makes of it."""
+        comma, colon = self.rng.choices(((", ", ":"), (", ", ": "), (",", ":")), (8, 1, 1))[0]
         pieces: list[tuple[str, bool]] = []
         for i, (key, item) in enumerate(value.items()):
             text = json.dumps(item, separators=(comma, colon))

@@ -100,9 +100,10 @@ def test_tools_demanded_call_comes_whatever_was_asked(client: openai.OpenAI, dem
         .choices[0]
         .message
     )
-    (call,) = calls(message)
-    assert call["name"] == "choose_city"
-    assert call["arguments"]["city"] in CITIES
+    made = calls(message)
+    assert made
+    assert {call["name"] for call in made} == {"choose_city"}
+    assert {call["arguments"]["city"] for call in made} <= set(CITIES)
 
 
 @pytest.mark.parametrize("wish", ["one call", "strict"])

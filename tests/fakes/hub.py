@@ -68,7 +68,7 @@ class Hub:
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """Serve the hub on a free port until the end of the block."""
-    server = _Server(("127.0.0.1", 0), _handler(hub))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -87,89 +87,87 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-            """Write nothing."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        """Write nothing."""
 
-        def do_HEAD(self) -> None:
-            """Answer without a body."""
-            self.do_GET()
+    def do_HEAD(self) -> None:
+        """Answer without a body."""
+        self.do_GET()
 
-        def do_GET(self) -> None:
-            """Answer one request."""
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append(f"{self.command} {path}")
-            if hub.fails_with:
-                self.answer(hub.fails_with, b"scripted")
-            elif match := _TREE.fullmatch(path) or _INFO.fullmatch(path):
-                self.listing(match[1], match[2], "/tree/" in path)
-            elif match := _FILE.fullmatch(path):
-                self.file(*match.groups())
-            elif path in {
-                "/",
-                "/api/agent-harnesses",
-            }:  # the client asks for this list too
-                self.answer(200, b"{}")
-            else:
-                hub.unknown.append(self.path)
-                self.answer(404)
+    def do_GET(self) -> None:
+        """Answer one request."""
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append(f"{self.command} {path}")
+        if self.hub.fails_with:
+            self.answer(self.hub.fails_with, b"scripted")
+        elif match := _TREE.fullmatch(path) or _INFO.fullmatch(path):
+            self.listing(match[1], match[2], "/tree/" in path)
+        elif match := _FILE.fullmatch(path):
+            self.file(*match.groups())
+        elif path in {
+            "/",
+            "/api/agent-harnesses",
+        }:  # the client asks for this list too
+            self.answer(200, b"{}")
+        else:
+            self.hub.unknown.append(self.path)
+            self.answer(404)
 
-        def opened(self, name: str, revision: str, needs_access: bool) -> Repository | None:
-            """Return the repository, or refuse with the header that tells why not."""
-            repository = hub.repositories.get(name)
-            known = self.headers.get("Authorization") == f"Bearer {hub.token}"
-            if repository is None:
-                self.answer(*((404, b"") if known else (401, b"")), {"X-Error-Code": "RepoNotFound"})
-            elif revision not in {"main", repository.commit}:
-                self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
-            elif needs_access and not known:
-                self.answer(401, headers={"X-Error-Code": "GatedRepo"})
-            else:
-                return repository
-            return None
+    def opened(self, name: str, revision: str, needs_access: bool) -> Repository | None:
+        """Return the repository, or refuse with the header that tells why not."""
+        repository = self.hub.repositories.get(name)
+        known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if repository is None:
+            self.answer(*((404, b"") if known else (401, b"")), {"X-Error-Code": "RepoNotFound"})
+        elif revision not in {"main", repository.commit}:
+            self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+        elif needs_access and not known:
+            self.answer(401, headers={"X-Error-Code": "GatedRepo"})
+        else:
+            return repository
+        return None
 
-        def listing(self, name: str, revision: str, is_tree: bool) -> None:
-            repository = hub.repositories.get(name)
-            if (found := self.opened(name, revision, repository is not None and repository.gated == "all")) is None:
-                return
-            rows = [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}  # noqa: S324
-                for path, content in found.files.items()
-            ]
-            info = {"id": name, "modelId": name, "sha": found.commit, "siblings": []}
-            self.answer(200, json.dumps(rows if is_tree else info).encode(), {"Content-Type": "application/json"})
+    def listing(self, name: str, revision: str, is_tree: bool) -> None:
+        repository = self.hub.repositories.get(name)
+        if (found := self.opened(name, revision, repository is not None and repository.gated == "all")) is None:
+            return
+        rows = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}  # noqa: S324
+            for path, content in found.files.items()
+        ]
+        info = {"id": name, "modelId": name, "sha": found.commit, "siblings": []}
+        self.answer(200, json.dumps(rows if is_tree else info).encode(), {"Content-Type": "application/json"})
 
-        def file(self, name: str, revision: str, path: str) -> None:
-            repository = hub.repositories.get(name)
-            found = self.opened(name, revision, repository is not None and bool(repository.gated))
-            if found is None:
-                return
-            content = found.files[path]
-            if self.command == "GET":
-                hub.asked_for_files.set()
-                hub.may_send_files.wait(30)
-            if self.command == "GET" and hub.cuts_files:
-                self.cut(content)
-                return
-            tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.commit}  # noqa: S324
-            self.answer(200, content, tag)
+    def file(self, name: str, revision: str, path: str) -> None:
+        repository = self.hub.repositories.get(name)
+        found = self.opened(name, revision, repository is not None and bool(repository.gated))
+        if found is None:
+            return
+        content = found.files[path]
+        if self.command == "GET":
+            self.hub.asked_for_files.set()
+            self.hub.may_send_files.wait(30)
+        if self.command == "GET" and self.hub.cuts_files:
+            self.cut(content)
+            return
+        tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.commit}  # noqa: S324
+        self.answer(200, content, tag)
 
-        def cut(self, content: bytes) -> None:
-            self.close_connection = True
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content) + 1))
-            self.end_headers()
+    def cut(self, content: bytes) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content) + 1))
+        self.end_headers()
 
-        def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    return Handler
+    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

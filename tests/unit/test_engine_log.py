@@ -213,3 +213,15 @@ def test_log_closed_wakes_whoever_waits() -> None:
     log.wait_closed(0)
     log.close()
     log.wait_closed(60)
+
+
+def test_death_after_ready_is_not_blamed_on_the_boot() -> None:
+    """A traceback that a finished boot survived is no cause of what kills the engine an hour later."""
+    log = EngineLog()
+    for line in ("Traceback (most recent call last):", "ImportError: an optional kernel is missing"):
+        log.add(line)
+    assert "ImportError" in log.post_mortem(1, 5.0, None)
+    log.begin_anew()
+    log.add("INFO: a request")
+    assert "ImportError" not in log.post_mortem(-9, 3600.0, 5.0)
+    assert "SIGKILL" in log.post_mortem(-9, 3600.0, 5.0)
