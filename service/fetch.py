@@ -8,6 +8,7 @@ as JSON lines; the client's progress bars go to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -55,8 +56,9 @@ def in_child(wanted: Wanted, token: str | None, say: Callable[[str], None]) -> P
 def _follow(child: subprocess.Popen[str], wanted: Wanted, say: Callable[[str], None]) -> Path:
     assert child.stdin is not None  # noqa: S101 - in_child asked for pipes
     assert child.stdout is not None  # noqa: S101 - in_child asked for pipes
-    child.stdin.write(json.dumps(asdict(wanted)) + "\n")
-    child.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it died at once; below it gets its sentence
+        child.stdin.write(json.dumps(asdict(wanted)) + "\n")
+        child.stdin.flush()
     for line in child.stdout:
         word = json.loads(line)
         if "say" in word:
