@@ -62,6 +62,28 @@ class Function:
         return f"{config.gpu_type}:{config.count or 1}" if config.gpu_type else None
 
 
+class OfFunction:
+    """What a pool or a container has from its function."""
+
+    function: Function
+
+    @property
+    def app(self) -> str:
+        return self.function.app.name
+
+    @property
+    def tag(self) -> str:
+        return self.function.tag
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.function.parameters
+
+    @property
+    def gpu(self) -> str | None:
+        return self.function.gpu
+
+
 class Functions:
     """Functions by id, their bindings, and classes."""
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 from modal_proto import api_pb2 as pb
 
 from .calls import Input
-from .functions import Function
+from .functions import Function, OfFunction
 from .sandbox import Task
 
 DEFAULT_SCALEDOWN_WINDOW_S = 60
@@ -21,7 +20,7 @@ UNLIMITED = 1000
 
 
 @dataclass(eq=False)
-class Pool:
+class Pool(OfFunction):
     """Queue, containers and autoscaler overrides of one function."""
 
     function: Function
@@ -30,22 +29,6 @@ class Pool:
     overrides: pb.AutoscalerSettings = field(default_factory=pb.AutoscalerSettings)
     failed_boots: int = 0  # in a row
     skips_snapshot: bool = False  # a restore failed: the next container boots without one
-
-    @property
-    def app(self) -> str:
-        return self.function.app.name
-
-    @property
-    def tag(self) -> str:
-        return self.function.tag
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return self.function.parameters
-
-    @property
-    def gpu(self) -> str | None:
-        return self.function.gpu
 
     @property
     def queued(self) -> int:

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modal_proto import api_pb2 as pb
 
 from . import processes
 from .errors import ContainerRuntimeError
+from .functions import OfFunction
 from .host_ports import HostPorts
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _ignore(*event: object) -> None:
 
 
 @dataclass(eq=False)
-class Task:
+class Task(OfFunction):
     """One container. Public attributes are read by tests from another thread; `preempt` and `kill` may be called so."""
 
     id: str
@@ -107,22 +108,6 @@ class Task:
     on_line: Callable[[Task, str], None] = field(default=_ignore, repr=False)
     on_stop: Callable[[Task], None] = field(default=_ignore, repr=False)
     on_death: Callable[[Task], None] = field(default=_ignore, repr=False)
-
-    @property
-    def app(self) -> str:
-        return self.function.app.name
-
-    @property
-    def tag(self) -> str:
-        return self.function.tag
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return self.function.parameters
-
-    @property
-    def gpu(self) -> str | None:
-        return self.function.gpu
 
     @property
     def root(self) -> Path:
