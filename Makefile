@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test check bench bench-boot bench-contract locks clean
+.PHONY: serve install test check bench bench-boot bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
+
+install: $(VENV)/light
 
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest
