@@ -9,7 +9,7 @@
 | STOPPED  | `stop` was called and the group is gone             | raises EngineError                    |
 | FAILED   | it died, or was killed, without being asked to      | raises EngineError with the root line |
 
-One writer sets the state: the thread that reads the events. Nothing here imports vllm.
+Only `_set` changes the state, and an end is final. Nothing here imports vllm.
 """
 
 from __future__ import annotations

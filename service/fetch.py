@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ class Wanted:
     hub_id: str
     revision: str | None = None
     ignore: tuple[str, ...] = ()
+
+
+def hub_token(environ: Mapping[str, str]) -> str | None:
+    """Return the hub's token; an empty variable is none."""
+    return environ.get("HF_TOKEN", "").strip() or None
 
 
 def in_child(wanted: Wanted, token: str | None, say: Callable[[str], None]) -> Path:
@@ -77,9 +82,9 @@ def main() -> None:
     """Fetch what standard input orders."""
     wanted = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    token = os.environ.get("HF_TOKEN", "").strip() or None
+    order = Wanted(wanted["hub_id"], wanted["revision"], tuple(wanted["ignore"]))
     try:
-        path = fetch(Wanted(wanted["hub_id"], wanted["revision"], tuple(wanted["ignore"])), token, _tell_say)
+        path = fetch(order, hub_token(os.environ), _tell_say)
     except ServiceError as error:
         _tell({"error": type(error).__name__, "sentence": str(error)})
     else:

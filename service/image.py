@@ -10,7 +10,7 @@ from pathlib import Path
 
 import modal
 
-from service.engine_env import PINS
+from service.engine_env import PINS, pinned
 from service.errors import RegistryError
 from service.models import ModelSpec
 from service.settings import Settings
@@ -56,9 +56,3 @@ def fast_transfer(hub_version: str) -> dict[str, str]:
     if int(hub_version.partition(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
         return {"HF_HUB_ENABLE_HF_TRANSFER": "1"}
     return {"HF_XET_HIGH_PERFORMANCE": "1"}
-
-
-def pinned(lock: str, package: str) -> str:
-    """Return the version of a package in one of the locks."""
-    line = next(line for line in (PINS / lock).read_text().splitlines() if line.startswith(f"{package}=="))
-    return line.partition("==")[2].split()[0]

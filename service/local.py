@@ -121,7 +121,7 @@ def _plan(model: str | None, settings: Settings, host: str, screen: Screen, envi
         port=settings.port,
         startup_timeout_s=settings.startup_timeout_s,
         shutdown_timeout_s=DRAIN_S,
-        hub_token=environ.get("HF_TOKEN", "").strip() or None,
+        hub_token=fetch.hub_token(environ),
     )
 
 

@@ -17,6 +17,7 @@ from service.boot import Plan, Replica
 from service.completion import request
 from service.deployment import Deployment
 from service.errors import EngineError, UsageError
+from service.fetch import hub_token
 from service.image import image
 from service.keys import digests
 from service.volumes import HUB_CACHE, volumes
@@ -85,7 +86,7 @@ class Server:
             host="0.0.0.0",  # noqa: S104 - Modal's proxy comes by the container's own address
             port=SETTINGS.port,
             startup_timeout_s=SETTINGS.startup_timeout_s,
-            hub_token=os.environ.get("HF_TOKEN", "").strip() or None,
+            hub_token=hub_token(os.environ),
         )
 
 

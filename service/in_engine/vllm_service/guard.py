@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 BODY_LIMIT = 32 * MIB  # a dozen photographs in base64
 TEXT_BODY_LIMIT = 1 * MIB  # tokenizing 30 MB took the engine 40 s and 6 GB
 
-# path -> methods, needs a key, body limit
+# path -> methods; without a key, and with one
 _OPEN = {"/health": {"GET"}, "/docs": {"GET"}, "/openapi.json": {"GET"}}
 _KEYED = {
     "/v1/models": {"GET"},
