@@ -186,7 +186,7 @@ def test_serve_until_a_signal_drains_and_returns(
 
 
 def test_serve_interrupted_before_ready_raises_and_leaves_nothing(screen: Screen, engine: None, port: int) -> None:
-    """Ctrl-C during the boot is an interrupt to the caller."""
+    """Ctrl-C during the boot, of an engine that hangs there, is an interrupt to the caller."""
 
     def phase(name: str) -> None:
         screen.phases.append(name)
@@ -194,8 +194,9 @@ def test_serve_interrupted_before_ready_raises_and_leaves_nothing(screen: Screen
             os.kill(os.getpid(), signal.SIGINT)
 
     screen.phase = phase  # type: ignore[method-assign, assignment]
+    hanging = {"FAKE_ENGINE": '{"hang_at": "imported"}'}  # ready before the signal is taken would be a drain
     with pytest.raises(KeyboardInterrupt):
-        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ={})
+        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ=hanging)
 
 
 def test_serve_whose_engine_dies_raises_the_reason(screen: Screen, engine: None, port: int) -> None:
