@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve install test check bench bench-boot bench-contract locks clean
+.PHONY: serve install test check bench bench-boot bench-cycles bench-readahead bench-weights bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
@@ -18,10 +18,19 @@ test: $(VENV)/dev
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: bench-boot bench-contract
+bench: bench-boot bench-cycles bench-readahead bench-weights bench-contract
 
 bench-boot: $(VENV)/dev
 	@$(BIN)/python -m bench.boot
+
+bench-cycles: $(VENV)/dev
+	@$(BIN)/python -m bench.cycles
+
+bench-readahead: $(VENV)/dev
+	@$(BIN)/python -m bench.readahead
+
+bench-weights: $(VENV)/dev
+	@$(BIN)/python -m bench.weights
 
 bench-contract: $(VENV)/dev
 	@$(BIN)/python -m bench.contract

@@ -1,122 +1,169 @@
-"""Boot: from the command to an answer, `make serve`'s path against plain vLLM. Run by `make bench-boot`.
+"""Boot: every strategy against plain vLLM, interleaved, the same tiny model on the same machine. `make bench-boot`.
 
-Interleaved runs of both with the same tiny model on the same machine, both polled at /health every 50 ms from the spawn
-of the process a user would start. Beside it: the light commands' times and the supervising process's memory.
+Plain vLLM and `vllm-service up` are polled at /health every 50 ms from the spawn of the process a user would start; a
+replica under a snapshot is timed from its release to its first token. Beside it: the light commands, the supervising
+process's memory, and what watching an idle engine costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 
+from bench.processes import Timed, first_token, free_port, plain_vllm, service
 from bench.report import Report
-from service import engine_env
+from service import charts, engine_env
+from service.boot import Replica
 from service.models import Registry
+from service.plan import Plan
+from service.records import BootRecord
+from tests.contract.memory import overwrite
 
-POLL_S = 0.05
-LIMIT_S = 180.0
+WATCHED_S = 60.0
+WAKE_TIMEOUT_S = 3.0
 
 
 def main() -> int:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
-    rounds = parser.parse_args().rounds
-    env = engine_env.ensure(print)
-    report = Report("boot")
-    ours: list[float] = []
-    plain: list[float] = []
-    parents_mb: list[float] = []
-    for number in range(1, rounds + 1):
-        plain.append(_boot(lambda port: _plain_vllm(env.python, port)))
-        ours.append(_boot(_service, look=lambda pid: parents_mb.append(psutil.Process(pid).memory_info().rss / 1e6)))
-        print(f"round {number}: plain vLLM {plain[-1]:.1f} s, this service {ours[-1]:.1f} s", flush=True)
-    report.sample("plain `vllm serve --enforce-eager` to /health", plain)
-    report.sample("`vllm-service up` to /health, canary answered", ours)
-    ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
-    report.add("boot: this service / plain vLLM, median ratio", statistics.median(ratios), 0.70)
-    report.add("memory of the supervising process", max(parents_mb), 120, "MB")
-    bin_directory = Path(sys.executable).parent
-    report.add("vllm-service --help", _median([str(bin_directory / "vllm-service"), "--help"]), 0.35, "s")
-    report.add("python -c 'import service.server'", _median([sys.executable, "-c", "import service.server"]), 1.0, "s")
-    return report.finish()
+    parser.add_argument("--png", type=Path, help="draw the boots of the last round")
+    arguments = parser.parse_args()
+    bench = Bench()
+    for number in range(1, arguments.rounds + 1):
+        bench.round()
+        print(f"round {number}: " + ", ".join(f"{name} {times[-1]:.2f}" for name, times in bench.times.items()))
+    if arguments.png:
+        charts.png(bench.records[-len(bench.records) // arguments.rounds :], arguments.png)
+    return bench.report()
 
 
-def _service(port: int) -> list[str]:
-    os.environ["SERVICE_PORT"] = str(port)
-    return [str(Path(sys.executable).parent / "vllm-service"), "up", "tiny"]
+class Bench:
+    """The times of each way to boot, one a round."""
 
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+        self.records: list[BootRecord] = []
+        self.parent_mb: list[float] = []
+        env = engine_env.ensure(print)
+        spec = Registry.load().specs["tiny"]
+        self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, versions=engine_env.versions(env.device))
 
-def _plain_vllm(python: str, port: int) -> list[str]:
-    model = Registry.load().find("tiny").spec.directory
-    entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs; the CPU build lacks the command
-    flags = ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
-    flags += ["--kv-cache-memory-bytes", str(64 * 1024**2)]  # as small as ours: else it claims nearly all memory
-    return [python, "-m", entry, "--model", str(model), *flags]
+    def round(self) -> None:
+        """Boot in each way once."""
+        self._take("plain vLLM", Timed(lambda port: plain_vllm(self._plan.python, port)).boot())
+        self._take("plain vLLM, 5 s poll", Timed(lambda port: plain_vllm(self._plan.python, port), poll_s=5).boot())
+        self._take("off, command", Timed(service, look=self._weigh).boot())
+        self._take("off", self._replica(snapshot="off"))
+        self._take("cpu, all imported", self._replica(snapshot="cpu", neutral_imports=False))
+        self._take("cpu, neutral imports", self._replica(snapshot="cpu"))
+        self._take("gpu", self._replica(snapshot="gpu"))
+        self._take("gpu, wrong canary", self._replica(break_memory, snapshot="gpu"))
+        hang = {"snapshot": "gpu", "wake_timeout_s": WAKE_TIMEOUT_S}
+        self._take("gpu, hanging wake", self._replica(suspend_core, **hang))
 
+    def report(self) -> int:
+        """Print the table; return the exit code."""
+        report = Report("boot")
+        for name, times in self.times.items():
+            report.sample(name, times)
+        plain, off = self.times["plain vLLM"], self.times["off"]
 
-def _boot(command: Callable[[int], list[str]], look: Callable[[int], None] = lambda _: None) -> float:
-    """Return seconds from spawn to the first 200 of /health; end everything afterwards."""
-    port = _free_port()
-    argv = command(port)
-    with TemporaryDirectory() as state:
-        env = {**os.environ, "XDG_STATE_HOME": state, "VLLM_NO_USAGE_STATS": "1"}
-        began = time.monotonic()
-        process = subprocess.Popen(
-            argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
+        def ratio(name: str, target: float) -> None:
+            ratios = [mine / theirs for mine, theirs in zip(self.times[name], plain, strict=True)]
+            report.add(f"{name} / plain vLLM, median ratio", statistics.median(ratios), target)
+
+        ratio("off, command", 0.70)
+        ratio("cpu, all imported", 0.15)
+        ratio("cpu, neutral imports", 0.30)
+        ratio("gpu", 0.05)
+        for name, timeout_s in (("gpu, wrong canary", 0.0), ("gpu, hanging wake", WAKE_TIMEOUT_S)):
+            ratios = [(time - timeout_s) / cold for time, cold in zip(self.times[name], off, strict=True)]
+            report.add(f"({name} - its time-out) / off, median ratio", statistics.median(ratios), 1.10)
+        report.add("memory of the supervising process", max(self.parent_mb), 120, "MB")
+        report.add("watching an idle engine, of one core", self._watching() * 100, 0.5, "%")
+        bin_directory = Path(sys.executable).parent
+        report.add("vllm-service --help", _median([str(bin_directory / "vllm-service"), "--help"]), 0.35, "s")
+        report.add(
+            "python -c 'import service.server'", _median([sys.executable, "-c", "import service.server"]), 1.0, "s"
         )
-        try:
-            while not _healthy(port):
-                if process.poll() is not None:
-                    raise SystemExit(f"{argv[0]} ended with {process.returncode} before it was ready")
-                if time.monotonic() - began > LIMIT_S:
-                    raise SystemExit(f"{argv[0]} was not ready after {LIMIT_S:.0f} s")
-                time.sleep(POLL_S)
-            seconds = time.monotonic() - began
-            look(process.pid)
-            return seconds
-        finally:
-            _end(process)
+        return report.finish()
+
+    def _take(self, name: str, seconds: float) -> None:
+        self.times.setdefault(name, []).append(seconds)
+
+    def _weigh(self, pid: int) -> None:
+        self.parent_mb.append(psutil.Process(pid).memory_info().rss / 1e6)
+
+    def _replica(self, meanwhile: Callable[[Replica], None] = lambda _: None, **changes: Any) -> float:
+        """Return seconds from the release, or the spawn, to the first token."""
+        replica = Replica(replace(self._plan, port=free_port(), **changes), on_record=self.records.append)
+        with closing(_Stopping(replica)):
+            replica.prepare()
+            meanwhile(replica)
+            began = time.monotonic()
+            replica.start()
+            first_token(replica.plan.port)
+            return time.monotonic() - began
+
+    def _watching(self) -> float:
+        """Return the share of a core that supervisor and idle engine take, the pulse and its probes included."""
+
+        def spent(pid: int) -> float:
+            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+            return sum(sum(process.cpu_times()[:2]) for process in family)
+
+        shares: list[float] = []
+
+        def watch(pid: int) -> None:
+            before, began = spent(pid), time.monotonic()
+            time.sleep(WATCHED_S)
+            shares.append((spent(pid) - before) / (time.monotonic() - began))
+
+        Timed(service, look=watch).boot()
+        return shares[0]
 
 
-def _healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+class _Stopping:
+    """Ends a replica, for `closing`."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def close(self) -> None:
+        self._replica.stop(0)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    for member in family:
-        if member.is_running():
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
+def break_memory(replica: Replica) -> None:
+    """Overwrite a weight of the sleeping engine, as a broken restore would."""
+    model = replica.plan.spec.directory
+    assert model is not None  # noqa: S101 - the tiny model is a directory
+    with (model / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        begin, end = header["model.norm.weight"]["data_offsets"]
+        file.seek(begin, os.SEEK_CUR)
+        weight = file.read(end - begin)
+    leader = psutil.Process(replica.engine.pid)
+    if not sum(overwrite(process.pid, weight, bytes(len(weight))) for process in leader.children(recursive=True)):
+        raise SystemExit("the weight was not found in the engine's memory")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def suspend_core(replica: Replica) -> None:
+    """Stop the process that would have to wake."""
+    for process in psutil.Process(replica.engine.pid).children(recursive=True):
+        process.suspend()
 
 
 def _median(argv: list[str], runs: int = 7) -> float:

@@ -1,55 +1,34 @@
 """One replica's life, the same on Modal and on a laptop: prepare, (checkpoint), start, stop.
 
-`snapshot` says how far `prepare` goes before a checkpoint may be taken:
+`snapshot` says how far `prepare` goes before a checkpoint may be taken, and so what is left to `start`:
 - `off`: the weights are there; nothing is running.
 - `cpu`: the engine's program is running, has imported what asks for no GPU, and is held with no socket open.
+- `gpu`: the engine is built and warmed up, has sung its canary, and sleeps with no port and no key. It must wake and
+  sing the same; else it is killed and booted cold, in the same `start`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
 
-from service import weights
-from service.engine import EngineProcess, State
-from service.engine_args import SHUTDOWN_TIMEOUT_S, engine_command
-from service.errors import EngineError
-from service.hardware import check_gpu_count
-from service.models import ModelSpec
+from service import hardware, records, weights
+from service.caches import machine
+from service.engine import EngineProcess, Hold, State
+from service.engine_args import engine_command
+from service.errors import EngineError, ServiceError
+from service.phases import Phases
+from service.plan import Plan, Snapshot
+from service.readahead import Readahead
+from service.records import BootRecord
 
-Snapshot = Literal["off", "cpu"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a replica is to be.
-
-    Attributes:
-        spec: The model.
-        default_key: Key of the model that `llm` stands for.
-        device: `cuda` or `cpu`.
-        python: Interpreter of the environment that has vLLM.
-        parent_env: Environment handed on to the engine, less secrets and settings.
-    """
-
-    spec: ModelSpec
-    default_key: str
-    device: str
-    python: str
-    parent_env: Mapping[str, str]
-    snapshot: Snapshot = "off"
-    fast_boot: bool = True
-    n_gpu: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8000
-    startup_timeout_s: float = 1800
-    shutdown_timeout_s: int = SHUTDOWN_TIMEOUT_S
-    hub_token: str | None = field(default=None, repr=False)
+_HOLDS: dict[Snapshot, Hold] = {"off": "", "cpu": "imported", "gpu": "asleep"}
 
 
 class Replica:
@@ -57,10 +36,12 @@ class Replica:
 
     Args:
         plan: What it is to be.
-        say: Called with a sentence for people when something takes its time.
+        say: Called with a sentence for people when something takes its time or did not go as it should.
         on_line: Called with every line of the engine's output, from a thread.
         on_event: Called with the name of each phase that the engine has passed, from a thread.
-        on_death: Called once, from a thread, when the engine dies after it was ready; before, `start` raises.
+        on_death: Called once, from a thread, when the engine dies or hangs after it was ready; before, `start` raises.
+        on_record: Called with the record of each boot that has ended, well or not.
+        persist: Called when a cache or the records have news: makes them seen by other replicas.
     """
 
     def __init__(
@@ -68,17 +49,28 @@ class Replica:
         plan: Plan,
         *,
         say: Callable[[str], None] = lambda _: None,
-        on_line: Callable[[str], None] | None = None,
+        on_line: Callable[[str], None] = lambda _: None,
         on_event: Callable[[str], None] = lambda _: None,
-        on_death: Callable[[EngineError], None] | None = None,
+        on_death: Callable[[EngineError], None] = lambda _: None,
+        on_record: Callable[[BootRecord], None] = lambda _: None,
+        persist: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan = plan
-        self.phases: dict[str, float] = {}
+        self.id = records.new_id()
+        self.phases = Phases()
+        self.ready_after_s: float | None = None
         self.own_key: str | None = None
         self._say, self._on_line, self._on_event, self._on_death = say, on_line, on_event, on_death
-        self._began = time.monotonic()
+        self._on_record, self._persist = on_record, persist
+        self._at = datetime.now(UTC)
+        self._deadline = time.monotonic()
+        self._restored = self._serving = False
+        self._serving_lock = threading.Lock()
+        self._machine = ""
         self._weights: weights.Weights | None = None
+        self._readahead: Readahead | None = None
         self._engine: EngineProcess | None = None
+        self._afterwards = threading.Thread(target=self._keep_caches, name="boot-afterwards", daemon=True)
 
     @property
     def engine(self) -> EngineProcess:
@@ -97,38 +89,95 @@ class Replica:
         Args:
             share: Called when weights were fetched, before the engine opens any: makes the cache's news seen elsewhere.
         """
-        self._weights = weights.ensure(self.plan.spec, self.plan.hub_token, self._say)
-        if self._weights.fetched:
-            share()
-        self._mark("weights")
-        if self.plan.snapshot == "cpu":
-            with self._nothing_left_on_failure():
-                self._spawn(hold=True)
-                self.engine.wait_for(State.IMPORTED, self.plan.startup_timeout_s)
+        with self._nothing_left_on_failure():
+            self.plan.check()
+            with self._phase("weights"):
+                self._weights = weights.ensure(self.plan.spec, self.plan.hub_token, self._say, self.plan.lock)
+                if self._weights.fetched:
+                    share()
+            self._deadline = time.monotonic() + self.plan.startup_timeout_s
+            if self.plan.caches:
+                with self._phase("caches"):
+                    self.plan.caches.take_in()
+            if self.plan.snapshot == "cpu":
+                self._spawn()
+                self.engine.wait_for(State.IMPORTED, self._left_s())
+            elif self.plan.snapshot == "gpu":
+                self._choose_machine()
+                self._spawn()
+                self._read_ahead()
+                self.engine.wait_for(State.ASLEEP, self._left_s())
+        self._prepared_at = time.monotonic()
 
-    def start(self, digests: Mapping[str, str] | None = None) -> None:
+    def start(self, digests: Mapping[str, str] | None = None, *, restored: bool = False) -> None:
         """Bring the engine to READY; on any failure nothing is left running.
 
         Args:
             digests: SHA-256 of the keys that are accepted, by name; empty: no key is asked for. They come this late so
                 that no snapshot holds them.
+            restored: An earlier replica prepared, and this one goes on from its snapshot.
 
         Raises:
             GpuCountError: The model is to be spread over more GPUs than are visible.
             EngineError: The engine died or did not get ready in time.
         """
+        self._begin(restored)
+        accepted = self._accepted(digests or {})
         with self._nothing_left_on_failure():
-            if self._engine is None:
-                self._spawn(hold=False)
-            self.engine.release(self._accepted(digests or {}))
-            if self.plan.device == "cuda":  # while the engine is on its way
-                check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
-            self.engine.wait_for(State.READY, self.plan.startup_timeout_s)
+            not_woken = self._wake(accepted) if self.plan.snapshot == "gpu" else None
+            if self.plan.snapshot != "gpu" or not_woken:
+                self._boot(accepted)
+            with self._serving_lock:
+                self.engine.wait_for(State.READY, 0)  # it may have died since; from here on `on_death` tells
+                self._serving = True
+            self._record("cold" if not_woken else "ready", not_woken)
+        self._afterwards.start()
 
     def stop(self, grace_s: float | None = None) -> None:
         """Let streams finish within the grace, then end everything. Idempotent; never raises for a dead engine."""
+        if self._readahead:
+            self._readahead.stop()
         if self._engine:
-            self._engine.stop(self.plan.shutdown_timeout_s + 2 if grace_s is None else grace_s)
+            self._engine.stop(self.plan.drain_s if grace_s is None else grace_s)
+        if self._afterwards.is_alive():
+            self._afterwards.join(1)
+
+    def _begin(self, restored: bool) -> None:
+        """Begin the boot that this replica is, which under a snapshot may not be the one that prepared."""
+        self._restored = restored
+        if restored:
+            self.id, self._at = records.new_id(), datetime.now(UTC)
+            self.phases.begin()
+            self._deadline = time.monotonic() + self.plan.startup_timeout_s
+        elif self.plan.snapshot != "off":
+            self.phases.add("restore", self._prepared_at, time.monotonic())
+
+    def _wake(self, accepted: list[str]) -> str | None:
+        """Wake the sleeping engine; return why it is not the one that went to sleep, if so. It is gone then."""
+        try:
+            self._release(accepted)
+            self.engine.wait_for(State.READY, min(self.plan.wakes_within_s, self._left_s() / 2))
+        except EngineError as error:
+            self.engine.stop(0)
+            self._engine = self.ready_after_s = None
+            self._say(f"boot {self.id}: the engine did not wake as it fell asleep, so it is booted cold. {error}")
+            return str(error)
+        return None
+
+    def _boot(self, accepted: list[str]) -> None:
+        """Bring up an engine that is not built yet."""
+        self._choose_machine()
+        if self._engine is None:
+            self._spawn(hold="")
+        self._release(accepted)
+        self._read_ahead()
+        if self.plan.device == "cuda":  # while the engine is on its way
+            hardware.check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
+        self.engine.wait_for(State.READY, self._left_s())
+
+    def _release(self, accepted: list[str]) -> None:
+        self.phases.mark("released")
+        self.engine.release(accepted)
 
     def _accepted(self, digests: Mapping[str, str]) -> list[str]:
         """Return the digests to accept: the users', and where those ask for a key, one for this process alone."""
@@ -137,50 +186,113 @@ class Replica:
         self.own_key = secrets.token_urlsafe(32)
         return [*digests.values(), hashlib.sha256(self.own_key.encode()).hexdigest()]
 
-    def _spawn(self, *, hold: bool) -> None:
+    def _choose_machine(self) -> None:
+        """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""
+        self._machine = machine(self.plan.device)
+        if self.plan.caches:
+            with self._phase("caches"):
+                self.plan.caches.choose(self._machine)
+                self.plan.caches.take_in()  # what came after the snapshot was taken
+
+    def _read_ahead(self) -> None:
+        assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
+        if self.plan.device == "cuda":
+            self._readahead = Readahead(self._weights.model, self._weights.draft)
+        else:  # such an engine takes no draft, and has the weights in this same memory
+            self._readahead = Readahead(self._weights.model, share=0.4)
+        self._readahead.start()
+
+    def _spawn(self, hold: Hold | None = None) -> None:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
         plan = self.plan
         command = engine_command(
             plan.spec,
             self._weights.model,
             draft=self._weights.draft,
+            adapters=self._weights.adapters,
             default_key=plan.default_key,
             device=plan.device,
             n_gpu=plan.n_gpu,
             fast_boot=plan.fast_boot,
             host=plan.host,
             port=plan.port,
-            shutdown_timeout_s=plan.shutdown_timeout_s,
-            parent_env=plan.parent_env,
+            sleeps=plan.snapshot == "gpu" and hold is None,
+            parent_env={**plan.parent_env, **(plan.caches.env() if plan.caches else {})},
         )
+        self.phases.engine_begins()
         self._engine = EngineProcess(
             command,
             python=plan.python,
-            hold="imported" if hold else "",
-            neutral_imports=hold,
-            on_line=self._on_line,
+            hold=_HOLDS[plan.snapshot] if hold is None else hold,
+            neutral_imports=plan.snapshot == "cpu" and plan.neutral_imports,
+            hang_s=plan.hang_s,
+            on_line=self._read,
             on_event=self._note,
             on_death=self._died,
         )
-        self._mark("spawned")
         self._engine.spawn()
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.phases.add(name, began, time.monotonic())
 
     @contextmanager
     def _nothing_left_on_failure(self) -> Iterator[None]:
         """Modal runs no exit hook after a hook that failed or was interrupted: end the engine here."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.stop(0)
+            self._record("failed", str(error) or type(error).__name__)
+            if isinstance(error, ServiceError):
+                self._persist()
             raise
 
+    def _record(self, outcome: str, reason: str | None) -> None:
+        """Say how the boot went, and keep it; a full disk keeps nobody from serving."""
+        record = self.plan.record(
+            self._machine,
+            id=self.id,
+            at=self._at.isoformat(timespec="milliseconds"),
+            restored=self._restored,
+            phases=self.phases.spans(),
+            bytes_read=self._readahead.bytes_read if self._readahead else None,
+            outcome=outcome,
+            reason=reason,
+            seconds=round(self.phases.seconds, 3),
+        )
+        self._on_record(record)
+        if self.plan.records:
+            with suppress(OSError):
+                records.keep(record, self.plan.records)
+
+    def _keep_caches(self) -> None:
+        """Hand on what this boot compiled. Only now: no checkpoint will come that could see a volume's file open."""
+        if self.plan.caches:
+            self.plan.caches.copy_out()
+        self._persist()
+
     def _died(self, error: EngineError) -> None:
-        if "ready" in self.phases and self._on_death:
+        with self._serving_lock:
+            serving = self._serving
+        if serving:
             self._on_death(error)
 
-    def _mark(self, phase: str) -> None:
-        self.phases[phase] = round(time.monotonic() - self._began, 3)
-
     def _note(self, event: str, fields: dict[str, Any]) -> None:
-        self.phases[event] = round(fields["at"] - self._began, 3)
+        self.phases.mark(event, fields["at"])
+        if event == "ready":
+            self.ready_after_s = self.phases.seconds
+        if event == "loaded" and self._readahead:
+            self._readahead.stop()
+        for failure in fields.get("failures", ()):
+            self._say(f"boot {self.id}: a request of the warm-up failed, {failure}")
         self._on_event(event)
+
+    def _read(self, line: str) -> None:
+        self.phases.read(line)
+        self._on_line(line)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -42,14 +44,91 @@ def up(
 @app.command()
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    outdated: Annotated[bool, typer.Option("--outdated", help="Ask the hub which have newer commits.")] = False,
 ) -> None:
     """List the registry: GPU, price, context, parsers, gated or not."""
-    from service import screen
-    from service.models import Registry
+    from service import revisions
     from service.settings import Settings
 
     settings = Settings.load()
-    screen.print_models(Registry.load(settings.models_file), settings.model, as_json)
+    registry = revisions.registry(settings.models_file)
+    if outdated:
+        from service import fetch, outdated_screen
+        from service.outdated import compare
+
+        outdated_screen.show(compare(registry, fetch.hub_token(os.environ)), as_json)
+        return
+    from service import screen
+
+    screen.print_models(registry, settings.model, as_json)
+
+
+@app.command()
+def prefetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="Registry keys or hub ids.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every model of the registry.")] = False,
+    modal: Annotated[bool, typer.Option("--modal", help="Into Modal's volume, without a GPU; else here.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Fetch nothing: check every file's checksum.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove fetched revisions that no entry names.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Newest commit where an entry names none.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fetch the weights of models before they are needed, and verify them."""
+    from service import prefetch_screen, revisions, stocking
+    from service.settings import Settings
+
+    settings = Settings.load()
+    registry = revisions.registry(settings.models_file)
+    wanted = stocking.order(
+        names or [], registry, settings.models_file, everything, modal, verify=verify, prune=prune, update=update
+    )
+    if modal:
+        from service import control
+
+        words = control.prefetch(wanted, stocking.secret(wanted, settings.hub_secret))
+    else:
+        from service.fetch import hub_token
+
+        words = stocking.stock(wanted, hub_token(os.environ))
+    try:
+        prefetch_screen.follow(wanted, words, as_json)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def boots(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with picture and tables.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture.")] = None,
+    modal: Annotated[bool, typer.Option("--modal", help="Of the deployed service, not of this machine.")] = False,
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the newest N.")] = None,
+) -> None:
+    """Show what the boots of replicas took, phase by phase, and compare the strategies."""
+    from service import boots_screen, records
+
+    if modal:
+        from service import control
+
+        found = control.boots()
+        place = f"Modal's volume '{control.BOOTS_VOLUME}': every replica of a deployed service records its own there"
+    else:
+        found = records.load(records.local_directory())
+        place = (
+            f"{records.local_directory()}: 'vllm-service up' records its own there (--modal: the deployed service's)"
+        )
+    found = found[-last:] if last else found
+    if found and (html or png):
+        from service import charts
+
+        for file, write in ((html, charts.html), (png, charts.png)):
+            if file:
+                write(found, file)
+                typer.echo(f"Wrote {file}", err=as_json)
+        if not as_json:
+            return
+    boots_screen.print_boots(found, f"No boots are recorded yet in {place}.", as_json)
 
 
 def main() -> NoReturn:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from service.errors import UnknownModelError
+from service import revisions
+from service.errors import ServiceError, SettingsError, UnknownModelError
 from service.gpus import Gpu, check_count, find_gpu, tier
 from service.models import ModelSpec, Registry
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from service.locks import Lock
 
 STARTUP_MARGIN_S = 60  # so that a boot which takes too long is ended, and explained, by us before Modal does
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
@@ -33,7 +40,7 @@ class Deployment:
             UsageError: A setting, the models file, the model or the GPU is wrong.
         """
         settings = Settings.load(environ)
-        registry = Registry.load(settings.models_file)
+        registry = revisions.registry(settings.models_file)
         try:
             choice = registry.find(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
@@ -42,16 +49,62 @@ class Deployment:
         gpu = find_gpu(settings.gpu) if settings.gpu else choice.gpu or spec.gpu_tier
         n_gpu = settings.n_gpu or (spec.n_gpu if gpu == spec.gpu_tier else 1)
         check_count(gpu, n_gpu)
+        _check_snapshot(settings.snapshot, n_gpu)
+        fast_boot = settings.snapshot != "gpu" if settings.fast_boot is None else settings.fast_boot
         hub_secret = settings.hub_secret or (DEFAULT_HUB_SECRET if spec.gated else None)
         resolved = settings.model_copy(
-            update={"model": spec.key, "gpu": gpu.name, "n_gpu": n_gpu, "hub_secret": hub_secret}
+            update={
+                "model": spec.key,
+                "gpu": gpu.name,
+                "n_gpu": n_gpu,
+                "fast_boot": fast_boot,
+                "hub_secret": hub_secret,
+            }
         )
         return cls(resolved, registry, spec, gpu, n_gpu)
+
+    def settled(self, token: str | None, say: Callable[[str], None]) -> Deployment:
+        """Record the commits of models that name none: of the default one, and of all in the user's own file.
+
+        What the hub does not tell here is left to the first replica that serves it (`served`), and no warning is due:
+        that one records it on the volume, where every later one looks first.
+        """
+        file, resolve = revisions.lock_file(self.settings.models_file), revisions.asking(token)
+        commits: dict[str, str] = {}
+        built_in = Registry.load().specs
+        for key, spec in self.registry.specs.items():
+            if key == self.spec.key or spec != built_in.get(key):
+                with suppress(ServiceError):
+                    revisions.settle(spec, resolve, commits.__setitem__)
+        try:
+            recorded = revisions.record(file, commits) if commits else {}
+        except OSError:  # it cannot be carried, so it does not count
+            return self
+        for hub_id in commits:
+            say(f"{hub_id} is at {recorded[hub_id]}, recorded in {file}")
+        registry = revisions.at(self.registry, recorded)
+        return replace(self, registry=registry, spec=registry.specs[self.spec.key])
+
+    def served(self, name: str, token: str | None, lock: Lock, say: Callable[[str], None]) -> ModelSpec:
+        """Return the model of a replica, with the commits that all replicas serve.
+
+        Raises:
+            UnknownModelError: Nothing answers to the name.
+            WeightsError: An entry names no commit, none is recorded, and the hub is not in reach.
+        """
+        spec = self.registry.find(name, self.settings.model).spec
+        note = revisions.noting(None, say)
+        return revisions.settle(spec, revisions.asking(token), note, lock=lock)
 
     @property
     def app_name(self) -> str:
         """Name of the app: one per GPU tier, `vllm-h100` or `vllm-h200x2`, unless `SERVICE_APP` names it."""
         return self.settings.app or f"vllm-{tier(self.gpu, self.n_gpu)}"
+
+    @property
+    def fast_boot(self) -> bool:
+        """Whether replicas skip compilation and CUDA graphs. Under a GPU snapshot both are paid once, so there not."""
+        return bool(self.settings.fast_boot)
 
     @property
     def gpu_request(self) -> str:
@@ -81,5 +134,14 @@ class Deployment:
             "timeout": s.request_timeout_s,
             "region": s.region,
             "enable_memory_snapshot": s.snapshot != "off",
+            "experimental_options": {"enable_gpu_snapshot": True} if s.snapshot == "gpu" else None,
         }
         return {name: value for name, value in options.items() if value}
+
+
+def _check_snapshot(snapshot: str, n_gpu: int) -> None:
+    if snapshot == "gpu" and n_gpu > 1:
+        raise SettingsError(
+            f"SERVICE_SNAPSHOT=gpu works on one GPU, and this is to run on {n_gpu}: Modal cannot snapshot several. "
+            "Set SERVICE_SNAPSHOT=cpu, or choose a GPU that holds the model alone."
+        )

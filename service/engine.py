@@ -7,33 +7,36 @@
 | ASLEEP   | built, canary recorded, asleep; held under `asleep` | waits for `release`                   |
 | READY    | the canary answered and the port accepts requests   | returns                               |
 | STOPPED  | `stop` was called and the group is gone             | raises EngineError                    |
-| FAILED   | it died, or was killed, without being asked to      | raises EngineError with the root line |
+| FAILED   | it died, was killed, or hung, without being asked   | raises EngineError with the root line |
 
-Only `_set` changes the state, and an end is final. Nothing here imports vllm.
+Only `_set` changes the state, and an end is final. A READY engine has a pulse (see `in_engine/.../pulse.py`); one
+without is killed. Nothing here imports vllm.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import http.client
 import json
 import os
+import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
-from service.engine_args import ENTRY, EngineCommand
+from service.engine_args import EngineCommand
 from service.engine_log import EngineLog
 from service.errors import EngineError, EngineTimeoutError
+from service.health import answers_healthy
+from service.process_group import KILL_WAIT_S, kill_group
+from service.spawn import Program, spawn
 
 Hold = Literal["", "imported", "asleep"]
 POLL_S = 0.01
-KILL_WAIT_S = 5.0
+CUT_S, TERMINATE_S = 1.0, 2.5  # to end what is in flight after its grace, and then to end by itself
+HANG_S = 180.0  # without a pulse; longer than the compilation of a kernel in the middle of serving
 
 
 class State(enum.Enum):
@@ -58,6 +61,7 @@ class EngineProcess:
         python: Interpreter of the environment that has vLLM.
         hold: Where it stops until `release`.
         neutral_imports: Import only what asks for no GPU before the hold (a snapshot is taken where none is visible).
+        hang_s: How long a READY engine may be without a pulse before it is killed.
         on_line: Called with every line of the engine's output, from a thread.
         on_event: Called with the name and fields of every event of the boot, from a thread.
         on_death: Called once, from a thread, when the engine ends without having been asked to.
@@ -70,19 +74,20 @@ class EngineProcess:
         python: str,
         hold: Hold = "",
         neutral_imports: bool = False,
+        hang_s: float = HANG_S,
         on_line: Callable[[str], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         on_death: Callable[[EngineError], None] | None = None,
     ) -> None:
         self.command = command
         self.log = EngineLog(on_line)
-        self._python, self._hold, self._neutral = python, hold, neutral_imports
+        self._python, self._hold, self._neutral, self._hang_s = python, hold, neutral_imports, hang_s
         self._on_event, self._on_death = on_event, on_death
         self._changed = threading.Condition()
         self._state = State.SPAWNED
-        self._process: subprocess.Popen[bytes] | None = None
-        self._words_fd = -1
-        self._stopping = False
+        self._program: Program | None = None
+        self._stopping = self._drained = False
+        self._heard_at: float | None = None
         self._spawned_at = 0.0
         self._ready_after_s: float | None = None
         self._failure: EngineError | None = None
@@ -95,8 +100,12 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         """Process id of the engine's leader, which is also the id of its process group."""
-        assert self._process is not None, "spawn() comes first"  # noqa: S101 - a programming error, not an input
-        return self._process.pid
+        return self._running.process.pid
+
+    @property
+    def _running(self) -> Program:
+        assert self._program is not None, "spawn() comes first"  # noqa: S101 - a programming error, not an input
+        return self._program
 
     def spawn(self) -> None:
         """Start the process in a session and group of its own. Returns at once.
@@ -104,46 +113,24 @@ class EngineProcess:
         Raises:
             EngineError: The interpreter cannot be run.
         """
-        words_read, self._words_fd = os.pipe()
-        events_read, events_write = os.pipe()
-        env = dict(self.command.env)
-        env["PATH"] = f"{Path(self._python).parent}{os.pathsep}{env.get('PATH', os.defpath)}"  # ninja, for JIT kernels
-        env["ENGINE_PIPES"] = f"{words_read},{events_write}"
-        env["ENGINE_HOLD"] = self._hold
-        env["ENGINE_IMPORTS"] = "neutral" if self._neutral else "all"
         self._spawned_at = time.monotonic()
-        try:
-            self._process = subprocess.Popen(
-                [self._python, "-m", ENTRY, *self.command.argv],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(words_read, events_write),
-                start_new_session=True,
-            )
-        except OSError as error:
-            os.close(self._words_fd)
-            os.close(events_read)
-            raise EngineError(
-                f"The engine cannot be started with {self._python}: {error.strerror}. "
-                "Delete that environment; the next start builds it anew."
-            ) from error
-        finally:
-            os.close(words_read)
-            os.close(events_write)
+        variables = {"ENGINE_HOLD": self._hold, "ENGINE_IMPORTS": "neutral" if self._neutral else "all"}
+        self._program = spawn(self.command, self._python, variables)
         threading.Thread(target=self._read_log, name="engine-log", daemon=True).start()
-        events = threading.Thread(target=self._read_events, args=(events_read,), name="engine-events", daemon=True)
+        events = threading.Thread(target=self._read_events, name="engine-events", daemon=True)
         events.start()
         threading.Thread(target=self._reap, args=(events,), name="engine-reaper", daemon=True).start()
 
     def release(self, digests: Iterable[str] = ()) -> None:
         """End the hold, and tell the engine the SHA-256 digests of the keys it accepts (none: it asks for no key)."""
-        word = json.dumps({"word": "release", "digests": list(digests)}) + "\n"
+        self._say("release", digests=list(digests))
+
+    def _say(self, word: str, **fields: Any) -> None:
+        line = json.dumps({"word": word, **fields}) + "\n"
         with self._changed:
             if self._state not in _ENDS:
                 with contextlib.suppress(BrokenPipeError):  # it is dying: `wait_for` says why
-                    os.write(self._words_fd, word.encode())
+                    os.write(self._running.words_fd, line.encode())
 
     def wait_for(self, state: State, timeout_s: float) -> None:
         """Block until the engine has reached `state`.
@@ -170,33 +157,65 @@ class EngineProcess:
             return self._changed.wait_for(lambda: self._state in _ENDS, timeout_s)
 
     def stop(self, grace_s: float) -> None:
-        """End the engine: SIGTERM lets streams finish for `grace_s`, then the whole group is killed. Idempotent."""
-        if self._process is None or self._state in _ENDS:
+        """End the engine: drain, terminate, kill the whole group. Idempotent; over a few seconds after the grace.
+
+        Args:
+            grace_s: How long requests in flight may go on; new ones are refused meanwhile. An engine that was not
+                ready has none, and is killed.
+        """
+        if self._program is None or self._state in _ENDS:
             return
         self._stopping = True
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        if not self.wait_ended(grace_s):
-            self.kill()
-            self.wait_ended(KILL_WAIT_S)
-
-    def kill(self) -> None:
-        """Kill the whole process group now."""
-        self._stopping = True
-        _kill_group(self.pid)
+        if self._state is State.READY and grace_s > 0:
+            self._say("drain", grace_s=grace_s)
+            with self._changed:
+                self._changed.wait_for(lambda: self._drained or self._state in _ENDS, grace_s + CUT_S)
+            if self._program.process.poll() is None:
+                self._program.process.send_signal(signal.SIGTERM)
+            self.wait_ended(TERMINATE_S)
+        kill_group(self.pid)
+        self.wait_ended(KILL_WAIT_S)
 
     def _read_log(self) -> None:
-        assert self._process is not None  # noqa: S101 - spawn() set it
-        assert self._process.stdout is not None  # noqa: S101 - spawn() asked for a pipe
-        with self._process.stdout as output:
+        output = self._running.process.stdout
+        assert output is not None  # noqa: S101 - spawn() asked for a pipe
+        with output:
             for line in output:
                 self.log.add(line.decode(errors="replace").rstrip("\n"))
         self.log.close()
 
-    def _read_events(self, fd: int) -> None:
-        with os.fdopen(fd, "r") as events:
-            for line in events:
-                self._advance(json.loads(line))
+    def _read_events(self) -> None:
+        """Take events until the engine's end, and notice when they should come and do not."""
+        poll = select.poll()
+        poll.register(self._running.events_fd, select.POLLIN)
+        buffer = b""
+        with os.fdopen(self._running.events_fd, "rb", buffering=0) as events:
+            while True:
+                if not poll.poll(self._patience_ms()):
+                    self._end_hung()
+                elif chunk := events.read(65536):
+                    *lines, buffer = (buffer + chunk).split(b"\n")
+                    for line in lines:
+                        self._advance(json.loads(line))
+                else:
+                    return
+
+    def _patience_ms(self) -> float | None:
+        if self._heard_at is None or self._stopping or self._failure:
+            return None
+        return max(0.0, self._heard_at + self._hang_s - time.monotonic()) * 1000
+
+    def _end_hung(self) -> None:
+        self._fail(
+            f"The engine hung: for {self._hang_s:.0f} s it gave no token, though it was asked for one. It was killed. "
+            "Its log tells what it did last; SERVICE_HANG_S allows it more time."
+        )
+
+    def _fail(self, reason: str) -> None:
+        """Kill an engine that lives and is no good."""
+        if not self._stopping:
+            self._failure = EngineError(reason)
+            kill_group(self.pid)
 
     def _advance(self, event: dict[str, Any]) -> None:
         name = event.pop("event")
@@ -204,14 +223,25 @@ class EngineProcess:
             self._set(State.IMPORTED)
         elif name == "asleep":
             self._set(State.ASLEEP)
-        self._report(name, event)
-        if name == "woken" or (name == "canary" and self._hold != "asleep"):
+        elif name in {"open", "pulse"}:
+            self._heard_at = time.monotonic()
+        elif name == "drained":
+            self._drained = True
+            self._set(self._state)
+        if name not in {"pulse", "drained"}:
+            self._report(name, event)
+        if different := event.get("different"):
+            self._fail(
+                f"The engine woke as another: in its canary {different}. Its memory did not come back as it was; it "
+                "was killed before it could answer anybody."
+            )
+        if name == "open":
             threading.Thread(target=self._await_port, name="engine-port", daemon=True).start()
 
     def _await_port(self) -> None:
         """Poll until the port answers: a few milliseconds once the canary was given."""
         while self._state not in _ENDS:
-            if self._healthy():
+            if answers_healthy(self.command.host, self.command.port, self.pid):
                 self._ready_after_s = time.monotonic() - self._spawned_at
                 self.log.begin_anew()
                 self._report("ready", {"at": time.monotonic()})
@@ -219,30 +249,18 @@ class EngineProcess:
                 return
             time.sleep(POLL_S)
 
-    def _healthy(self) -> bool:
-        host = "127.0.0.1" if self.command.host in {"0.0.0.0", "::"} else self.command.host  # noqa: S104 - compared
-        connection = http.client.HTTPConnection(host, self.command.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            answer = connection.getresponse()
-            return answer.status == 200 and answer.getheader("x-engine-pid") == str(self.pid)
-        except (OSError, http.client.HTTPException):  # nobody there, or somebody who speaks no HTTP
-            return False
-        finally:
-            connection.close()
-
     def _reap(self, events: threading.Thread) -> None:
         """Wait for the leader's end; then end what is left of its group, and say why it died unless it was asked to."""
-        assert self._process is not None  # noqa: S101 - spawn() set it
-        code = self._process.wait()
+        code = self._running.process.wait()
         lived_s = time.monotonic() - self._spawned_at
-        _kill_group(self._process.pid)
+        kill_group(self.pid)
         self.log.wait_closed(KILL_WAIT_S)
         events.join(KILL_WAIT_S)
-        if not self._stopping:
+        if not self._stopping and not self._failure:
             self._failure = EngineError(self.log.post_mortem(code, lived_s, self._ready_after_s))
+        self._running.remove_directory()
         self._set(State.FAILED if self._failure else State.STOPPED)
-        os.close(self._words_fd)
+        os.close(self._running.words_fd)
         if self._failure and self._on_death:
             self._on_death(self._failure)
 
@@ -255,26 +273,3 @@ class EngineProcess:
             if self._state not in _ENDS:
                 self._state = state
             self._changed.notify_all()
-
-
-def _kill_group(pgid: int) -> None:
-    """Kill a process group and wait, boundedly, until no member runs. Zombies that nobody reaps run no more."""
-    deadline = time.monotonic() + KILL_WAIT_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(pgid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        if not _runs(pgid):
-            return
-        time.sleep(POLL_S)
-
-
-def _runs(pgid: int) -> bool:
-    """Tell whether a process group has a member that is no zombie."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(group) == pgid and state not in {"Z", "X"}:
-                return True
-    return False

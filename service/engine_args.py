@@ -16,7 +16,7 @@ from service.models import DEFAULT_ALIAS, ModelSpec
 IN_ENGINE = Path(__file__).parent / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info
 ENTRY = f"{PLUGIN}.main"
-SHUTDOWN_TIMEOUT_S = 20
+SHUTDOWN_TIMEOUT_S = 1  # what is in flight has ended before SIGTERM comes; 0 hung in 3 of 6 runs
 
 # What of the parent's environment the engine has no business with: secrets, and settings that are not the engine's.
 _WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHON")
@@ -26,6 +26,7 @@ _CPU_MAX_MODEL_LEN = 8192
 _CPU_KV_CACHE_BYTES = 2 * 1024**3
 _CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
 _TINY_GB = 0.1
+_ADAPTERS_AT_ONCE = 4  # in one batch: the GPU's memory is set aside for so many, and more take turns
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ def engine_command(
     weights: Path,
     *,
     draft: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
     default_key: str | None = None,
     device: str = "cuda",
     n_gpu: int = 1,
     fast_boot: bool = True,
     host: str = "127.0.0.1",
     port: int = 8000,
-    shutdown_timeout_s: int = SHUTDOWN_TIMEOUT_S,
+    sleeps: bool = False,
     parent_env: Mapping[str, str] | None = None,
 ) -> EngineCommand:
     """Return the command that serves `spec` from the directory `weights`.
@@ -58,25 +60,28 @@ def engine_command(
         spec: The registry entry.
         weights: Directory with config, tokenizer and safetensors; never a hub id, so the engine asks no hub.
         draft: Directory of the draft model, for entries with `speculative`.
+        adapters: Directory of each LoRA adapter by the name it is served under.
         default_key: Key of the default model; the entry of that key also answers to `llm`.
         device: `cuda` or `cpu`.
         n_gpu: GPUs to spread the model over.
         fast_boot: Skip compilation and CUDA graphs.
         host: Address to listen on.
         port: Port to listen on.
-        shutdown_timeout_s: How long streams in flight may go on after SIGTERM.
+        sleeps: It will be put to sleep, its weights in host memory, and woken from a GPU memory snapshot.
         parent_env: The environment to pass on, less secrets and settings.
     """
     argv = [
         *_identity(spec, weights, default_key),
-        *_door(host, port, shutdown_timeout_s),
+        *_door(host, port),
         *_execution(spec, device, n_gpu, fast_boot),
+        *_sleep(device, sleeps),
         *_parsers(spec),
         *_limits(spec, device),
         *_acceleration(spec, draft, device),
+        *_adapters(spec, adapters or {}),
         *spec.extra_args,
     ]
-    return EngineCommand(tuple(argv), _environment(parent_env or {}, device), host, port)
+    return EngineCommand(tuple(argv), _environment(parent_env or {}, device, sleeps), host, port)
 
 
 def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[str]:
@@ -86,14 +91,23 @@ def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[s
     return ["--model", str(weights), "--served-model-name", *names]
 
 
-def _door(host: str, port: int, shutdown_timeout_s: int) -> list[str]:
+def _door(host: str, port: int) -> list[str]:
     """Where it listens, and our guard as the outermost layer: vLLM's own key leaves many routes open."""
     return [
         *("--host", host, "--port", str(port)),
         *("--middleware", f"{PLUGIN}.guard.Guard"),
-        *("--shutdown-timeout", str(shutdown_timeout_s)),  # without it SIGTERM hung in 3 of 6 runs with streams
+        *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)),
         *("--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
+
+
+def _sleep(device: str, sleeps: bool) -> list[str]:
+    """Return what every engine can be told to do besides serving, and what one that sleeps needs."""
+    flags = ["--worker-extension-cls", f"{PLUGIN}.worker.WorkerExtension"]
+    if sleeps and device == "cuda":  # on CPU vLLM refuses the flag, and the scheduler sleeps without it
+        # weights are read into memory of the engine's own: a mapped file is one that the snapshot has open
+        flags += ["--enable-sleep-mode", "--safetensors-load-strategy", "eager"]
+    return flags
 
 
 def _execution(spec: ModelSpec, device: str, n_gpu: int, fast_boot: bool) -> list[str]:
@@ -156,7 +170,16 @@ def _acceleration(spec: ModelSpec, draft: Path | None, device: str) -> list[str]
     return flags
 
 
-def _environment(parent_env: Mapping[str, str], device: str) -> dict[str, str]:
+def _adapters(spec: ModelSpec, adapters: Mapping[str, Path]) -> list[str]:
+    """LoRA adapters, each a model of its own name; none can be added while it runs."""
+    if not adapters:
+        return []
+    modules = [_json({"name": name, "path": str(path), "base_model_name": spec.key}) for name, path in adapters.items()]
+    limits = ["--max-lora-rank", str(spec.max_lora_rank), "--max-loras", str(min(len(modules), _ADAPTERS_AT_ONCE))]
+    return ["--enable-lora", *limits, "--lora-modules", *modules]
+
+
+def _environment(parent_env: Mapping[str, str], device: str, sleeps: bool) -> dict[str, str]:
     env = {name: value for name, value in parent_env.items() if not name.startswith(_WITHHELD_PREFIXES)}
     env |= {
         "PYTHONPATH": str(IN_ENGINE),
@@ -165,11 +188,14 @@ def _environment(parent_env: Mapping[str, str], device: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # as vLLM sets it, for torch is imported first; more are processes
         "HF_HUB_OFFLINE": "1",  # the weights are here: an outage of the hub cannot stop a boot
         "TRANSFORMERS_OFFLINE": "1",
     }
     if device == "cpu":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if sleeps:  # no shared memory of NCCL's and no address of this network in a snapshot. Source: llm-d's own script
+        env |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     return env
 
 

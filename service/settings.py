@@ -34,8 +34,11 @@ class Settings(BaseModel):
     model: str = Field("qwen3-8b", min_length=1, description="a registry key, hub id or alias (vllm-service models)")
     gpu: str | None = Field(None, description="a GPU that Modal offers, such as H100")
     n_gpu: int | None = Field(None, ge=1, le=8, description="GPUs to spread the model over")
-    fast_boot: bool = Field(True, description="skip compilation and CUDA graphs: boots faster, generates slower")
-    snapshot: Literal["off", "cpu"] = Field("cpu", description="where the memory snapshot is taken")
+    fast_boot: bool | None = Field(
+        None,
+        description="skip compilation and CUDA graphs: boots faster, generates slower (default: unless gpu snapshot)",
+    )
+    snapshot: Literal["off", "cpu", "gpu"] = Field("cpu", description="where the memory snapshot is taken")
     scaledown_window: int = Field(900, ge=2, le=3600, description="seconds without a request before a replica stops")
     min_containers: int = Field(0, ge=0, le=1000, description="replicas that are always up")
     max_containers: int | None = Field(None, ge=1, le=1000, description="replicas at most")
@@ -45,6 +48,7 @@ class Settings(BaseModel):
         None, ge=1, le=1000, description="requests a replica is meant to have; more scale up"
     )
     startup_timeout_s: int = Field(1800, ge=10, le=86400, description="seconds a boot may take")
+    hang_s: int = Field(180, ge=10, le=86400, description="seconds an engine may give no token before it is replaced")
     request_timeout_s: int = Field(3600, ge=1, le=86400, description="seconds a request may take")
     region: str | None = Field(None, min_length=2, description="a Modal region; multiplies the price by 1.5 to 1.75")
     direct_auth: Literal["proxy", "keys"] = Field(

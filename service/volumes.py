@@ -5,18 +5,33 @@ In the container they are addressed as `~/.cache/...`, which is where the progra
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import modal
 
+from service import caches
+from service.records import DIRECTORY
+
 HUB_CACHE = "/root/.cache/huggingface"
-MOUNTS = {
-    HUB_CACHE: "huggingface-cache",
-    "/root/.cache/vllm": "vllm-cache",
-    "/root/.cache/flashinfer": "flashinfer-cache",
-}
+VLLM_CACHE = "/root/.cache/vllm"
+FLASHINFER_CACHE = "/root/.cache/flashinfer"
+MOUNTS = {HUB_CACHE: "huggingface-cache", VLLM_CACHE: "vllm-cache", FLASHINFER_CACHE: "flashinfer-cache"}
 
 
 def volumes() -> dict[str | PurePosixPath, modal.Volume]:
     """Return mount path -> volume, created at the first deploy."""
     return {path: modal.Volume.from_name(name, create_if_missing=True, version=2) for path, name in MOUNTS.items()}
+
+
+def records_directory() -> Path:
+    """Return where boots are recorded, in the container."""
+    return _here(VLLM_CACHE) / DIRECTORY
+
+
+def compile_caches() -> dict[str, Path]:
+    """Return where the volume of each store of compile caches is, in the container."""
+    return {caches.VLLM: _here(VLLM_CACHE), caches.FLASHINFER: _here(FLASHINFER_CACHE)}
+
+
+def _here(mount: str) -> Path:
+    return Path.home() / PurePosixPath(mount).relative_to("/root")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from service import engine_env
@@ -47,6 +48,16 @@ def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(venv / "bin/python")
 
 
+@pytest.fixture(scope="session")
+def tiny_norm() -> bytes:
+    """The bytes of one of the tiny model's weights, as they are in an engine's memory."""
+    with (REPOSITORY / "service/assets/tiny/model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        begin, end = header["model.norm.weight"]["data_offsets"]
+        file.seek(begin, os.SEEK_CUR)
+        return file.read(end - begin)
+
+
 @pytest.fixture
 def plane(tmp_path: Path, client_mount: Path) -> Iterator[ModalPlane]:
     """A plane of the test's own, for tests that deploy and start no container."""
@@ -54,6 +65,13 @@ def plane(tmp_path: Path, client_mount: Path) -> Iterator[ModalPlane]:
         yield plane
         assert plane.failures == []
         assert plane.unknown_calls == []
+
+
+def engine_leader(task: Any) -> psutil.Process:
+    """Return the first process of the one engine in a container."""
+    members = [psutil.Process(pid) for pid in task.members() if os.getsid(pid) == pid]
+    (leader,) = [member for member in members if "vllm_service.main" in member.cmdline()]
+    return leader
 
 
 def modal_cli(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

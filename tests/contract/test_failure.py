@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import modal
-import psutil
 import pytest
 
-from tests.contract.conftest import REPOSITORY, call, deploy
+from tests.contract.conftest import REPOSITORY, call, deploy, engine_leader
 from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -85,17 +83,6 @@ def _tasks(plane: ModalPlane, model: str) -> list[Any]:
     return [task for task in plane.tasks if task.parameters.get("model") == model]
 
 
-def _leader(task: Any) -> psutil.Process:
-    """Return the engine's first process in a container."""
-    members = [psutil.Process(pid) for pid in task.members()]
-    return next(member for member in members if "vllm_service.main" in member.cmdline() and _leads_a_session(member))
-
-
-def _leads_a_session(process: psutil.Process) -> bool:
-    """Tell whether a process leads its session."""
-    return os.getsid(process.pid) == process.pid
-
-
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
     """A pool of a model that nobody registered fails with the service's own sentence and starts no engine."""
     with pytest.raises(Exception, match="Did you mean 'tiny'"):
@@ -146,7 +133,7 @@ def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
     pool = _pool(plane, "tiny")
     assert pool.complete.remote("/health") == (200, {"status": "ok"})
     first = _tasks(plane, "tiny")[-1]
-    _leader(first).send_signal(signal.SIGKILL)
+    engine_leader(first).send_signal(signal.SIGKILL)
     plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
     assert "SIGKILL" in first.log
     plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")

@@ -26,9 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine_python() -> str:
-    """Interpreter of the engine's environment, which is built when this machine has none."""
-    return engine_env.ensure(print).python
+def engine_env_() -> engine_env.EngineEnv:
+    """The engine's environment, which is built when this machine has none."""
+    return engine_env.ensure(print)
+
+
+@pytest.fixture(scope="session")
+def engine_python(engine_env_: engine_env.EngineEnv) -> str:
+    """Interpreter of the engine's environment."""
+    return engine_env_.python
 
 
 @pytest.fixture(scope="session")

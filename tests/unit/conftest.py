@@ -6,13 +6,16 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from service.engine_args import IN_ENGINE, EngineCommand
+from service.models import Registry
+from service.plan import Plan
 
 from .hub_client import cache, hub, slept  # noqa: F401 - fixtures
 
@@ -57,3 +60,12 @@ def fake_command(port: int) -> Callable[..., EngineCommand]:
         return EngineCommand(("--host", "127.0.0.1", "--port", str(port)), env, "127.0.0.1", port)
 
     return command
+
+
+@pytest.fixture
+def plan(fake_python: str, port: int) -> Iterator[Plan]:
+    """Return the plan of a replica with the fake engine; no process is left after the test."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    tiny = Registry.load().specs["tiny"]
+    yield Plan(tiny, "tiny", "cpu", fake_python, {"PATH": os.defpath}, port=port, startup_timeout_s=20)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before

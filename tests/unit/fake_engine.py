@@ -6,9 +6,13 @@ variable FAKE_ENGINE, a JSON object; a key, a step or a flag that it does not kn
     output          lines written at the start
     die_at, code    step at which it ends, and how: an exit code, or a negative signal number
     last_words      lines written just before that end
-    hang_at         step that it never gets past
+    hang_at         step that it never gets past; "pulse": it listens, and has no pulse
+    only            hold ("", "imported", "asleep") under which alone it dies or hangs; by default under each
     ignore_sigterm  true: only SIGKILL ends it
     grandchild      true: start a process of the same group that ignores SIGTERM, and write `grandchild <pid>`
+    different       true: the canary after waking is another
+    in_flight       true: a request runs that never ends; it is cut when the grace of a drain is over
+    temporary       true: it makes a socket and a directory for temporary files, as vLLM does, and removes neither
     health          answers given to /health before 200: status codes, or "garbage" for what is no HTTP
 
 `GET /die?<code>` makes a listening fake end like `die_at` does.
@@ -22,19 +26,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, NoReturn
 
 from vllm_service import control
 
-STEPS = ("start", "imported", "released", "loaded", "canary", "asleep", "woken", "listening")
-KEYS = {"output", "die_at", "code", "last_words", "hang_at", "ignore_sigterm", "grandchild", "health"}
+STEPS = (
+    *("start", "imported", "released", "building", "loaded", "canary", "asleep", "awake", "woken", "open", "listening"),
+)
+KEYS = {
+    *("output", "die_at", "code", "last_words", "hang_at", "ignore_sigterm", "grandchild", "different", "in_flight"),
+    *("health", "only", "temporary"),
+}
+HOLDS = ("", "imported", "asleep")
+PULSE_S = 0.05
 FLAGS = {
     *("--model", "--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout", "--max-model-len"),
     *("--disable-access-log-for-endpoints", "--enforce-eager", "--no-enforce-eager", "--distributed-executor-backend"),
     *("--tensor-parallel-size", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser"),
-    *("--exclude-tools-when-tool-choice-none", "--tool-strict-level"),
+    *("--exclude-tools-when-tool-choice-none", "--tool-strict-level", "--worker-extension-cls"),
     *("--structured-outputs-config", "--kv-cache-memory-bytes", "--max-num-seqs", "--max-num-batched-tokens"),
+    *("--enable-sleep-mode", "--safetensors-load-strategy"),
 }
 REFUSED = 64
 SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
@@ -90,19 +103,59 @@ class Fake:
         self.step("imported")
         if hold == "imported":
             self.await_release(link)
-        link.tell("loaded")
-        self.step("loaded")
+        if self.script.get("temporary"):
+            self.litter(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108 - where tempfile looks, whose import is slow
+        for event in ("building", "loaded"):
+            link.tell(event)
+            self.step(event)
+        if hold == "asleep":
+            link.tell("warmed", failures=[])
         link.tell("canary", tokens=[1, 2, 3])
         self.step("canary")
         if hold == "asleep":
             link.tell("asleep")
             self.step("asleep")
+        if hold != "imported":
             self.await_release(link)
-            link.tell("woken", tokens=[1, 2, 3], same=True)
-            self.step("woken")
-        else:
-            self.await_release(link)
+        if hold == "asleep":
+            link.tell("awake")
+            self.step("awake")
+            self.wake(link)
+        link.on_drain = lambda word: self.drain(link, word["grace_s"])
+        link.tell("open")
+        self.step("open")
+        if self.script.get("hang_at") != "pulse":
+            threading.Thread(target=self.beat, args=(link,), daemon=True).start()
         self.listen()
+
+    def litter(self, place: str) -> None:
+        """Leave what a killed vLLM leaves: the socket between its processes, and a directory of a compiler's."""
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(f"{place}/{os.getpid()}-socket")
+        os.mkdir(f"{place}/{os.getpid()}-directory")  # noqa: PTH102 - nor pathlib
+
+    def wake(self, link: control.Control) -> None:
+        """Sing again, and end when the song is another."""
+        different = "token 1 is 9 instead of 1" if self.script.get("different") else None
+        link.tell("woken", tokens=[9 if different else 1, 2, 3], different=different)
+        if different:
+            say("Traceback (most recent call last):")
+            say(f"RuntimeError: The canary after waking is not the one before sleeping: {different}.")
+            self.die(1)
+        self.step("woken")
+
+    def beat(self, link: control.Control) -> None:
+        """Give a pulse for ever."""
+        while True:
+            time.sleep(PULSE_S)
+            link.tell("pulse")
+
+    def drain(self, link: control.Control, grace_s: float) -> None:
+        """Tell that nothing is in flight any more: at once, or when the grace is over."""
+        say(f"drain {json.dumps({'grace_s': grace_s})}")
+        cut = 1 if self.script.get("in_flight") else 0
+        time.sleep(grace_s * cut)
+        link.tell("drained", cut=cut)
 
     def await_release(self, link: control.Control) -> None:
         """Block until the parent says so, and write what it said."""
@@ -140,11 +193,14 @@ def main() -> None:
     if unknown := set(script) - KEYS:
         refuse(f"the key {sorted(unknown)[0]}")
     for key in ("die_at", "hang_at"):
-        if script.get(key, STEPS[0]) not in STEPS:
+        if script.get(key, STEPS[0]) not in {*STEPS, "pulse"}:
             refuse(f"the step {script[key]}")
     hold = os.environ.get("ENGINE_HOLD", "")
-    if hold not in {"", "imported", "asleep"}:
-        refuse(f"the hold {hold}")
+    for known in (hold, script.get("only", hold)):
+        if known not in HOLDS:
+            refuse(f"the hold {known}")
+    if script.get("only", hold) != hold:
+        script = {key: value for key, value in script.items() if key not in {"die_at", "hang_at"}}
     link = control.current()
     if link is None:
         refuse("a life without pipes")

@@ -5,33 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from service.boot import Plan, Replica
+from service import weights
+from service.boot import Replica
 from service.engine import State
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
-from service.models import Registry
+from service.plan import Plan
 
-TINY = Registry.load().specs["tiny"]
-
-
-@pytest.fixture
-def plan(fake_python: str, port: int) -> Iterator[Plan]:
-    """Return the plan of a replica with the fake engine; no process is left after the test."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield Plan(TINY, "tiny", "cpu", fake_python, {"PATH": os.defpath}, port=port, startup_timeout_s=20)
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-
-
-def scripted(plan: Plan, **changes: Any) -> Plan:
-    """Return the plan with changes; `script` is the fake engine's."""
-    script = changes.pop("script", "{}")
-    return dataclasses.replace(plan, parent_env={**plan.parent_env, "FAKE_ENGINE": script}, **changes)
+from .engines import eventually, group, scripted
 
 
 def test_replica_without_a_snapshot_prepares_weights_only(plan: Plan) -> None:
@@ -39,7 +26,8 @@ def test_replica_without_a_snapshot_prepares_weights_only(plan: Plan) -> None:
     replica = Replica(plan)
     replica.prepare()
 
-    assert list(replica.phases) == ["weights"]
+    assert [span.name for span in replica.phases.spans()] == ["weights"]
+    assert replica.ready_after_s is None
     with pytest.raises(EngineError, match="no engine yet"):
         _ = replica.engine
 
@@ -54,20 +42,44 @@ def test_replica_under_a_cpu_snapshot_is_held_at_imported(plan: Plan) -> None:
         environ = psutil.Process(replica.engine.pid).environ()
         assert (environ["ENGINE_HOLD"], environ["ENGINE_IMPORTS"]) == ("imported", "neutral")
         replica.start()
-        assert replica.engine.state is State.READY
+        replica.engine.wait_for(State.READY, 0)
     finally:
         replica.stop()
 
 
-def test_replica_started_has_a_time_for_each_phase(plan: Plan) -> None:
-    """Seconds since the replica began, in order."""
+def test_replica_whose_snapshot_sees_a_gpu_imports_all_before_it(plan: Plan) -> None:
+    """Where the device is there while the snapshot is taken, vLLM itself can be in it."""
+    replica = Replica(scripted(plan, snapshot="cpu", neutral_imports=False))
+    replica.prepare()
+    try:
+        assert psutil.Process(replica.engine.pid).environ()["ENGINE_IMPORTS"] == "all"
+    finally:
+        replica.stop(0)
+
+
+def test_replica_started_has_a_span_for_each_phase(plan: Plan) -> None:
+    """In seconds since the replica was asked for, in order, and all before it was ready."""
     replica = Replica(plan)
     replica.prepare()
     replica.start()
     replica.stop()
+    spans = replica.phases.spans()
 
-    assert list(replica.phases) == ["weights", "spawned", "started", "imported", "loaded", "canary", "ready"]
-    assert list(replica.phases.values()) == sorted(replica.phases.values())
+    assert [span.name for span in spans] == ["weights", "import", "import", "load", "canary", "ready"]
+    assert replica.ready_after_s is not None
+    for span in spans:
+        assert 0 <= span.start <= span.end <= round(replica.ready_after_s, 3)
+
+
+def test_replica_tells_its_phases_as_they_pass(plan: Plan) -> None:
+    """By the names of the engine's own events; the local run shows them."""
+    events: list[str] = []
+    replica = Replica(plan, on_event=events.append)
+    replica.prepare()
+    replica.start()
+
+    assert events == ["started", "imported", "building", "loaded", "canary", "open", "ready"]
+    replica.stop(0)
 
 
 def test_replica_with_keys_makes_one_for_itself(plan: Plan) -> None:
@@ -97,26 +109,31 @@ def test_replica_without_keys_makes_none(plan: Plan) -> None:
     assert '"digests": []' in next(line for line in lines if line.startswith("release "))
 
 
-@pytest.mark.parametrize("snapshot", ["off", "cpu"])
+@pytest.mark.parametrize("snapshot", ["off", "cpu", "gpu"])
 def test_replica_whose_engine_dies_leaves_nothing(plan: Plan, snapshot: Any) -> None:
     """Modal runs no exit hook after a hook that raised."""
-    replica = Replica(scripted(plan, snapshot=snapshot, script='{"die_at": "start", "code": 3, "grandchild": true}'))
+    script = {"die_at": "start", "code": 3, "grandchild": True}
+    replica = Replica(scripted(plan, snapshot=snapshot, script=script))
     with pytest.raises(EngineError, match="code 3"):
         replica.prepare()
         replica.start()
+    assert group(replica.engine.pid) == []
     replica.stop()
 
 
-@pytest.mark.parametrize(("snapshot", "step"), [("off", "loaded"), ("cpu", "start"), ("cpu", "loaded")])
+@pytest.mark.parametrize(
+    ("snapshot", "step"), [("off", "loaded"), ("cpu", "start"), ("cpu", "loaded"), ("gpu", "loaded"), ("gpu", "open")]
+)
 def test_replica_that_takes_too_long_is_ended(plan: Plan, snapshot: Any, step: str) -> None:
     """The time is the whole boot's; what hangs is killed."""
-    script = f'{{"hang_at": "{step}", "ignore_sigterm": true}}'
+    script = {"hang_at": step, "ignore_sigterm": True, "grandchild": True}
     replica = Replica(scripted(plan, snapshot=snapshot, startup_timeout_s=0.5, script=script))
     with pytest.raises(EngineTimeoutError):
         replica.prepare()
         replica.start()
 
     assert replica.engine.state is State.STOPPED
+    assert group(replica.engine.pid) == []
 
 
 def test_replica_with_too_few_gpus_leaves_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +145,59 @@ def test_replica_with_too_few_gpus_leaves_nothing(plan: Plan, monkeypatch: pytes
         replica.start()
 
     assert replica.engine.state is State.STOPPED
+
+
+def test_replica_interrupted_leaves_nothing(plan: Plan) -> None:
+    """Ctrl-C, and Modal's signal, come as KeyboardInterrupt in the middle of a wait."""
+
+    def interrupt(event: str) -> None:
+        if event == "building":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    script = {"hang_at": "building", "ignore_sigterm": True, "grandchild": True}
+    replica = Replica(scripted(plan, script=script), on_event=interrupt)
+    replica.prepare()
+    with pytest.raises(KeyboardInterrupt):
+        replica.start()
+
+    assert replica.engine.state is State.STOPPED
+    assert group(replica.engine.pid) == []
+
+
+def test_replica_whose_engine_dies_later_tells_once(plan: Plan) -> None:
+    """`start` has returned: the one who serves learns it by a call."""
+    deaths: list[EngineError] = []
+    replica = Replica(plan, on_death=deaths.append)
+    replica.prepare()
+    replica.start()
+    os.kill(replica.engine.pid, signal.SIGKILL)
+
+    assert eventually(lambda: bool(deaths))
+    replica.stop()
+    assert ["SIGKILL" in str(death) for death in deaths] == [True]
+
+
+def test_replica_whose_engine_hangs_tells_once(plan: Plan) -> None:
+    """A hang is a death that had to be found."""
+    deaths: list[EngineError] = []
+    replica = Replica(scripted(plan, hang_s=1.0, script={"hang_at": "pulse"}), on_death=deaths.append)
+    replica.prepare()
+    replica.start()
+
+    assert eventually(lambda: bool(deaths), 20)
+    assert ["hung" in str(death) for death in deaths] == [True]
+    replica.stop()
+
+
+def test_replica_whose_engine_dies_before_it_is_ready_calls_nobody(plan: Plan) -> None:
+    """Before, `start` raises; who replaces replicas would do it twice."""
+    deaths: list[EngineError] = []
+    replica = Replica(scripted(plan, script={"die_at": "canary"}), on_death=deaths.append)
+    replica.prepare()
+    with pytest.raises(EngineError):
+        replica.start()
+
+    assert deaths == []
 
 
 def test_replica_stop_is_idempotent_and_comes_any_time(plan: Plan) -> None:
@@ -142,10 +212,19 @@ def test_replica_stop_is_idempotent_and_comes_any_time(plan: Plan) -> None:
     assert replica.engine.state is State.STOPPED
 
 
+def test_replica_stop_gives_the_plans_grace(plan: Plan) -> None:
+    """Modal gives less time than a terminal does."""
+    lines: list[str] = []
+    replica = Replica(dataclasses.replace(plan, drain_s=7.0), on_line=lines.append)
+    replica.prepare()
+    replica.start()
+    replica.stop()
+
+    assert 'drain {"grace_s": 7.0}' in lines
+
+
 def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume's commit is for news, and comes before the engine opens a file."""
-    from service import weights
-
     shared: list[str] = []
     Replica(plan).prepare(share=lambda: shared.append("found"))
     monkeypatch.setattr(weights, "ensure", lambda *_: weights.Weights(Path("/w"), fetched=True))

@@ -140,7 +140,7 @@ def test_unknown_setting_offers_the_nearest(run: Run, home: Path, command: str) 
     ("name", "value", "expected"),
     [
         ("SERVICE_PORT", "http", "a whole number from 1 to 65535"),
-        ("SERVICE_SNAPSHOT", "gpu", "one of off, cpu"),
+        ("SERVICE_SNAPSHOT", "tpu", "one of off, cpu, gpu"),
         ("SERVICE_STARTUP_TIMEOUT_S", "20m", "write 1200."),
         ("SERVICE_GPU", "H1000", "Modal offers"),
     ],

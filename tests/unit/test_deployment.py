@@ -61,7 +61,8 @@ def test_deployment_of_every_entry_is_the_entrys_own_tier(key: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [{}, {"model": "gemma-3-12b-h100"}, {"model": "openai/GPT-oss-20b"}, {"gpu": "h100!", "n_gpu": "2"},
-     {"model": "llm", "direct_auth": "keys", "snapshot": "off", "fast_boot": "0"}],
+     {"model": "llm", "direct_auth": "keys", "snapshot": "off", "fast_boot": "0"}, {"snapshot": "gpu"},
+     {"snapshot": "gpu", "fast_boot": "1"}],
 )  # fmt: skip
 def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -> None:
     """The image carries the resolved settings; secrets, GPU and options must come out identical there."""
@@ -70,6 +71,7 @@ def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -
 
     assert there.settings == here.settings
     assert (there.app_name, there.gpu_request, there.secrets) == (here.app_name, here.gpu_request, here.secrets)
+    assert there.fast_boot == here.fast_boot
     assert there.class_options() == here.class_options()
 
 
@@ -108,6 +110,10 @@ def test_deployment_asks_for_the_secrets_it_needs(fields: dict[str, str], secret
         ({}, "region", None),
         ({}, "min_containers", None),
         ({"snapshot": "off"}, "enable_memory_snapshot", None),
+        ({"snapshot": "gpu"}, "enable_memory_snapshot", True),
+        ({}, "experimental_options", None),
+        ({"snapshot": "off"}, "experimental_options", None),
+        ({"snapshot": "gpu"}, "experimental_options", {"enable_gpu_snapshot": True}),
     ],
 )
 def test_deployment_turns_settings_into_the_classs_options(
@@ -115,6 +121,39 @@ def test_deployment_turns_settings_into_the_classs_options(
 ) -> None:
     """What is unset is not passed: Modal's own default holds."""
     assert resolve(**fields).class_options().get(option) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "fast_boot"),
+    [
+        ({}, True),
+        ({"snapshot": "off"}, True),
+        ({"snapshot": "gpu"}, False),
+        ({"snapshot": "gpu", "fast_boot": "true"}, True),
+        ({"snapshot": "gpu", "fast_boot": ""}, False),
+        ({"snapshot": "off", "fast_boot": "false"}, False),
+        ({"fast_boot": "false"}, False),
+    ],
+)
+def test_deployment_compiles_where_a_snapshot_keeps_it(fields: dict[str, str], fast_boot: bool) -> None:
+    """Compilation and graphs are paid once under a GPU snapshot, at each boot elsewhere; the deployer's word counts."""
+    assert resolve(**fields).fast_boot is fast_boot
+
+
+@pytest.mark.parametrize("fields", [{"n_gpu": "2"}, {"model": "qwen3-235b"}])
+def test_deployment_of_several_gpus_is_refused_a_gpu_snapshot(fields: dict[str, str]) -> None:
+    """Whether the setting or the entry asks for them; the sentence has the ways out."""
+    with pytest.raises(SettingsError) as caught:
+        resolve(snapshot="gpu", **fields)
+
+    for part in ("SERVICE_SNAPSHOT=gpu", "run on 2", "SERVICE_SNAPSHOT=cpu", "a GPU that holds the model alone"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"n_gpu": "1"}, {"model": "qwen3-235b", "gpu": "B300"}])
+def test_deployment_of_one_gpu_may_have_a_gpu_snapshot(fields: dict[str, str]) -> None:
+    """An entry of several is one GPU's once a larger one is chosen."""
+    assert resolve(snapshot="gpu", **fields).n_gpu == 1
 
 
 @pytest.mark.parametrize(
@@ -216,7 +255,17 @@ def test_pool_variant_is_looked_up_in_its_tier_with_parameters_in_one_order(monk
         ("vllm-h200x2.Server", {}),
         ("with_options", {"gpu": "H200:2", "scaledown_window": 120}),
     ]
-    assert list(deployed.calls[2][1].items()) == [("model", "qwen3-235b"), ("fast_boot", True), ("n_gpu", 2)]
+    assert list(deployed.calls[2][1].items()) == [("model", "qwen3-235b"), ("n_gpu", 2)]
+
+
+@pytest.mark.parametrize("fast_boot", [True, False])
+def test_pool_variant_with_fast_boot_hands_it_on_at_its_place(monkeypatch: pytest.MonkeyPatch, fast_boot: bool) -> None:
+    """Left out, the deployed value holds, which depends on the snapshot."""
+    deployed = DeployedClass()
+    monkeypatch.setattr(modal, "Cls", deployed)
+    pools.variant("qwen3-8b", "H100", fast_boot=fast_boot)
+
+    assert list(deployed.calls[2][1].items()) == [("model", "qwen3-8b"), ("fast_boot", fast_boot), ("n_gpu", 1)]
 
 
 def test_pool_variant_may_come_from_another_app(monkeypatch: pytest.MonkeyPatch) -> None:

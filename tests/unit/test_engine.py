@@ -18,7 +18,8 @@ from service.engine import EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError, EngineTimeoutError
 
-READY_S = 20.0  # what a busy machine may need; nothing here waits so long
+from .engines import READY_S, open_files
+
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]
 
@@ -54,7 +55,7 @@ def test_engine_without_hold_goes_to_ready_and_tells_each_step(start: Start) -> 
     engine.wait_for(State.READY, READY_S)
 
     assert engine.state is State.READY
-    assert events == ["started", "imported", "loaded", "canary", "ready"]
+    assert events == ["started", "imported", "building", "loaded", "canary", "open", "ready"]
 
 
 def test_engine_events_carry_times_in_order(start: Start) -> None:
@@ -67,6 +68,27 @@ def test_engine_events_carry_times_in_order(start: Start) -> None:
 
     row = [before, *times, time.monotonic()]
     assert row == sorted(row)
+
+
+def test_engine_ready_reports_no_pulse(start: Start) -> None:
+    """A pulse is for the supervisor alone: it comes for as long as the engine lives, and is no phase."""
+    events: list[str] = []
+    engine = start(on_event=lambda name, _: events.append(name))
+    engine.release()
+    engine.wait_for(State.READY, READY_S)
+    time.sleep(0.2)  # four pulses of the fake
+
+    assert events[-1] == "ready"
+
+
+def test_engine_told_different_after_waking_never_gets_ready(start: Start) -> None:
+    """What it sings after the sleep must be what it sang before; else it is killed, whatever it does itself."""
+    engine = start("asleep", different=True)
+    engine.wait_for(State.ASLEEP, READY_S)
+    engine.release()
+
+    with pytest.raises(EngineError, match="woke as another: in its canary token 1 is 9"):
+        engine.wait_for(State.READY, READY_S)
 
 
 @pytest.mark.parametrize(("hold", "held_at"), [("imported", State.IMPORTED), ("asleep", State.ASLEEP)])
@@ -89,12 +111,12 @@ def test_engine_asleep_tells_the_canary_before_and_after(start: Start) -> None:
     events: list[str] = []
     engine = start("asleep", on_event=lambda name, _: events.append(name))
     engine.wait_for(State.ASLEEP, READY_S)
-    assert events == ["started", "imported", "loaded", "canary", "asleep"]
+    assert events == ["started", "imported", "building", "loaded", "warmed", "canary", "asleep"]
 
     engine.release()
     engine.wait_for(State.READY, READY_S)
 
-    assert events[5:] == ["woken", "ready"]
+    assert events[7:] == ["awake", "woken", "open", "ready"]
 
 
 def test_engine_release_hands_on_digests_by_pipe_only(start: Start) -> None:
@@ -138,7 +160,7 @@ def test_engine_port_that_answers_no_http_is_asked_again(start: Start) -> None:
     """An answer that is no HTTP must not end the thread that waits for the port."""
     engine = start(health=["garbage"])
     engine.release()
-    engine.wait_for(State.READY, 5)
+    engine.wait_for(State.READY, READY_S)
 
     assert engine.state is State.READY
 
@@ -217,12 +239,12 @@ def test_engine_spawn_with_no_interpreter_raises_engine_error_and_leaks_nothing(
 ) -> None:
     """A deleted environment is an error in words, with the path, and no pipe stays open."""
     missing = str(tmp_path / "gone" / "python")
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
 
     with pytest.raises(EngineError, match=missing):
         EngineProcess(fake_command(), python=missing).spawn()
 
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

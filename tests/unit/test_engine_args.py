@@ -26,9 +26,10 @@ SECRETS = {
 DOOR = (
     *("--host", "127.0.0.1", "--port", "8000"),
     *("--middleware", "vllm_service.guard.Guard"),
-    *("--shutdown-timeout", "20"),
+    *("--shutdown-timeout", "1"),
     *("--disable-access-log-for-endpoints", "/health,/metrics"),
 )
+WORKER = ("--worker-extension-cls", "vllm_service.worker.WorkerExtension")
 STRUCTURED = ("--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}')
 
 
@@ -48,6 +49,7 @@ def test_argv_of_a_text_model_on_cuda_is_this() -> None:
         *("--model", "/weights", "--served-model-name", "qwen3-8b", "Qwen/Qwen3-8B-FP8", "llm"),
         *DOOR,
         "--enforce-eager",
+        *WORKER,
         *(
             "--enable-auto-tool-choice",
             "--tool-call-parser",
@@ -69,6 +71,7 @@ def test_argv_of_a_model_with_images_limits_them() -> None:
         *("--model", "/weights", "--served-model-name", "qwen3-vl-30b", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
         *DOOR,
         "--enforce-eager",
+        *WORKER,
         *(
             "--enable-auto-tool-choice",
             "--tool-call-parser",
@@ -89,6 +92,7 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
         *("--model", "/weights", "--served-model-name", "gpt-oss-120b", "openai/gpt-oss-120b"),
         *DOOR,
         *("--no-enforce-eager", "--async-scheduling"),
+        *WORKER,
         *(
             "--enable-auto-tool-choice",
             "--tool-call-parser",
@@ -119,6 +123,7 @@ def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
         *("--model", "/weights", "--served-model-name", "tiny", "llm"),
         *DOOR,
         *("--enforce-eager", "--distributed-executor-backend", "uni"),
+        *WORKER,
         *(
             "--enable-auto-tool-choice",
             "--tool-call-parser",
@@ -159,6 +164,7 @@ def test_argv_of_an_entry_with_nothing_but_a_source_leaves_the_rest_to_vllm() ->
         *("--model", "/weights", "--served-model-name", "mine", "org/mine"),
         *DOOR,
         "--enforce-eager",
+        *WORKER,
         *STRUCTURED,
     )
     assert value(engine_command(spec, WEIGHTS, device="cpu").argv, "--max-model-len") == "-1"
@@ -209,12 +215,18 @@ def test_argv_of_a_draft_without_a_repository_names_no_model() -> None:
     assert json.loads(value(engine_command(spec, WEIGHTS).argv, "--speculative-config")) == fields
 
 
-def test_command_carries_host_port_and_drain() -> None:
+def test_command_carries_host_and_port() -> None:
     """What the supervisor polls is what the engine was told."""
-    made = command("tiny", host="0.0.0.0", port=9, shutdown_timeout_s=6)
+    made = command("tiny", host="0.0.0.0", port=9)
 
     assert (made.host, made.port) == ("0.0.0.0", 9)
-    assert [value(made.argv, flag) for flag in ("--host", "--port", "--shutdown-timeout")] == ["0.0.0.0", "9", "6"]
+    assert [value(made.argv, flag) for flag in ("--host", "--port")] == ["0.0.0.0", "9"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_command_lets_vllm_wait_for_no_request_at_the_end(device: str) -> None:
+    """The drain has waited already when SIGTERM comes; vLLM would cut what is left without a word."""
+    assert value(command("tiny", device=device).argv, "--shutdown-timeout") == "1"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

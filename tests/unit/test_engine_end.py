@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import http.client
 import os
 import signal
@@ -15,14 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from service.engine import EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError
 
-READY_S = 20.0
+from .engines import READY_S, eventually, group, open_files
+
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]
 TRACEBACK = ["Traceback (most recent call last):", '  File "x.py", line 1, in f', "ValueError: no such parser"]
@@ -53,31 +54,6 @@ def ask_to_die(engine: EngineProcess, code: int) -> None:
     connection.close()
 
 
-def group(pgid: int) -> list[int]:
-    """Return the running members of a process group; a zombie runs no more."""
-    found = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(process.pid) == pgid and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except ProcessLookupError:
-            continue
-    return found
-
-
-def eventually(true: Callable[[], bool], timeout_s: float = 5.0) -> bool:
-    """Poll until something holds."""
-    deadline = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return true()
-
-
-def open_files() -> int:
-    """Count this process's open file descriptors."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @contextlib.contextmanager
 def orphans_come_here() -> Iterator[None]:
     """Make this process the parent of orphaned descendants, as a container's first process is."""
@@ -99,39 +75,6 @@ def test_stop_lets_the_engine_end_by_itself(start: Start) -> None:
     assert group(engine.pid) == []
     with pytest.raises(EngineError, match="was stopped"):
         engine.wait_for(State.READY, 0)
-
-
-def test_stop_of_an_engine_that_ignores_sigterm_kills_after_the_grace(start: Start) -> None:
-    """The grace is waited for, and not much longer."""
-    engine = start(ignore_sigterm=True)
-    began = time.monotonic()
-    engine.stop(0.3)
-
-    assert 0.3 <= time.monotonic() - began < 3
-    assert engine.state is State.STOPPED
-    assert group(engine.pid) == []
-
-
-def test_stop_twice_or_before_the_spawn_does_nothing(start: Start, fake_command: Command, fake_python: str) -> None:
-    """Whoever cleans up need not know whether somebody did already."""
-    EngineProcess(fake_command(), python=fake_python).stop(1)
-    engine = start()
-    engine.stop(10)
-    engine.stop(10)
-
-    assert engine.state is State.STOPPED
-
-
-def test_stop_from_two_threads_ends_once(start: Start) -> None:
-    """Ctrl-C during an exit hook is two stops at once."""
-    engine = start()
-    threads = [threading.Thread(target=engine.stop, args=(10,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-
-    assert engine.state is State.STOPPED
 
 
 def test_stop_ends_a_grandchild_that_ignores_sigterm(start: Start) -> None:
@@ -246,6 +189,28 @@ def test_death_where_nobody_reaps_orphans_is_reported_at_once(start: Start) -> N
         os.waitpid(grandchild, 0)
 
     assert took_s < 2
+
+
+@pytest.mark.parametrize("end", ["stop", "kill", "spawn"])
+def test_engine_that_ended_leaves_no_socket_and_no_temporary_directory(
+    fake_command: Command, fake_python: str, tmp_path: Path, end: str
+) -> None:
+    """A killed vLLM removes nothing; a machine that serves for months must not fill up with it."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    command = fake_command(temporary=True)
+    command = dataclasses.replace(command, env={**command.env, "TMPDIR": str(place)})
+    engine = EngineProcess(command, python=fake_python if end != "spawn" else "/nowhere/python")
+    with contextlib.suppress(EngineError):
+        engine.spawn()
+        engine.release()
+        engine.wait_for(State.READY, READY_S)
+        if end == "kill":
+            os.kill(engine.pid, signal.SIGKILL)
+        engine.stop(10)
+        assert engine.wait_ended(READY_S)
+
+    assert list(place.iterdir()) == []
 
 
 def test_engine_over_20_cycles_leaks_no_file_and_no_thread(fake_command: Command, fake_python: str) -> None:

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import FAKE_ENGINE, IN_ENGINE
+from service.engine_args import IN_ENGINE
+
+from .conftest import FAKE_ENGINE
 
 
 class Piped:
@@ -22,6 +25,7 @@ class Piped:
         words, self.words = os.pipe()
         self.events, events = os.pipe()
         env = {"PYTHONPATH": str(IN_ENGINE), "ENGINE_PIPES": f"{words},{events}", "ENGINE_HOLD": hold}
+        env |= {"TMPDIR": script.pop("place")} if "place" in script else {}
         line = [python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", str(port)]
         self.process = subprocess.Popen(
             line,
@@ -67,8 +71,31 @@ def test_fake_engine_with_a_death_scripted_tells_the_steps_before_it(piped: Call
     fake = piped(die_at="canary", code=7, last_words=["Boom"])
 
     assert fake.process.wait(10) == 7
-    assert fake.heard() == ["started", "imported", "loaded", "canary"]
+    assert fake.heard() == ["started", "imported", "building", "loaded", "canary"]
     assert fake.close() == "Boom\n"
+
+
+def test_fake_engine_with_a_fault_under_another_hold_only_goes_on(piped: Callable[..., Piped]) -> None:
+    """Of two engines with one script, the one that sleeps and the cold one after it, one alone can be at fault."""
+    fake = piped("imported", die_at="start", hang_at="start", only="asleep")
+    with os.fdopen(os.dup(fake.events)) as events:
+        assert [json.loads(events.readline())["event"] for _ in range(2)] == ["started", "imported"]
+    fake.close()
+
+    assert piped("asleep", die_at="start", code=9, only="asleep").process.wait(10) == 9
+
+
+def test_fake_engine_that_listens_has_a_pulse_and_ends_its_drain(piped: Callable[..., Piped]) -> None:
+    """What the parent watches for, as the real one tells it: pulses, and then the number of requests that were cut."""
+    fake = piped("asleep", in_flight=True)
+    os.write(fake.words, b'{"word": "release", "digests": []}\n')
+    with os.fdopen(os.dup(fake.events)) as events:
+        told = (json.loads(line) for line in events)
+        assert "pulse" in (event["event"] for event in told)
+        os.write(fake.words, b'{"word": "drain", "grace_s": 0.1}\n')
+        assert next(event for event in told if event["event"] == "drained")["cut"] == 1
+
+    assert 'drain {"grace_s": 0.1}' in fake.close()
 
 
 def test_fake_engine_with_a_negative_code_dies_by_that_signal(piped: Callable[..., Piped]) -> None:
@@ -88,6 +115,17 @@ def test_fake_engine_when_its_parent_closes_the_pipe_is_killed(piped: Callable[.
     assert fake.process.returncode == -signal.SIGKILL
 
 
+def test_fake_engine_that_litters_leaves_a_socket_and_a_directory(piped: Callable[..., Piped], tmp_path: Path) -> None:
+    """In the place for temporary files, as vLLM's processes do when they are killed."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    fake = piped(die_at="building", temporary=True, place=str(place))
+    fake.process.wait(10)
+    fake.close()
+
+    assert sorted(path.name.partition("-")[2] for path in place.iterdir()) == ["directory", "socket"]
+
+
 @pytest.mark.parametrize(
     ("script", "hold", "named"),
     [
@@ -95,6 +133,7 @@ def test_fake_engine_when_its_parent_closes_the_pipe_is_killed(piped: Callable[.
         ({"die_at": "lunch"}, "", "the step lunch"),
         ({"hang_at": "lunch"}, "", "the step lunch"),
         ({}, "sideways", "the hold sideways"),
+        ({"only": "sideways"}, "", "the hold sideways"),
     ],
 )
 def test_fake_engine_asked_for_what_it_does_not_know_refuses(

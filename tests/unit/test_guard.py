@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from vllm_service.guard import Guard
+from vllm_service.guard import Guard, Message
 
 KEY = "open-sesame"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -27,7 +27,6 @@ CLOSED = [
     "/health/", "/v1/models/", "/v1/models/x", "/V1/models", "//v1/models", "/v1/responses/a/b", "/v1/responses/a b",
     "/v1/responses/../models", "/v1/responses/a/cancel/", "/docs/oauth2-redirect", "/v1/models\n", "/v1/responses/a\n",
 ]  # fmt: skip
-Message = dict[str, Any]
 
 
 class Behind:

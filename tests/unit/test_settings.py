@@ -14,7 +14,7 @@ VALID: dict[str, dict[str, object]] = {
     "gpu": {"H100": "H100", "h100!": "H100!", "b200+": "B200+", "a100-80gb": "A100-80GB", "A10G": "A10"},
     "n_gpu": {"1": 1, "8": 8},
     "fast_boot": {"true": True, "false": False, "1": True, "0": False, "True": True, "False": False},
-    "snapshot": {"off": "off", "cpu": "cpu"},
+    "snapshot": {"off": "off", "cpu": "cpu", "gpu": "gpu"},
     "scaledown_window": {"2": 2, "3600": 3600},
     "min_containers": {"0": 0, "1000": 1000},
     "max_containers": {"1": 1, "1000": 1000},
@@ -22,6 +22,7 @@ VALID: dict[str, dict[str, object]] = {
     "max_inputs": {"1": 1, "1000": 1000},
     "target_inputs": {"1": 1, "64": 64},
     "startup_timeout_s": {"10": 10, "86400": 86400},
+    "hang_s": {"10": 10, "86400": 86400},
     "request_timeout_s": {"1": 1, "86400": 86400},
     "region": {"us": "us", "us-west": "us-west"},
     "direct_auth": {"proxy": "proxy", "keys": "keys"},
@@ -37,7 +38,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "gpu": (("H1000", "cpu"), "Modal offers"),
     "n_gpu": (("0", "9", "two", "1.5"), "a whole number from 1 to 8"),
     "fast_boot": (("maybe", "2"), "a switch (true or false)"),
-    "snapshot": (("gpu", "OFF"), "one of off, cpu"),
+    "snapshot": (("tpu", "GPU"), "one of off, cpu, gpu"),
     "scaledown_window": (("1", "3601", "soon"), "a whole number from 2 to 3600"),
     "min_containers": (("-1", "1001"), "a whole number from 0 to 1000"),
     "max_containers": (("0", "1001"), "a whole number from 1 to 1000"),
@@ -45,6 +46,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "max_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
     "target_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
     "startup_timeout_s": (("9", "86401"), "a whole number from 10 to 86400"),
+    "hang_s": (("9", "86401", "never"), "a whole number from 10 to 86400"),
     "request_timeout_s": (("0", "86401"), "a whole number from 1 to 86400"),
     "region": (("u",), ""),
     "direct_auth": (("none", "Proxy"), "one of proxy, keys"),
@@ -153,13 +155,18 @@ def test_settings_to_env_leaves_out_what_is_unset() -> None:
     """A None stays a None: the registry's entry fills it on both sides."""
     env = Settings().to_env()
 
-    assert "SERVICE_GPU" not in env
+    assert not {"SERVICE_GPU", "SERVICE_FAST_BOOT"} & set(env)
     assert all(isinstance(value, str) and value for value in env.values())
 
 
 @pytest.mark.parametrize(
     ("field", "text", "seconds"),
-    [("scaledown_window", "2m", 120), ("startup_timeout_s", "20h", 72000), ("hold_s", "90s", 90)],
+    [
+        ("scaledown_window", "2m", 120),
+        ("startup_timeout_s", "20h", 72000),
+        ("hold_s", "90s", 90),
+        ("hang_s", "5m", 300),
+    ],
 )
 def test_settings_with_a_duration_offers_its_seconds(field: str, text: str, seconds: int) -> None:
     """Somebody who writes `2m` is told the number to write."""
@@ -218,6 +225,7 @@ def test_settings_defaults_are_the_contract() -> None:
     """What design.md and the README promise to whoever sets nothing."""
     settings = Settings.load({})
 
-    assert (settings.model, settings.port, settings.fast_boot) == ("qwen3-8b", 8000, True)
+    assert (settings.model, settings.port, settings.hang_s) == ("qwen3-8b", 8000, 180)
+    assert (settings.snapshot, settings.fast_boot) == ("cpu", None)  # which depends on the first
     assert (settings.direct_auth, settings.keys_secret) == ("proxy", "vllm-api-key")
     assert (settings.gpu, settings.n_gpu, settings.app, settings.hub_secret) == (None,) * 4

@@ -1,24 +1,27 @@
 """The stop between "built" and "listening": vLLM awaits this plugin after the engine is built and before it listens.
 
 Here the engine answers its canary, a short greedy generation: an engine that loaded but cannot generate never gets a
-port. Held at ASLEEP it then sleeps with no port and no key, and on release wakes and must give the same canary again.
+port. Held at ASLEEP it is warmed up first and then sleeps with no port and no key; on release it wakes and must give
+the same canary again. From then on it has a pulse, and ends when the parent says `drain`.
 Two things of vLLM's are mended on the way: see `RawPrompts` and `_leave_when_dead`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import random
+import secrets
 import signal
+import sys
 from argparse import Namespace
 from typing import Any
 
-from vllm_service import control
+from vllm_service import canary, control, drain, pulse, warmup
 from vllm_service.main import HOLD_VARIABLE
 
-CANARY_TOKENS = 8
 WATCH_S = 0.25
-_CANARY_PROMPT = list(range(10, 42))  # any ids do: what matters is that the same go in each time
 
 
 class Barrier:
@@ -38,21 +41,66 @@ class Barrier:
         if completions := getattr(state, "openai_serving_completion", None):
             completions.engine_client = RawPrompts(completions.engine_client)
         self._watch = asyncio.create_task(_leave_when_dead(engine_client))
-        link.tell("loaded")
-        canary = await _canary(engine_client)
-        link.tell("canary", tokens=canary)
-        if os.environ.get(HOLD_VARIABLE) == "asleep":
-            await engine_client.sleep(level=1)
-            link.tell("asleep")
-            await asyncio.to_thread(link.wait_for_release)
-            await engine_client.wake_up()
-            await engine_client.reset_prefix_cache()
-            again = await _canary(engine_client)
-            link.tell("woken", tokens=again, same=again == canary)
-            if again != canary:
-                raise RuntimeError(f"The canary after waking is {again}, before sleeping it was {canary}.")
-        else:
-            await asyncio.to_thread(link.wait_for_release)
+        try:
+            await _come_to_release(link, engine_client, state)
+            await _renew_randomness(engine_client)
+        except BaseException:
+            self._watch.cancel()  # vLLM ends its core now: the reason is this exception, not that
+            raise
+        _drain_when_told(link)
+        self._pulse = asyncio.create_task(pulse.beat(engine_client, lambda: link.tell("pulse")))
+        link.tell("open")
+
+
+async def _come_to_release(link: control.Control, engine: Any, state: Any) -> None:
+    """Show that the engine can generate, and wait for the parent's word, asleep or awake."""
+    link.tell("loaded")
+    if os.environ.get(HOLD_VARIABLE) == "asleep":
+        await _sleep_and_wake(link, engine, state)
+    else:
+        said = await canary.sing(engine, with_logprobs=False)
+        link.tell("canary", tokens=said.tokens)
+        await asyncio.to_thread(link.wait_for_release)
+
+
+async def _sleep_and_wake(link: control.Control, engine: Any, state: Any) -> None:
+    """Warm up, sleep until the release, wake, and prove that it is the same engine."""
+    link.tell("warmed", failures=await warmup.warm_up(engine, state))
+    before = await canary.sing(engine, with_logprobs=True)
+    link.tell("canary", tokens=before.tokens)
+    await engine.sleep(level=1)
+    gc.collect()
+    gc.freeze()  # vLLM does both before it listens: 0.25 s that are better spent before a snapshot
+    link.tell("asleep")
+    await asyncio.to_thread(link.wait_for_release)
+    await engine.wake_up()
+    await engine.reset_prefix_cache()
+    link.tell("awake")
+    after = await canary.sing(engine, with_logprobs=True)
+    different = canary.difference(before, after)
+    link.tell("woken", tokens=after.tokens, different=different)
+    if different:
+        raise RuntimeError(f"The canary after waking is not the one before sleeping: {different}.")
+
+
+async def _renew_randomness(engine: Any) -> None:
+    """Give this replica a randomness of its own, unless the model's entry asks for a seed."""
+    random.seed()
+    if any(argument.partition("=")[0] == "--seed" for argument in sys.argv):
+        return
+    await engine.collective_rpc("renew_randomness", args=(secrets.randbits(31),))
+
+
+def _drain_when_told(link: control.Control) -> None:
+    loop, jobs = asyncio.get_running_loop(), set()
+
+    async def end(grace_s: float) -> None:
+        link.tell("drained", cut=await drain.current().drain(grace_s))
+
+    def begin(grace_s: float) -> None:
+        jobs.add(loop.create_task(end(grace_s)))
+
+    link.on_drain = lambda word: loop.call_soon_threadsafe(begin, word["grace_s"])
 
 
 class RawPrompts:
@@ -79,16 +127,3 @@ async def _leave_when_dead(engine: Any) -> None:
     while not engine.errored:  # noqa: ASYNC110 - vLLM sets a flag and no event
         await asyncio.sleep(WATCH_S)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-async def _canary(engine: Any) -> list[int]:
-    """Return the ids of a short greedy generation; an empty list for models that do not generate."""
-    if "generate" not in await engine.get_supported_tasks():
-        return []
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0.0, max_tokens=CANARY_TOKENS, ignore_eos=True)
-    tokens: list[int] = []
-    async for output in engine.generate({"prompt_token_ids": _CANARY_PROMPT}, greedy, request_id="canary"):
-        tokens = list(output.outputs[0].token_ids)
-    return tokens

@@ -1,20 +1,28 @@
 """The engine's side of the two pipes to its parent: events out, words in.
 
-Words come as JSON lines. The first, `release`, ends the hold and carries what must be in no command line, environment
-or snapshot: the digests of the keys. The end of the pipe means that the parent is gone, and then the engine's whole
-process group is killed at once: nothing may go on holding a GPU that nobody watches.
+Words come as JSON lines:
+- `release` ends the hold and carries what must be in no command line, environment or snapshot: the digests of the keys.
+- `drain` begins the end: `grace_s` seconds for the requests in flight.
+
+The end of the pipe means that the parent is gone, and then the engine's whole process group is killed at once: nothing
+may go on holding a GPU that nobody watches.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 FDS_VARIABLE = "ENGINE_PIPES"  # "<words read end>,<events write end>"
+DIRECTORY_VARIABLE = "ENGINE_DIRECTORY"  # the parent made it for this engine alone
+
+Word = dict[str, Any]
 
 
 class Control:
@@ -24,7 +32,8 @@ class Control:
         self._words = os.fdopen(words_fd, "rb", buffering=0)
         self._events_fd = events_fd
         self._released = threading.Event()
-        self.release: dict[str, Any] = {}
+        self.release: Word = {}
+        self.on_drain: Callable[[Word], None] = lambda _: None  # called on the thread
         threading.Thread(target=self._listen, name="vllm_service-control", daemon=True).start()
 
     def tell(self, event: str, **fields: Any) -> None:
@@ -32,7 +41,7 @@ class Control:
         line = json.dumps({"event": event, "at": time.monotonic(), **fields}) + "\n"
         os.write(self._events_fd, line.encode())
 
-    def wait_for_release(self) -> dict[str, Any]:
+    def wait_for_release(self) -> Word:
         """Block until the parent says `release` and return what it said."""
         self._released.wait()
         return self.release
@@ -43,9 +52,17 @@ class Control:
             buffer += chunk
             *lines, buffer = buffer.split(b"\n")
             for line in lines:
-                self.release = json.loads(line)
-                self._released.set()
+                self._take(json.loads(line))
+        if directory := os.environ.get(DIRECTORY_VARIABLE):
+            shutil.rmtree(directory, ignore_errors=True)  # nobody else is left to do it
         os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    def _take(self, word: Word) -> None:
+        if word["word"] == "release":
+            self.release = word
+            self._released.set()
+        elif word["word"] == "drain":
+            self.on_drain(word)
 
 
 _current: Control | None = None

@@ -14,7 +14,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_service import control
+from vllm_service import control, drain
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -54,11 +54,13 @@ class Guard:
         app: vLLM's application.
         digests: SHA-256 of each key in hexadecimal; empty means that no key is asked for. Default: what the parent's
             release carried, which is refused to be absent.
+        drain: Tells whether the end has begun. Default: this process's.
     """
 
-    def __init__(self, app: App, digests: list[str] | None = None) -> None:
+    def __init__(self, app: App, digests: list[str] | None = None, drain_: drain.Drain | None = None) -> None:
         self.app = app
         self._given = digests
+        self._drain = drain_ or drain.current()
 
     @property
     def _digests(self) -> list[str]:
@@ -97,8 +99,11 @@ class Guard:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
+        elif self._drain.begun:
+            await drain.refuse(send)
         else:
-            await self._pass_on(scope, receive, send, TEXT_BODY_LIMIT if path in _TEXT_ONLY else BODY_LIMIT)
+            limit = TEXT_BODY_LIMIT if path in _TEXT_ONLY else BODY_LIMIT
+            await self._drain.run(path, send, lambda send: self._pass_on(scope, receive, send, limit))
 
     def _admits(self, scope: Message) -> bool:
         if not self._digests:

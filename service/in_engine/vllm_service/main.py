@@ -7,6 +7,7 @@ where no GPU is visible vLLM itself comes after the hold.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -19,12 +20,32 @@ IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported 
 
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 
-# None of these asks torch for a GPU (a test listens). xgrammar does, while it is imported.
-NEUTRAL = ("torch", "transformers", "tokenizers", "fastapi", "openai", "uvloop", "llguidance")
+# What vLLM imports of others. None of these asks torch for a GPU (a test listens); xgrammar does, while it is imported.
+NEUTRAL = (
+    *("torch", "torch._inductor.lowering", "torch._inductor.compile_fx", "torch.utils.cpp_extension"),
+    *("transformers", "transformers.modeling_gguf_pytorch_utils", "transformers.models.auto.image_processing_auto"),
+    *("tokenizers", "mistral_common.tokens.tokenizers.base", "compressed_tensors", "llguidance"),
+    *(
+        "fastapi",
+        "uvicorn",
+        "uvloop",
+        "pydantic.v1",
+        "prometheus_client",
+        "model_hosting_container_standards.sagemaker",
+    ),
+    *("openai.types.responses", "openai_harmony", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter"),
+)
 SERVER = (
     "vllm.entrypoints.launchers.api_server.entry",
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.parser.engine.registered_adapters",
+)
+CPU_WORKER = (  # what the forked engine core would import by itself; on a GPU not tried
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.model_executor.layers.quantization.online.base",
 )
 
 
@@ -34,12 +55,29 @@ def main() -> None:
     if link is None:
         sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
     link.tell("started", pid=os.getpid())
-    for name in NEUTRAL + (SERVER if os.environ.get(IMPORTS_VARIABLE) == "all" else ()):
-        importlib.import_module(name)
+    gc.disable()  # what imports make stays: looking through it again and again takes a tenth of their time
+    _import(NEUTRAL)
+    if os.environ.get(IMPORTS_VARIABLE) == "all":
+        _import_server()
+    gc.freeze()
+    gc.enable()
     link.tell("imported")
     if os.environ.get(HOLD_VARIABLE) == "imported":
         link.wait_for_release()
     serve(sys.argv[1:])
+
+
+def _import(names: tuple[str, ...]) -> None:
+    for name in names:
+        importlib.import_module(name)
+
+
+def _import_server() -> None:
+    _import(SERVER)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _import(CPU_WORKER)
 
 
 def serve(argv: list[str]) -> None:
@@ -55,6 +93,8 @@ def serve(argv: list[str]) -> None:
     _keep_fork_on_cpu()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
     validate_parsed_serve_args(args)
+    if link := control.current():
+        link.tell("building")
     uvloop.run(run_server(args))
 
 

@@ -27,6 +27,7 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
     plane.proxy_tokens           create() -> ProxyToken(key, secret), .headers, .bearer; revoke(token)
     plane.volumes                put(name, files), [name] -> Volume: path (what is committed), files(), read(rel),
                                  write(rel, bytes), remove(rel), commits, capacity_bytes (None; ENOSPC beyond it)
+    plane.dicts                  put(name), [name] -> Dict: [key], [key] = value, key in, keys()
     plane.images                 layers(image_id) -> Dockerfile commands, base first; env(image_id)
     plane.tasks                  containers, oldest first: id, app, tag, parameters, gpu, state, pid, exit_code, log,
                                  root, inputs_served, restored, result, left_behind; preempt(grace_s=30), kill(),

@@ -25,6 +25,7 @@ from modal_proto import api_pb2 as pb
 from .apps import App, Apps
 from .calls import Calls
 from .containers import Scheduler
+from .dicts import Dicts
 from .door import Door
 from .errors import ClientVersionUnsupported, NotDeployed, PlaneTimeout
 from .fleet import Fleet
@@ -73,6 +74,7 @@ class ModalPlane:
         self.volumes = Volumes(ids, self.workdir / "volumes")
         self._storage = Storage(ids, self.volumes)
         self.secrets, self.images, mounts = Secrets(ids), Images(ids), Mounts(ids, self._storage)
+        self.dicts = Dicts(ids)
         self.door = Door()
         self._functions = Functions(ids, self.volumes, self.door)
         self._apps = self._functions.apps = Apps(ids, self._functions)
@@ -94,7 +96,7 @@ class ModalPlane:
         self._scheduler = Scheduler(self._functions, calls, launcher)
         self.snapshots = Snapshots(launcher)
         self._apps.stop_containers, self._apps.published = self._scheduler.stop_app, self._scheduler.published
-        objects = (Environments(ids), self.secrets, mounts, self.images, self.volumes, self._storage)
+        objects = (Environments(ids), self.secrets, mounts, self.images, self.volumes, self.dicts, self._storage)
         running = (self._apps, self._functions, calls, self._scheduler, Fleet(self._scheduler, self._functions))
         self._handlers = launcher.handlers = Handlers((*objects, *running, self.snapshots, self.door.proxy_tokens))
 

@@ -46,6 +46,14 @@ def send(pids: list[int], number: signal.Signals) -> None:
             continue  # it ended between the listing and the signal
 
 
+async def stragglers(marks: Marks, grace_s: float) -> list[int]:
+    """List the live processes of a container that do not end by themselves within the grace."""
+    deadline = asyncio.get_running_loop().time() + grace_s
+    while (pids := members(marks)) and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.01)
+    return pids
+
+
 async def end(marks: Marks) -> None:
     """SIGKILL every process of the container until none is left."""
     while pids := members(marks):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .volumes import VolumeView
 
 LAST_OUTPUT_S = 1.0
+END_BY_ITSELF_S = 1.0  # of processes whose parent, the entrypoint, has ended
 PASSED_ON = ("PATH", "LANG", "TMPDIR")
 
 
@@ -92,7 +93,7 @@ class Task(OfFunction):
     ready_at: float | None = None
     former_ids: list[str] = field(default_factory=list)
     inputs_served: int = 0
-    left_behind: list[int] = field(default_factory=list)  # processes that outlived the entrypoint until killed
+    left_behind: list[int] = field(default_factory=list)  # processes that would have outlived the entrypoint
     result: pb.GenericResult | None = None
     inputs: list[Input] = field(default_factory=list, repr=False)
     volume_views: list[VolumeView] = field(default_factory=list, repr=False)
@@ -201,7 +202,7 @@ class Task(OfFunction):
     async def _follow(self, process: asyncio.subprocess.Process, reading: int) -> None:
         output = asyncio.ensure_future(self._keep(reading))
         self.exit_code = await process.wait()
-        self.left_behind = processes.members(self._marks(process.pid))
+        self.left_behind = await processes.stragglers(self._marks(process.pid), END_BY_ITSELF_S)
         await processes.end(self._marks(process.pid))
         self.namespace = None  # the kernel may give its number to the next container
         await asyncio.wait([output], timeout=LAST_OUTPUT_S)  # all who could hold the pipe are dead

@@ -1,0 +1,114 @@
+"""Servers as a user would start them, timed from their spawn to the first 200 of /health."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from service.models import Registry
+
+POLL_S = 0.05
+LIMIT_S = 180.0
+
+
+def service(port: int) -> list[str]:
+    """Return the command that serves the tiny model."""
+    os.environ["SERVICE_PORT"] = str(port)
+    return [str(Path(sys.executable).parent / "vllm-service"), "up", "tiny"]
+
+
+def plain_vllm(python: str, port: int) -> list[str]:
+    """Return vLLM's own command for the tiny model."""
+    model = Registry.load().find("tiny").spec.directory
+    entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs; the CPU build lacks the command
+    flags = ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
+    flags += ["--kv-cache-memory-bytes", str(64 * 1024**2)]  # as small as ours: else it claims nearly all memory
+    return [python, "-m", entry, "--model", str(model), *flags]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One boot of a command.
+
+    Attributes:
+        command: From a port to the command.
+        poll_s: How often /health is asked.
+        look: Called with the process id once it is ready.
+    """
+
+    command: Callable[[int], list[str]]
+    poll_s: float = POLL_S
+    look: Callable[[int], None] = lambda _: None
+
+    def boot(self) -> float:
+        """Return seconds from spawn to the first 200 of /health; end everything afterwards."""
+        port = free_port()
+        argv = self.command(port)
+        with TemporaryDirectory() as state:
+            env = {**os.environ, "XDG_STATE_HOME": state, "VLLM_NO_USAGE_STATS": "1"}
+            began = time.monotonic()
+            process = subprocess.Popen(
+                argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
+            )
+            try:
+                while not _healthy(port):
+                    if process.poll() is not None:
+                        raise SystemExit(f"{argv[0]} ended with {process.returncode} before it was ready")
+                    if time.monotonic() - began > LIMIT_S:
+                        raise SystemExit(f"{argv[0]} was not ready after {LIMIT_S:.0f} s")
+                    time.sleep(self.poll_s)
+                seconds = time.monotonic() - began
+                self.look(process.pid)
+                return seconds
+            finally:
+                _end(process)
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_token(port: int) -> None:
+    """Ask for one token, and get it."""
+    body = {"model": "llm", "prompt": "The capital of France", "max_tokens": 1}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        answer.read()
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for member in family:
+        if member.is_running():
+            member.kill()
+    psutil.wait_procs(family, timeout=10)

@@ -1,0 +1,287 @@
+"""Reading the weights ahead: spawn to READY of the real engine with and without it. `python -m bench.readahead`.
+
+A random Qwen3 in eight shards is written once. Boots are interleaved and change places every round, in three states of
+its files: cold (evicted from the page cache, and checked to be), warm (all in it, and checked to be) and slow: cold,
+and on a volume of its own, a file system in a file that a blkio cgroup lets this benchmark read at SLOW_MB_S. Where
+this user may not mount one there is no slow; on a throttled disk that has the engine too, its imports would queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import mmap
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.report import Report
+from service import engine_env
+from service.engine import EngineProcess, State
+from service.engine_args import engine_command
+from service.hardware import check_room
+from service.models import ModelSpec, Registry
+from service.page_cache import available_bytes
+from service.readahead import Readahead
+from service.weight_files import weight_files
+
+SHARDS = 8
+LIMIT_S = 300.0
+SLOW_MB_S = 400
+BLKIO = Path("/sys/fs/cgroup/blkio")
+TARGETS = {"cold": 1.0, "warm": 1.02, "slow": 1.0}
+# Run by the engine's Python, which has torch: a directory, GB, and the number of shards.
+WRITE_MODEL = """
+import json, pathlib, sys, torch
+from safetensors.torch import save_file
+root, gb, shards = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+config = json.loads((root / "config.json").read_text())
+hidden, inner, heads, kv, size = 2048, 6144, 16, 2, 128
+layer = {
+    "self_attn.q_proj.weight": (heads * size, hidden), "self_attn.k_proj.weight": (kv * size, hidden),
+    "self_attn.v_proj.weight": (kv * size, hidden), "self_attn.o_proj.weight": (hidden, heads * size),
+    "self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,),
+    "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+    "mlp.down_proj.weight": (hidden, inner),
+    "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+}
+count = max(round(gb * 1e9 / 2 / sum(torch.Size(shape).numel() for shape in layer.values())), shards)
+config |= dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv,
+               head_dim=size, num_hidden_layers=count, layer_types=["full_attention"] * count)
+(root / "config.json").write_text(json.dumps(config))
+shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+shapes |= {f"model.layers.{i}.{name}": shape for i in range(count) for name, shape in layer.items()}
+shapes["model.norm.weight"] = (hidden,)
+names, index = list(shapes), {}
+for shard in range(shards):
+    file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+    mine = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+    save_file({name: torch.ones(shapes[name], dtype=torch.bfloat16) if "norm" in name
+               else torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02) for name in mine},
+              root / file, {"format": "pt"})
+    index |= dict.fromkeys(mine, file)
+(root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+"""
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What one boot took, in seconds; `ahead_s` and `ahead_gb` are zero without a readahead."""
+
+    ready_s: float
+    imported_s: float
+    loading_s: float
+    ahead_s: float = 0.0
+    ahead_gb: float = 0.0
+
+
+def main() -> int:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=4, help="size of the weights, 10^9 bytes")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
+    parser.add_argument(
+        "--directory", help="where the weights are written, on a disk; by default where temporary files go"
+    )
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the weights are deleted on the way
+    env = engine_env.ensure(print)
+    with (
+        TemporaryDirectory(prefix="bench-readahead-", dir=options.directory) as name,
+        _volume(Path(name), options.gb) as volume,
+    ):
+        model = _model(Path(name) / "model", options.gb, env.python)
+        places = {"cold": model, "warm": model}
+        if volume:
+            places["slow"] = shutil.copytree(model, volume / "model")
+        boots = _boots(places, options.gb, env, options.rounds)
+    report = Report("readahead")
+    report.add("size of the weights", options.gb, unit="GB")
+    for state, target in TARGETS.items():
+        if (state, True) in boots:
+            _compare(report, state, target, boots[state, False], boots[state, True])
+    return report.finish()
+
+
+def _boots(
+    places: dict[str, Path], gb: float, env: engine_env.EngineEnv, rounds: int
+) -> dict[tuple[str, bool], list[Boot]]:
+    found: dict[tuple[str, bool], list[Boot]] = defaultdict(list)
+    _boot(places["warm"], gb, env, ahead=False)  # the engine's own files come into memory
+    for number in range(1, rounds + 1):
+        for state, directory in places.items():
+            for ahead in (False, True) if number % 2 else (True, False):
+                with _state(state, directory):
+                    found[state, ahead].append(boot := _boot(directory, gb, env, ahead))
+                print(f"round {number}: {state}, {'read ahead' if ahead else 'none'}: {boot}", flush=True)
+    return found
+
+
+def _compare(report: Report, state: str, target: float, plain: list[Boot], ahead: list[Boot]) -> None:
+    for what, boots in ((f"{state}, none", plain), (f"{state}, read ahead", ahead)):
+        report.sample(f"{what}: spawn to READY", [boot.ready_s for boot in boots])
+        report.sample(f"{what}: imports", [boot.imported_s for boot in boots])
+        report.sample(f"{what}: loading of weights, vLLM's own figure", [boot.loading_s for boot in boots])
+    report.sample(f"{state}: the readahead itself", [boot.ahead_s for boot in ahead])
+    report.add(f"{state}: read by it", statistics.median(boot.ahead_gb for boot in ahead), unit="GB")
+    if state != "warm":
+        report.add(f"{state}: its rate, GB/s", statistics.median(boot.ahead_gb / boot.ahead_s for boot in ahead))
+    ratio = statistics.median(boot.ready_s for boot in ahead) / statistics.median(boot.ready_s for boot in plain)
+    report.add(f"readahead / none, {state} cache: ratio of medians", ratio, target)
+
+
+def _model(directory: Path, gb: float, python: str) -> Path:
+    """Write a random Qwen3 with the tiny model's tokenizer."""
+    check_room(directory, 2.2 * gb + 1, "The benchmark's model", "give --gb or --directory")
+    if available_bytes() < (2 * gb + 4) * 1e9:  # in the page cache, in the engine, and the engine itself
+        raise SystemExit(f"{gb:g} GB of weights want {2 * gb + 4:g} GB of memory; give a lower --gb.")
+    tiny = Registry.load().find("tiny").spec.directory
+    directory.mkdir()
+    assert tiny  # noqa: S101 - it ships with the package
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).write_bytes((tiny / name).read_bytes())
+    subprocess.run([python, "-c", WRITE_MODEL, str(directory), str(gb), str(SHARDS)], check=True)
+    return directory
+
+
+def _boot(directory: Path, gb: float, env: engine_env.EngineEnv, ahead: bool) -> Boot:
+    # the last of a flag given twice counts: CPU entries get a cache of 2 GiB
+    small = ("--kv-cache-memory-bytes", str(256 * 1024**2))
+    spec = ModelSpec(key="random", path=str(directory), max_model_len=1024, weights_gb=gb, extra_args=small)
+    command = engine_command(
+        spec, directory, default_key="random", device=env.device, port=_free_port(), parent_env=os.environ
+    )
+    events: dict[str, float] = {}
+    engine = EngineProcess(
+        command, python=env.python, on_event=lambda name, fields: events.update({name: float(fields["at"])})
+    )
+    readahead = Readahead(directory)
+    began = time.monotonic()
+    engine.spawn()
+    try:
+        if ahead:
+            readahead.start()
+        engine.release()
+        engine.wait_for(State.READY, LIMIT_S)
+        ready_s = time.monotonic() - began
+    finally:
+        readahead.stop()
+        engine.stop(5)
+    if readahead.failed:
+        raise SystemExit(f"the readahead failed: {readahead.failed}")
+    loading = re.search(r"Loading weights took ([\d.]+) seconds", "\n".join(engine.log.lines))
+    return Boot(
+        ready_s=round(ready_s, 3),
+        imported_s=round(events["imported"] - began, 3),
+        loading_s=float(loading[1]) if loading else float("nan"),
+        ahead_s=round(readahead.ended - readahead.began, 4),
+        ahead_gb=round(readahead.bytes_read / 1e9, 3),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _state(name: str, directory: Path) -> Iterator[None]:
+    """Bring the files into a state and keep it while the context lasts."""
+    files = weight_files(directory)
+    for file in files:
+        if name == "warm":
+            file.read_bytes()
+        else:
+            _evict(file)
+    share = statistics.mean(_resident(file) for file in files)
+    if share < 0.99 if name == "warm" else share > 0.01:
+        raise SystemExit(f"{share:.0%} of the weights are in memory, which is not {name}; give another --directory.")
+    with _throttled(directory) if name == "slow" else contextlib.nullcontext():
+        yield
+
+
+def _evict(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())  # what is not on the disk yet cannot be dropped
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _resident(file: Path) -> float:
+    """Return the share of a file that is in the page cache."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages
+        )
+        del first  # else the map cannot be closed
+        if failed:
+            raise SystemExit(f"mincore does not tell what of {file} is in memory")
+        return sum(page & 1 for page in pages) / len(pages)
+
+
+@contextlib.contextmanager
+def _volume(directory: Path, gb: float) -> Iterator[Path | None]:
+    """Mount a file system of its own for a model, made in a file; yields None where this user may not."""
+    image, mount = directory / "volume.img", directory / "volume"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(round((gb * 1.1 + 0.5) * 1e9))
+    made = _succeeds("mkfs.ext4", "-q", "-m", "0", str(image)) and BLKIO.is_dir()
+    mounted = made and _succeeds("mount", "-o", "loop,noatime", str(image), str(mount))
+    try:
+        yield mount if mounted else None
+    finally:
+        if mounted:
+            _succeeds("umount", str(mount))
+
+
+def _succeeds(*command: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return False
+
+
+@contextlib.contextmanager
+def _throttled(directory: Path) -> Iterator[None]:
+    """Hold this process and its children to SLOW_MB_S of the volume that is mounted there."""
+    number = directory.stat().st_dev
+    group = BLKIO / f"bench-readahead-{os.getpid()}"
+    group.mkdir()
+    try:
+        throttle = f"{os.major(number)}:{os.minor(number)} {SLOW_MB_S * 10**6}"
+        (group / "blkio.throttle.read_bps_device").write_text(throttle)
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (BLKIO / "cgroup.procs").write_text(str(os.getpid()))
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup as soon as the last of its processes is gone."""
+    deadline = time.monotonic() + 10
+    while group.exists():
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What people see of boots: a line a boot with its phases below, and what is typical of each kind. To stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from service.comparison import Group, groups, printable, shortened
+from service.records import BootRecord
+
+_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
+_MODEL_WIDTH = 38  # what the other columns leave of it
+_HEADERS = ("id", "when (UTC)", "model", "GPU", "strategy", "restored", "outcome", "seconds")
+_STYLES = {"ready": "green", "cold": "yellow"}
+
+
+def print_boots(records: Sequence[BootRecord], source: str, as_json: bool) -> None:
+    """Print the records as tables, or as a JSON array with one object a record.
+
+    Args:
+        records: Oldest first.
+        source: Where they would come from, a sentence for when there are none.
+        as_json: For programs.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        console.print(json.dumps([record.as_object() for record in records], indent=2), markup=False)
+        return
+    if not records:
+        console.print(source, markup=False)
+        return
+    rows = [_cells(record) for record in records]
+    widths = [max(len(cell) for cell in column) for column in zip(_HEADERS, *rows, strict=True)]
+    console.print(Text(_aligned(_HEADERS, widths), style="bold"))
+    for record, row in zip(records, rows, strict=True):
+        console.print(Text(_aligned(row, widths), style=_STYLES.get(record.outcome, "red")))
+        for line in _details(record):
+            console.print(Text(line, style="dim"))
+    console.print()
+    Console(highlight=False, width=_WIDTH).print(_typical(groups(records)))
+    console.print("Medians and spreads are of boots that got ready undisturbed.")
+
+
+def _cells(record: BootRecord) -> list[str]:
+    return [
+        printable(record.id),
+        f"{record.when:%Y-%m-%d %H:%M}",
+        shortened(record.model, _MODEL_WIDTH),
+        shortened(record.gpu, 9),
+        shortened(record.strategy, 8),
+        "yes" if record.restored else "no",
+        shortened(record.outcome, 8),
+        f"{record.seconds:.1f}",
+    ]
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    *texts, number = zip(cells, widths, strict=True)
+    return "  ".join([*(text.ljust(width) for text, width in texts), number[0].rjust(number[1])])
+
+
+def _details(record: BootRecord) -> list[str]:
+    """Return indented lines: the phases that were waited for, what the snapshot took, and what went wrong."""
+    waited = [span for span in sorted(record.phases, key=lambda span: span.start) if span.end > 0]
+    pieces = [f"{printable(span.name)} {max(span.end - max(span.start, 0.0), 0.0):.1f}" for span in waited]
+    if record.snapshot_seconds >= 0.05:
+        pieces.append(f"(+{record.snapshot_seconds:.1f} once, in the snapshot)")
+    lines, line = [], ""
+    for piece in pieces:
+        if line and len(line) + len(piece) + 6 > _WIDTH:
+            lines.append(line)
+            line = ""
+        line += f"{'  ' if line else ''}{piece}"
+    return [f"    {text}" for text in (*lines, line, printable(record.reason or "")) if text]
+
+
+def _typical(found: Sequence[Group]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("model", "GPU", "fast boot", "boots", "ready", "median s", "spread s", "cold", "failed"):
+        right = header in {"ready", "median s", "spread s", "cold", "failed"}
+        table.add_column(header, no_wrap=True, justify="right" if right else "left")
+    for group in found:
+        ready = group.ready_seconds
+        table.add_row(
+            *(Text(shortened(group.model, 34)), Text(shortened(group.gpu, 9))),
+            *("yes" if group.fast_boot else "no", Text(shortened(group.kind, 20)), str(len(ready))),
+            "-" if group.median is None else f"{group.median:.1f}",
+            f"{min(ready):.1f} to {max(ready):.1f}" if len(ready) > 1 else "-",
+            *(str(group.count(outcome)) for outcome in ("cold", "failed")),
+        )
+    return table

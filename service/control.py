@@ -1,0 +1,114 @@
+"""What the command line asks of Modal. Refused: anything that a deployed class does by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import modal
+
+from service import errors
+from service.errors import ServiceError
+from service.prefetch import application
+from service.records import DIRECTORY, BootRecord, parse
+from service.stocking import Order, Word
+from service.volumes import HUB_CACHE, MOUNTS, VLLM_CACHE
+
+BOOTS_VOLUME, HUB_VOLUME = MOUNTS[VLLM_CACHE], MOUNTS[HUB_CACHE]
+_AT_A_TIME = 16  # a file is two round trips; hundreds of them one after the other would take a minute
+
+
+def boots() -> list[BootRecord]:
+    """Return the records of the deployed service's boots, oldest first; none where none has booted yet. Blocks.
+
+    Raises:
+        ServiceError: There is no account, no such volume, or Modal cannot be reached.
+    """
+    volume = modal.Volume.from_name(BOOTS_VOLUME)
+    try:
+        volume.hydrate()
+        return parse(_lines(volume))
+    except modal.exception.NotFoundError as error:
+        raise ServiceError(
+            f"Modal has no volume '{BOOTS_VOLUME}' in this workspace and environment. The first deploy makes it: "
+            "modal deploy -m service.server. MODAL_PROFILE and MODAL_ENVIRONMENT choose another."
+        ) from error
+    except modal.exception.AuthError as error:
+        raise ServiceError(
+            f"Modal does not know who asks for volume '{BOOTS_VOLUME}': no token, or one that is not valid. "
+            "Run 'modal setup', or leave --modal out for the boots of this machine."
+        ) from error
+    except (modal.exception.Error, OSError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ServiceError(
+            f"Volume '{BOOTS_VOLUME}' cannot be read from Modal: {said}. "
+            "Try again, or leave --modal out for the boots of this machine."
+        ) from error
+
+
+def _lines(volume: modal.Volume) -> list[bytes]:
+    try:
+        entries = volume.listdir(DIRECTORY)
+    except (modal.exception.NotFoundError, FileNotFoundError):  # no replica has booted yet
+        return []
+    paths = [entry.path for entry in entries if entry.path.endswith(".json")]
+
+    def read(path: str) -> bytes:
+        try:
+            return b"".join(volume.read_file(path))
+        except (modal.exception.NotFoundError, FileNotFoundError):  # a replica has just removed it, or a directory
+            return b""
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        return list(pool.map(read, paths))
+
+
+def prefetch(order: Order, secret: str | None) -> Iterator[Word]:
+    """Have a CPU-only function of Modal's do the order with the volume `huggingface-cache`, and tell what happens.
+
+    Args:
+        order: What is to be done.
+        secret: Name of the secret with HF_TOKEN, for gated models.
+
+    Raises:
+        ServiceError: There is no account or no such secret, Modal cannot be reached, or a model cannot be had.
+        KeyboardInterrupt: It was interrupted; the function has been ended.
+    """
+    app, function = application(secret)
+    interrupted = False
+    with _explained(secret):
+        with app.run():
+            try:
+                for word in function.remote_gen(order.model_dump_json()):
+                    if isinstance(word, tuple):
+                        raise getattr(errors, word[0])(word[1])
+                    yield word
+            except KeyboardInterrupt:  # app.run() would swallow it
+                interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _explained(secret: str | None) -> Iterator[None]:
+    try:
+        yield
+    except modal.exception.AuthError as error:
+        raise ServiceError(
+            f"Modal does not know who asks to fill volume '{HUB_VOLUME}': no token, or one that is not valid. "
+            "Run 'modal setup', or leave --modal out to fetch into this machine's cache."
+        ) from error
+    except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
+        said = " ".join(str(error).split())
+        if secret and secret in said:
+            raise ServiceError(
+                f"A model is gated, and Modal's secret '{secret}' is not there or has no HF_TOKEN: {said}. "
+                f"Create it: modal secret create {secret} HF_TOKEN=<token>. SERVICE_HUB_SECRET names another."
+            ) from error
+        raise ServiceError(f"Modal refuses to run the prefetch: {said}.") from error
+    except (modal.exception.Error, OSError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ServiceError(
+            f"The prefetch on Modal broke off: {said}. What was finished is kept; the same command goes on from there."
+        ) from error

@@ -1,0 +1,53 @@
+"""The engine's pulse: told to the parent only while tokens come, or could. The parent ends an engine without one.
+
+An engine can hang with its port open and `/health` green. While requests run, the pulse is the progress of vLLM's own
+counters; while none do, it is one token generated now and then. It beats in the API server's own event loop, so a
+server that hangs has none either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+LOOK_S = 5.0  # how often the counters are looked at
+PROBE_S = 30.0  # how often an idle engine is asked for a token
+_STEPS = "vllm:iteration_tokens_total_count"  # of a histogram with one observation per step of the engine
+
+
+async def beat(engine: Any, tell: Callable[[], None], look_s: float = LOOK_S, probe_s: float = PROBE_S) -> None:
+    """Tell a pulse for ever; the caller's `tell` hands it to the parent."""
+    steps, probed = -1.0, time.monotonic()
+    while True:
+        await asyncio.sleep(look_s)
+        busy = engine.output_processor.has_unfinished_requests()
+        if busy and (now := _steps()) != steps:
+            steps, probed = now, time.monotonic()
+            tell()
+        elif not busy and time.monotonic() - probed < probe_s:
+            tell()
+        elif not busy:
+            await _probe(engine)
+            probed = time.monotonic()
+            tell()
+
+
+def _steps() -> float:
+    """Return how many steps the engine has made, by vLLM's metrics in this process."""
+    from prometheus_client import REGISTRY
+
+    metrics = REGISTRY.restricted_registry([_STEPS]).collect()
+    return sum(sample.value for metric in metrics for sample in metric.samples if sample.name == _STEPS)
+
+
+async def _probe(engine: Any) -> None:
+    """Generate one token. An engine that hangs never returns from here."""
+    if "generate" not in await engine.get_supported_tasks():
+        return
+    from vllm import SamplingParams
+
+    one = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+    async for _ in engine.generate({"prompt_token_ids": list(range(10, 18))}, one, request_id="probe"):
+        pass

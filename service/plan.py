@@ -1,0 +1,107 @@
+"""What a replica is to be: model, engine, strategy, and how long each thing may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from service.caches import Caches
+from service.engine import HANG_S
+from service.errors import GpuCountError
+from service.locks import Lock
+from service.models import ModelSpec
+from service.records import BootRecord
+
+Snapshot = Literal["off", "cpu", "gpu"]
+DRAIN_S = 20.0  # of the 30 s that Modal gives a preempted container
+WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore brings memory back page by page, at a GB/s or more
+_UNKNOWN_GB = 100.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a replica is to be.
+
+    Attributes:
+        spec: The model.
+        default_key: Key of the model that `llm` stands for.
+        device: `cuda` or `cpu`.
+        python: Interpreter of the environment that has vLLM.
+        parent_env: Environment handed on to the engine, less secrets and settings.
+        snapshot: How far `prepare` goes.
+        neutral_imports: Under `cpu` import only what asks for no GPU: none is visible while Modal takes that snapshot.
+        startup_timeout_s: What a boot may take, once the weights are there.
+        wake_timeout_s: What waking may take before the engine is booted cold; None: by the size of the weights.
+        drain_s: How long requests in flight may go on at the end.
+        lock: Keeps replicas from fetching the same weights at once; None: processes of this machine.
+        hang_s: How long a ready engine may give no sign of life.
+        versions: What the engine consists of, for the record.
+        caches: Where the engine's compile caches are.
+        records: Directory of the boots' records.
+    """
+
+    spec: ModelSpec
+    default_key: str
+    device: str
+    python: str
+    parent_env: Mapping[str, str]
+    snapshot: Snapshot = "off"
+    neutral_imports: bool = True
+    fast_boot: bool = True
+    n_gpu: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    startup_timeout_s: float = 1800
+    wake_timeout_s: float | None = None
+    drain_s: float = DRAIN_S
+    hang_s: float = HANG_S
+    hub_token: str | None = field(default=None, repr=False)
+    lock: Lock | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    caches: Caches | None = None
+    records: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            GpuCountError: A GPU memory snapshot of several GPUs.
+        """
+        if self.snapshot == "gpu" and self.n_gpu > 1:
+            raise GpuCountError(
+                f"A GPU memory snapshot works on one GPU, and '{self.spec.key}' is to run on {self.n_gpu}. "
+                "Deploy a tier of its own with SERVICE_SNAPSHOT=cpu."
+            )
+
+    def record(self, machine: str, **facts: Any) -> BootRecord:
+        """Return the record of a boot after this plan.
+
+        Args:
+            machine: `caches.machine`'s.
+            facts: The fields of the record that the plan does not know.
+        """
+        return BootRecord(
+            model=self.spec.key,
+            revision=self.spec.revision,
+            gpu=self.gpu(machine),
+            strategy=self.snapshot,
+            fast_boot=self.fast_boot,
+            versions=self.versions,
+            **facts,
+        )
+
+    @property
+    def wakes_within_s(self) -> float:
+        """How long waking may take before it is taken for failed."""
+        if self.wake_timeout_s is not None:
+            return self.wake_timeout_s
+        return WAKE_S + WAKE_S_PER_GB * (self.spec.weights_gb or _UNKNOWN_GB)
+
+    def gpu(self, machine: str) -> str:
+        """Return what it runs on, in words: `cpu`, `NVIDIA L4`, `2 x NVIDIA H200`. `machine` is `caches.machine`'s."""
+        if self.device == "cpu":
+            return "cpu"
+        name = machine.partition(",")[0] or self.device
+        return name if self.n_gpu == 1 else f"{self.n_gpu} x {name}"

@@ -1,0 +1,79 @@
+"""Weights into Modal's volume, without a GPU: an app that lives as long as a prefetch does, and the lock of the fleet.
+
+`fetch` is the function that runs there. It is made part of an app only when somebody asks, since whether it gets the
+hub's secret depends on what is asked for; no GPU is ever attached to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import modal
+
+from service.dict_lock import DictLock
+from service.engine_env import PINS, pinned
+from service.errors import ServiceError
+from service.fetch import hub_token
+from service.image import PYTHON, fast_transfer
+from service.stocking import Order, Word, stock
+from service.volumes import HUB_CACHE, volumes
+
+APP = "vllm-prefetch"
+LOCKS = "vllm-locks"
+TIMEOUT_S = 24 * 3600  # the longest that Modal allows: half a terabyte at 6 MB/s
+CPU, MEMORY_MB = 4.0, 4096  # Xet decompresses and checksums on every core it gets
+
+
+def application(secret: str | None) -> tuple[modal.App, Any]:
+    """Return an app with the function, ready to be run.
+
+    Args:
+        secret: Name of the secret with HF_TOKEN, for gated models.
+    """
+    app = modal.App(APP)
+    wrapped = app.function(
+        image=_image(),
+        volumes={HUB_CACHE: volumes()[HUB_CACHE]},
+        secrets=[modal.Secret.from_name(secret, required_keys=["HF_TOKEN"])] if secret else [],
+        cpu=CPU,
+        memory=MEMORY_MB,
+        timeout=TIMEOUT_S,
+    )(fetch)
+    return app, wrapped
+
+
+def fetch(order: str) -> Iterator[Word | tuple[str, str]]:
+    """Do an `Order`, which comes as JSON, in a container; an error comes as its class's name and its sentence."""
+    volume = volumes()[HUB_CACHE]
+    try:
+        yield from stock(Order.model_validate_json(order), hub_token(os.environ), fleet_lock(volume))
+        volume.commit()  # what was removed; each download was committed when its lock was given back
+    except ServiceError as error:
+        yield type(error).__name__, str(error)
+
+
+def fleet_lock(volume: modal.Volume) -> DictLock:
+    """Return the lock that keeps containers from fetching the same at once.
+
+    Who gets it sees what others have committed, and commits before giving it back.
+    """
+    return DictLock(
+        lambda: modal.Dict.from_name(LOCKS, create_if_missing=True),
+        on_held=volume.reload,
+        before_release=volume.commit,
+    )
+
+
+def _image() -> modal.Image:
+    """Build the light environment from its lock: the engine is not in it, so that it is there in seconds."""
+    return (
+        modal.Image.debian_slim(python_version=PYTHON)
+        .uv_pip_install(
+            requirements=[str(PINS / "light.lock")],
+            extra_options="--require-hashes --no-deps",
+            uv_version=pinned("light.lock", "uv"),
+        )
+        .env(fast_transfer(pinned("light.lock", "huggingface-hub")))
+    )

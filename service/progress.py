@@ -1,0 +1,27 @@
+"""How far a fetch or a verification is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a repository is.
+
+    Attributes:
+        hub_id: Which.
+        done_bytes: While fetching, bytes on this disk, unfinished files included; while verifying, bytes verified.
+        total_bytes: Of all files that the engine reads.
+        files_done: Files that are on this disk and verified.
+        files: How many there are.
+        phase: What is waited for.
+    """
+
+    hub_id: str
+    done_bytes: int
+    total_bytes: int
+    files_done: int
+    files: int
+    phase: Literal["fetching", "verifying"] = "fetching"

@@ -1,0 +1,115 @@
+"""`vllm-service boots --modal`: the real client reads what replicas left in the volume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import modal
+import pytest
+
+from service import control
+from service.control import BOOTS_VOLUME
+from service.errors import ServiceError
+from service.records import BootRecord, Span, new_id
+from tests.fakes.modal import ModalPlane
+
+COMMAND = Path(sys.executable).with_name("vllm-service")
+RECORD = BootRecord(
+    id="",
+    at="2026-11-20T09:00:00+00:00",
+    model="qwen3-8b",
+    revision=None,
+    gpu="H100",
+    strategy="gpu",
+    restored=True,
+    fast_boot=True,
+    versions={"vllm": "0.32.0"},
+    phases=(Span("restore", 0.0, 4.0),),
+    bytes_read=None,
+    outcome="ready",
+    reason=None,
+    seconds=4.5,
+)
+
+
+def boots(plane: ModalPlane, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as somebody who has an account of the plane's."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
+    return subprocess.run(
+        [str(COMMAND), "boots", "--modal", *arguments],
+        env={**ours, **plane.env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def record(minute: int) -> BootRecord:
+    """Return a record of this minute."""
+    return dataclasses.replace(RECORD, id=new_id(), at=f"2026-11-20T09:{minute:02}:00+00:00")
+
+
+def files(*records: BootRecord) -> dict[str, bytes]:
+    """Return what the replicas leave in the volume."""
+    return {f"boots/{one.id}.json": one.to_line().encode() for one in records}
+
+
+def test_boots_of_modal_are_read_from_the_volume(plane: ModalPlane) -> None:
+    """Oldest first, without what is damaged, a part, another's, or beside the directory."""
+    wanted = [record(minute) for minute in range(40)]
+    others = {"boots/half.json": b'{"id": "x"', "boots/.x.json.part": b"", "boots/deep/x.json": b"{}", "x.json": b"{}"}
+    plane.volumes.put(BOOTS_VOLUME, files(*reversed(wanted)) | others | {"boots/empty.json": b""})
+    done = boots(plane, "--json")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [one.as_object() for one in wanted]
+
+
+def test_boots_of_modal_are_shown_and_drawn_like_those_of_a_machine(plane: ModalPlane, tmp_path: Path) -> None:
+    """The same table, the same picture."""
+    plane.volumes.put(BOOTS_VOLUME, files(one := record(5)))
+    table, picture = boots(plane), boots(plane, "--png", str(tmp_path / "boots.png"))
+
+    assert one.id in table.stdout
+    assert picture.stdout == f"Wrote {tmp_path / 'boots.png'}\n"
+    assert (tmp_path / "boots.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_boots_of_modal_before_the_first_are_none(plane: ModalPlane) -> None:
+    """The volume is there since the deploy; no replica has booted."""
+    plane.volumes.put(BOOTS_VOLUME, {"torch_compile_cache/x": b"1"})
+    plain, as_json = boots(plane), boots(plane, "--json")
+
+    assert (plain.returncode, plain.stderr, plain.stdout.count("\n")) == (0, "", 1)
+    assert f"No boots are recorded yet in Modal's volume '{BOOTS_VOLUME}'" in plain.stdout
+    assert (as_json.returncode, as_json.stdout) == (0, "[]\n")
+
+
+def test_boots_of_modal_without_the_volume_say_how_it_is_made(plane: ModalPlane) -> None:
+    """Nothing was deployed, or it was elsewhere; none is created by looking."""
+    done = boots(plane, "--json")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: Modal has no volume '{BOOTS_VOLUME}'")
+    assert "modal deploy -m service.server" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(plane.volumes) == []
+
+
+def test_boots_of_a_modal_out_of_reach_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one sentence. The client gives up after a minute; here it does at once."""
+
+    def refused(_: object) -> None:
+        raise modal.exception.ConnectionError("Could not connect to the Modal server.\nhttp://127.0.0.1:9")
+
+    monkeypatch.setattr(modal.Volume, "hydrate", refused)
+    with pytest.raises(ServiceError, match=f"Volume '{BOOTS_VOLUME}' cannot be read from Modal: Could not") as raised:
+        control.boots()
+
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,166 @@
+"""What the hub has, who may read it, what goes wrong, and what it was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+Content = bytes | Path
+
+
+@dataclass
+class Repository:
+    """One repository with one commit.
+
+    Attributes:
+        commit: Its only revision; `main` means the same.
+        files: Name -> content, or the file that holds it.
+        gated: What is kept from strangers: the files alone, or the list of them too.
+        large: Patterns of the files that are kept as LFS objects and come from the CDN.
+        changed: What is sent in the place of a listed file, as if it had changed after it was listed.
+    """
+
+    commit: str
+    files: dict[str, bytes] | dict[str, Content]
+    gated: Literal["", "files", "all"] = ""
+    large: tuple[str, ...] = ()
+    changed: dict[str, bytes] = field(default_factory=dict)
+
+    def is_large(self, path: str) -> bool:
+        """Tell whether the CDN has the file."""
+        return any(fnmatch(path, pattern) for pattern in self.large)
+
+    def entry(self, path: str) -> dict[str, object]:
+        """Return the file's row in a list, as the hub writes it."""
+        content = self.files[path]
+        row: dict[str, object] = {"type": "file", "path": path, "size": size(content), "oid": git_sha1(content)}
+        if self.is_large(path):
+            row["lfs"] = {"oid": sha256(content), "size": size(content), "pointerSize": 134}
+        return row
+
+    def sent(self, path: str) -> Content:
+        """Return what a download gets."""
+        return self.changed.get(path, self.files[path])
+
+    def etag(self, path: str) -> str:
+        """Return what names the content that is sent."""
+        return sha256(self.sent(path)) if self.is_large(path) else git_sha1(self.sent(path))
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with the next requests that match.
+
+    Attributes:
+        where: Found in `GET /path` or `GET cdn:/path`, a regular expression.
+        times: How often; -1: always.
+        status: Answered in the place of all else.
+        headers: Of that answer.
+        cut_after: Bytes of the content after which the connection is closed.
+        content: Sent in the place of the right one.
+        bytes_per_s: How slowly it comes.
+        stalls: Nothing is answered until the hub ends.
+    """
+
+    where: str
+    times: int = 1
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None
+    content: bytes | None = None
+    bytes_per_s: int | None = None
+    stalls: bool = False
+
+
+@dataclass
+class Hub:
+    """The hub's content, and what it was asked.
+
+    Attributes:
+        token: Of an account that may read everything.
+        strangers: Tokens of accounts that accepted no licence; any other token is unknown.
+        renamed: Old name -> new one; asked for the old, it redirects.
+        page: Rows of one page of a list of files.
+        asked: Method and path of every request, in order; those to the CDN begin with `cdn:`.
+        unknown: Requests that it does not know, and tokens that were shown to the CDN.
+        served: Bytes of contents that were sent.
+    """
+
+    token: str = "hf_right"
+    strangers: tuple[str, ...] = ("hf_stranger",)
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    fails_with: int | None = None
+    page: int = 1000
+    asked_for_files: threading.Event = field(default_factory=threading.Event)
+    may_send_files: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    asked: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    served: int = 0
+    url: str = ""
+    cdn_url: str = ""
+
+    def __post_init__(self) -> None:
+        """Hold no file back."""
+        self.may_send_files.set()
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def holding_files(self) -> Iterator[None]:
+        """Answer no request for a file's content while the block lasts; `asked_for_files` tells of the first one."""
+        self.may_send_files.clear()
+        try:
+            yield
+        finally:
+            self.may_send_files.set()
+
+    def fault(self, request: str) -> Fault | None:
+        """Return what goes wrong with a request, and count it."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.search(fault.where, request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def downloads(self, name: str = "") -> list[str]:
+        """Return the requests for contents of files whose path has `name` in it."""
+        return [line for line in self.asked if re.match(r"GET (cdn:|.*/resolve/)", line) and name in line]
+
+
+def size(content: Content) -> int:
+    """Return the number of bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+@lru_cache(maxsize=None)
+def sha256(content: Content) -> str:
+    """Return what names a large file."""
+    return _digest("sha256", b"", content)
+
+
+@lru_cache(maxsize=None)
+def git_sha1(content: Content) -> str:
+    """Return what git names a file."""
+    return _digest("sha1", f"blob {size(content)}\0".encode(), content)
+
+
+def _digest(name: str, header: bytes, content: Content) -> str:
+    digest = hashlib.new(name, header)
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with content.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

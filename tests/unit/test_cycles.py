@@ -1,0 +1,244 @@
+"""A thousand lives, at random: whatever goes wrong, and whenever, it ends in READY or in a reported error, and clean.
+
+Each life is chosen by its own seed, which a failure names. The lives run in threads, most of which wait at any time;
+each life has an address of its own in 127/8, so no two want one port. Nothing here depends on how fast the machine is:
+what has no fault gets as long as it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.boot import Replica
+from service.engine import EngineProcess, State
+from service.engine_args import IN_ENGINE, EngineCommand
+from service.errors import EngineError
+from service.plan import Plan
+
+from .engines import READY_S, eventually, group, open_files, scripted
+from .fake_engine import HOLDS, STEPS
+
+LIVES, AT_ONCE = 500, 16
+HANGS_S = 0.3  # what a boot may take that hangs, so that it is over; one without a fault gets READY_S
+PORT = 20011  # below what the kernel hands out
+EVENTS = ("started", "imported", "building", "loaded", "warmed", "canary", "asleep", "awake", "woken", "open", "ready")
+ENDS = {State.STOPPED, State.FAILED}
+
+
+class Lives:
+    """Runs lives, and looks afterwards at what they left.
+
+    Args:
+        place: A directory that is every engine's, and this process's, for temporary files.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.failures: list[str] = []
+        self.outcomes: dict[str, int] = {}
+
+    def run(self, life: Callable[[random.Random, str], str], first: int) -> None:
+        """Run all of them, some at a time, and insist that nothing is left of any."""
+        life(_chance(first), self._address(0))  # what is made once in a process is made now
+        self._clean("the first life")
+        files, threads = open_files(), threading.active_count()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda number: self._one(life, first + number, number), range(LIVES)))
+        self._clean("all lives")
+        assert self.failures == []
+        assert eventually(lambda: open_files() <= files, READY_S), f"{open_files()} descriptors, {files} before"
+        assert eventually(lambda: threading.active_count() <= threads, READY_S), threading.enumerate()
+
+    def _one(self, life: Callable[[random.Random, str], str], seed: int, number: int) -> None:
+        try:
+            outcome = life(_chance(seed), self._address(number + 1))
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        except BaseException as error:  # noqa: BLE001 - whatever it was, it is told with its seed
+            self.failures.append(f"SEED={seed}: {error!r}")
+
+    def _address(self, number: int) -> str:
+        """Return an address of this host's own network that no other life, and hardly another run, listens on."""
+        return f"127.{1 + os.getpid() % 250}.{number // 250}.{1 + number % 250}"
+
+    def _clean(self, after: str) -> None:
+        processes = [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if self._leads_here(path)]
+        assert processes == [], f"processes after {after}: {processes}"
+        files = [str(path.relative_to(self.place)) for path in self.place.rglob("*")]
+        assert files == [], f"files after {after}: {files}"
+
+    def _leads_here(self, environ: Path) -> bool:
+        """Tell whether a process was given the place by its environment; its descendants were, too."""
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
+            return str(self.place).encode() in environ.read_bytes()
+        return False
+
+
+@pytest.fixture
+def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lives:
+    """Return the runner; temporary files of this process go to its place, as the engines' do."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return Lives(place)
+
+
+def _exists(pgid: int) -> bool:
+    try:
+        os.killpg(pgid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _chance(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - to be repeated, not to keep a secret
+
+
+def fault(chance: random.Random) -> dict[str, Any]:
+    """Return a script: in half of all lives nothing goes wrong."""
+    script: dict[str, Any] = {"temporary": True}
+    if chance.random() < 0.3:
+        script["ignore_sigterm"] = True
+    if chance.random() < 0.2:
+        script["in_flight"] = True
+    if chance.random() < 0.1:
+        script["grandchild"] = True
+    if chance.random() < 0.5:
+        return script
+    kind = chance.choice(["die_at", "die_at", "hang_at", "different"])
+    if kind == "different":
+        return {**script, "different": True}
+    if kind == "die_at":
+        script["code"] = chance.choice([0, 1, 139, -signal.SIGKILL, -signal.SIGSEGV])
+    if chance.random() < 0.4:
+        script["only"] = chance.choice(HOLDS)
+    return {**script, kind: chance.choice(STEPS)}
+
+
+def faulty(script: dict[str, Any]) -> bool:
+    """Tell whether something goes wrong before the end."""
+    return bool({"die_at", "hang_at"} & set(script))
+
+
+def insist_gone(engine: EngineProcess) -> None:
+    """Insist that an engine has ended, and its whole group with it."""
+    assert engine.state in ENDS, engine.state
+    assert not _exists(engine.pid) or group(engine.pid) == []
+
+
+@pytest.mark.parametrize("first", [1_000_000])
+def test_replica_over_500_lives_gets_ready_or_says_why_and_leaves_nothing(plan: Plan, lives: Lives, first: int) -> None:
+    """Every strategy, and an engine that is well, never ready, deaf to signals, or dies at any step."""
+    plan = dataclasses.replace(plan, port=PORT, parent_env={**plan.parent_env, "TMPDIR": str(lives.place)})
+
+    def life(chance: random.Random, address: str) -> str:
+        script, snapshot = fault(chance), chance.choice(["off", "cpu", "gpu"])
+        limits: dict[str, Any] = {"startup_timeout_s": READY_S, "wake_timeout_s": READY_S}
+        if "hang_at" in script:
+            limits = {"startup_timeout_s": HANGS_S * 2, "wake_timeout_s": HANGS_S}
+        outcomes: list[str] = []
+        replica = Watched(scripted(plan, script=script, host=address, snapshot=snapshot, **limits), outcomes)
+        try:
+            replica.prepare()
+            replica.start(restored=chance.random() < 0.5)
+        except EngineError as error:
+            assert str(error)
+            assert faulty(script), f"{error} of {script}"
+            assert outcomes == ["failed"]
+        else:
+            assert outcomes in (["ready"], ["cold"])
+            assert (outcomes == ["cold"]) <= (snapshot == "gpu" and (faulty(script) or "different" in script))
+        finally:
+            replica.stop(chance.choice([0, 0.01, 0.05]))
+        for engine in replica.engines:
+            insist_gone(engine)
+        return outcomes[0]
+
+    lives.run(life, first)
+    assert set(lives.outcomes) == {"ready", "cold", "failed"}
+
+
+@pytest.mark.parametrize("first", [2_000_000])
+def test_engine_over_500_lives_killed_at_any_phase_says_so_and_leaves_nothing(
+    fake_python: str, lives: Lives, first: int
+) -> None:
+    """Killed from outside or stopped from here, by any hold, at any phase or in the middle of one."""
+
+    def life(chance: random.Random, address: str) -> str:
+        script, hold = fault(chance), chance.choice(HOLDS)
+        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "TMPDIR": str(lives.place)}
+        env["FAKE_ENGINE"] = json.dumps(script)
+        command = EngineCommand(("--host", address, "--port", str(PORT)), env, address, PORT)
+        phase, late_s = chance.choice(EVENTS), chance.choice([0, 0, chance.random() * 0.05])
+        due, deaths = threading.Event(), list[EngineError]()
+        engine = EngineProcess(
+            command,
+            python=fake_python,
+            hold=hold,  # type: ignore[arg-type]
+            on_event=lambda name, _: due.set() if name == phase else None,
+            on_death=deaths.append,
+        )
+        engine.spawn()
+        if chance.random() < 0.8:
+            engine.release()
+        due.wait(HANGS_S)
+        time.sleep(late_s)
+        asked = end(chance, engine)
+        assert engine.wait_ended(READY_S)
+        insist_gone(engine)
+        with pytest.raises(EngineError):
+            engine.wait_for(State.READY, 0)
+        if engine.state is State.FAILED:
+            assert eventually(lambda: len(deaths) == 1)
+        elif not asked:
+            raise AssertionError(f"nobody asked it to end, and it is {engine.state}")
+        return engine.state.name
+
+    lives.run(life, first)
+    assert set(lives.outcomes) == {"STOPPED", "FAILED"}
+
+
+def end(chance: random.Random, engine: EngineProcess) -> bool:
+    """End an engine in one of many ways; tell whether it was asked to by its supervisor."""
+    way = chance.choice(["kill", "kill group", "stopped", "stop", "stop slowly", "two stops"])
+    if way in {"kill", "kill group"}:
+        with contextlib.suppress(ProcessLookupError):
+            (os.kill if way == "kill" else os.killpg)(engine.pid, signal.SIGKILL)
+        return False
+    if way == "stopped":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine.pid, signal.SIGSTOP)
+    if way == "two stops":
+        other = threading.Thread(target=engine.stop, args=(0.05,))
+        other.start()
+        engine.stop(chance.choice([0, 0.05]))
+        other.join()
+    else:
+        engine.stop(0.02 if way == "stop slowly" else 0)
+    return True
+
+
+class Watched(Replica):
+    """A replica that keeps all of its engines."""
+
+    def __init__(self, plan: Plan, outcomes: list[str]) -> None:
+        super().__init__(plan, on_record=lambda record: outcomes.append(record.outcome), on_event=self._see)
+        self.engines: list[EngineProcess] = []
+
+    def _see(self, event: str) -> None:
+        if event == "started":
+            self.engines.append(self.engine)

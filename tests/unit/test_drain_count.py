@@ -1,0 +1,105 @@
+"""What a drain counts and waits for, and what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from vllm_service import drain
+from vllm_service.drain import Drain, Message
+from vllm_service.guard import Guard
+
+from .test_drain import CHAT, LONG_S, SSE, Client, run
+from .test_guard import Behind
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_drain_swallows_no_cancel_of_another(begun: bool) -> None:
+    """A client that left, or a server that ends: its cancel goes on up, and nothing is sent to nobody."""
+
+    async def scene() -> None:
+        ended = Drain()
+        client = Client(ended)
+        task = await client.begin(SSE, b"one")
+        over = asyncio.ensure_future(ended.drain(LONG_S)) if begun else None
+        await asyncio.sleep(0)
+        task.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client.body == b"one"
+        assert await (over or ended.drain(LONG_S)) == 0  # it is in flight no more
+
+    run(scene)
+
+
+def test_drain_counts_only_what_it_cuts() -> None:
+    """Of three requests one finishes in its grace, and of one the client leaves."""
+
+    async def scene() -> None:
+        ended = Drain()
+        done, left, cut = Client(ended), Client(ended), Client(ended)
+        tasks = [await client.begin(SSE, b"one ") for client in (done, left, cut)]
+        tasks[1].cancel()
+        done.go_on.set()
+
+        assert await ended.drain(0.05) == 1
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), asyncio.CancelledError, type(None)]
+        assert [client.body[-8:] for client in (done, cut)] == [b"one end", b"[DONE]\n\n"]
+
+    run(scene)
+
+
+def test_drain_told_twice_ends_each_request_once() -> None:
+    """Two stops at once send two words."""
+
+    async def scene() -> None:
+        ended = Drain()
+        client = Client(ended)
+        task = await client.begin(SSE)
+
+        counts = await asyncio.gather(ended.drain(0.02), ended.drain(0.02))
+        await task
+        assert counts[0] == 1
+        assert client.body.count(b"[DONE]") == 1
+
+    run(scene)
+
+
+def test_drain_waits_not_for_an_application_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ignores its cancel is left for the kill that follows."""
+    monkeypatch.setattr(drain, "_CUT_S", 0.02)
+
+    async def scene() -> None:
+        ended = Drain()
+        stubborn, leave = asyncio.Event(), asyncio.Event()
+
+        async def app(_: Callable[[Message], Awaitable[None]]) -> None:
+            stubborn.set()
+            while not leave.is_set():
+                try:
+                    await leave.wait()
+                except asyncio.CancelledError:
+                    continue
+
+        task = asyncio.ensure_future(ended.run(CHAT, _nowhere, app))
+        await stubborn.wait()
+
+        assert await ended.drain(0) == 1
+        assert not task.done()
+        leave.set()
+        await task
+
+    run(scene)
+
+
+def test_drain_of_the_process_is_one() -> None:
+    """The guard asks the same that the barrier tells."""
+    assert drain.current() is drain.current()
+    assert Guard(Behind(), [])._drain is drain.current()
+
+
+async def _nowhere(_: Message) -> None:
+    """Send to a client that is not there."""

@@ -1,0 +1,109 @@
+"""An engine that lives and does nothing: noticed by the pulse it lacks, killed, and said so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from service.engine import CUT_S, TERMINATE_S, EngineProcess, State
+from service.engine_args import EngineCommand
+from service.errors import EngineError
+
+from .engines import READY_S, eventually, group
+
+Start = Callable[..., EngineProcess]
+Command = Callable[..., EngineCommand]
+
+
+@pytest.fixture
+def deaths() -> list[EngineError]:
+    """Return what `on_death` was called with."""
+    return []
+
+
+@pytest.fixture
+def start(fake_command: Command, fake_python: str, deaths: list[EngineError]) -> Iterator[Start]:
+    """Return a function that spawns an engine from a script and brings it to READY; it is gone after the test."""
+    engines: list[EngineProcess] = []
+
+    def spawn(hang_s: float, hold: Any = "", **script: Any) -> EngineProcess:
+        engine = EngineProcess(
+            fake_command(**script), python=fake_python, hold=hold, hang_s=hang_s, on_death=deaths.append
+        )
+        engines.append(engine)
+        engine.spawn()
+        if hold:
+            engine.wait_for(State.ASLEEP, READY_S)
+        else:
+            engine.release()
+            engine.wait_for(State.READY, READY_S)
+        return engine
+
+    yield spawn
+    for engine in engines:
+        engine.stop(0)
+
+
+def test_engine_without_a_pulse_is_killed_and_said_to_hang(start: Start, deaths: list[EngineError]) -> None:
+    """Its port is open and /health is green all the while."""
+    engine = start(1.0, hang_at="pulse", ignore_sigterm=True, grandchild=True)
+
+    assert engine.wait_ended(READY_S)
+    assert engine.state is State.FAILED
+    assert group(engine.pid) == []
+    with pytest.raises(EngineError, match=r"hung: for 1 s it gave no token.*SERVICE_HANG_S"):
+        engine.wait_for(State.READY, 0)
+    assert eventually(lambda: bool(deaths))
+    engine.stop(1)
+    assert [str(death)[:15] for death in deaths] == ["The engine hung"]
+
+
+def test_engine_with_a_pulse_stays_ready(start: Start, deaths: list[EngineError]) -> None:
+    """Longer than it could without one."""
+    engine = start(1.5)
+    engine.wait_ended(2.0)
+
+    assert (engine.state, deaths) == (State.READY, [])
+
+
+def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[EngineError]) -> None:
+    """SIGSTOP, or a driver that never returns: no process ends, and still somebody must see it."""
+    engine = start(1.0)
+    os.kill(engine.pid, signal.SIGSTOP)
+
+    assert engine.wait_ended(READY_S)
+    assert eventually(lambda: bool(deaths))
+    assert "hung" in str(deaths[0])
+
+
+def test_engine_asleep_needs_no_pulse(start: Start, deaths: list[EngineError]) -> None:
+    """A snapshot may be restored days later; only what is open is asked for life."""
+    engine = start(0.05, "asleep")
+
+    assert not engine.wait_ended(0.3)
+    assert (engine.state, deaths) == (State.ASLEEP, [])
+
+
+def test_stop_of_an_engine_that_hangs_comes_before_the_hang_is_noticed(start: Start, deaths: list[EngineError]) -> None:
+    """It is gone in the time that any engine gets, and is no death."""
+    engine = start(60, hang_at="pulse")
+    os.kill(engine.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    engine.stop(0.2)
+
+    assert time.monotonic() - began < 0.2 + CUT_S + TERMINATE_S + 2
+    assert (engine.state, deaths) == (State.STOPPED, [])
+
+
+def test_stop_while_the_patience_ends_is_an_end_that_was_asked_for(start: Start, deaths: list[EngineError]) -> None:
+    """The stop waits longer than the engine may be silent; what was asked first counts."""
+    engine = start(1.0, in_flight=True)
+    os.kill(engine.pid, signal.SIGSTOP)
+    engine.stop(1.5)
+
+    assert (engine.state, deaths) == (State.STOPPED, [])

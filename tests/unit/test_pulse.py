@@ -1,0 +1,173 @@
+"""The engine's pulse: tokens, or none. Each look is counted, so that "no pulse" means looked and found none."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm_service import pulse
+
+LOOK_S = 0.001
+NEVER_S = 1000.0
+LOOKS = 20  # what a test sees of "for ever"
+
+
+class Engine:
+    """An engine as the pulse sees it. Each look at `has_unfinished_requests` is counted, and may go on with the scene.
+
+    Args:
+        busy: Whether requests run.
+        on_look: Called with the number of each look.
+        hangs: It never gives a token.
+    """
+
+    def __init__(self, *, busy: bool, on_look: Any = None, hangs: bool = False, tasks: tuple[str, ...] = ("generate",)):
+        self.busy, self.hangs, self.tasks = busy, hangs, tasks
+        self.looks = self.probes = 0
+        self.probed, self.seen = asyncio.Event(), asyncio.Event()
+        self._on_look = on_look or (lambda _: None)
+        self.output_processor = SimpleNamespace(has_unfinished_requests=self._look)
+
+    def _look(self) -> bool:
+        self.looks += 1
+        self._on_look(self.looks)
+        if self.looks >= LOOKS:
+            self.seen.set()
+        return self.busy
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """Return what it can do."""
+        return self.tasks
+
+    async def generate(self, prompt: Any, params: Any, *, request_id: str) -> Any:
+        """Give one token, or none for ever."""
+        assert (params.max_tokens, request_id) == (1, "probe")
+        assert prompt["prompt_token_ids"]
+        self.probes += 1
+        self.probed.set()
+        if self.hangs:
+            await asyncio.Event().wait()
+        yield None
+
+
+class Steps:
+    """The counter of the engine's steps, in the place of vLLM's metrics."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def __call__(self) -> float:
+        """Read it."""
+        return self.value
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Return the counter that the pulse reads."""
+    counter = Steps()
+    monkeypatch.setattr(pulse, "_steps", counter)
+    return counter
+
+
+@pytest.fixture(autouse=True)
+def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the parameters of vLLM, which is not installed here, be what they were called with."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+
+
+def pulses(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s: float = 0.0) -> tuple[int, Engine]:
+    """Let the pulse beat until the engine has been looked at often enough; return how often it told, and the engine."""
+    told: list[None] = []
+
+    async def scene() -> Engine:
+        engine: Engine = make()
+        beating = asyncio.ensure_future(pulse.beat(engine, lambda: told.append(None), LOOK_S, probe_s))
+        await asyncio.wait_for(getattr(engine, until).wait(), 20)
+        await asyncio.sleep(after_s)
+        beating.cancel()
+        return engine
+
+    engine = asyncio.run(scene())
+    return len(told), engine
+
+
+def test_pulse_of_a_busy_engine_that_makes_steps_beats_at_each_look(steps: Steps) -> None:
+    """Tokens come: it lives, and need not be asked."""
+
+    def step(_: int) -> None:
+        steps.value += 3
+
+    told, engine = pulses(lambda: Engine(busy=True, on_look=step))
+
+    assert told >= LOOKS - 1
+    assert engine.probes == 0
+
+
+def test_pulse_of_a_busy_engine_without_a_step_ends(steps: Steps) -> None:
+    """Requests wait and nothing comes: one beat for what was found at first, and none after it."""
+    told, engine = pulses(lambda: Engine(busy=True), probe_s=0)
+
+    assert told <= 1
+    assert engine.probes == 0  # a probe would wait behind the requests
+
+
+def test_pulse_of_a_busy_engine_that_goes_on_comes_back(steps: Steps) -> None:
+    """A long kernel compilation is no death, if the parent has the patience."""
+
+    def step(look: int) -> None:
+        if look == LOOKS // 2:
+            steps.value += 1
+
+    told, _ = pulses(lambda: Engine(busy=True, on_look=step))
+
+    assert told == 2
+
+
+def test_pulse_of_an_idle_engine_beats_without_a_token_for_a_while(steps: Steps) -> None:
+    """It was asked a moment ago."""
+    told, engine = pulses(lambda: Engine(busy=False))
+
+    assert told >= LOOKS - 1
+    assert engine.probes == 0
+
+
+def test_pulse_of_an_idle_engine_is_a_token_each_time_it_is_due(steps: Steps) -> None:
+    """With no time between probes each beat is one."""
+    told, engine = pulses(lambda: Engine(busy=False), probe_s=0)
+
+    assert engine.probes >= LOOKS - 1
+    assert engine.probes - 1 <= told <= engine.probes
+
+
+def test_pulse_of_an_idle_engine_that_gives_no_token_ends(steps: Steps) -> None:
+    """`/health` would still be green."""
+    told, engine = pulses(lambda: Engine(busy=False, hangs=True), until="probed", probe_s=0, after_s=20 * LOOK_S)
+
+    assert (told, engine.probes) == (0, 1)
+
+
+def test_pulse_of_a_model_that_does_not_generate_asks_for_no_token(steps: Steps) -> None:
+    """An embedding model is asked for nothing it cannot do; its server's loop is what beats."""
+    told, engine = pulses(lambda: Engine(busy=False, tasks=("embed",)), probe_s=0)
+
+    assert told >= LOOKS - 1
+    assert engine.probes == 0
+
+
+def test_pulse_counts_steps_by_the_histograms_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One observation a step, summed over engines; buckets and sums are not counted."""
+    name = "vllm:iteration_tokens_total_count"
+    samples = [SimpleNamespace(name=name, value=2.0), SimpleNamespace(name=name, value=3.0)]
+    samples += [SimpleNamespace(name="vllm:iteration_tokens_total_sum", value=900.0)]
+
+    def restricted(names: list[str]) -> Any:
+        assert names == [name]
+        return SimpleNamespace(collect=lambda: [SimpleNamespace(samples=samples)])
+
+    registry = SimpleNamespace(restricted_registry=restricted)
+    monkeypatch.setitem(sys.modules, "prometheus_client", SimpleNamespace(REGISTRY=registry))
+
+    assert pulse._steps() == 5.0
