@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve install test check bench bench-boot bench-cycles bench-readahead bench-weights bench-contract locks clean
+.PHONY: serve install test check bench bench-boot bench-cycles bench-gpu bench-readahead bench-weights bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
@@ -25,6 +25,10 @@ bench-boot: $(VENV)/dev
 
 bench-cycles: $(VENV)/dev
 	@$(BIN)/python -m bench.cycles
+
+# on a machine with an NVIDIA GPU
+bench-gpu: $(VENV)/dev
+	@$(BIN)/python -m bench.gpu_boot
 
 bench-readahead: $(VENV)/dev
 	@$(BIN)/python -m bench.readahead

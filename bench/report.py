@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Report:
 
     name: str
     targets: list[Target] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: _versions("modal", "vllm-service"))
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, figure: float, target: float | None = None, unit: str = "") -> None:
@@ -58,8 +60,8 @@ class Report:
         self.samples[name] = [round(value, 4) for value in values]
         return statistics.median(values)
 
-    def finish(self) -> int:
-        """Print every line, write the file, return the exit code: 1 when a target was missed."""
+    def finish(self, *, keep: bool = True) -> int:
+        """Print every line, write the file unless told not to, return the exit code: 1 when a target was missed."""
         for name, values in self.samples.items():
             spread = f"{min(values):.2f} to {max(values):.2f}"
             print(f"{name:<58} {statistics.median(values):>9.3f} s   median of {len(values)}, {spread}")
@@ -69,14 +71,23 @@ class Report:
             "benchmark": self.name,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "machine": _machine(),
-            "versions": {name: version(name) for name in ("modal", "vllm-service")}
-            | {"python": platform.python_version()},
+            "versions": {**self.versions, "python": platform.python_version()},
             "targets": [{**asdict(target), "verdict": target.verdict} for target in self.targets],
             "samples": self.samples,
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{self.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        if keep:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{self.name}.json").write_text(json.dumps(record, indent=2) + "\n")
         return int(any(target.verdict == "MISSED" for target in self.targets))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _machine() -> dict[str, Any]:

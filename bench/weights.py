@@ -1,8 +1,9 @@
-"""Weights: `weights.fetch` against `hf download`, the same client and hub on loopback, interleaved. `make bench-weights`.
+"""Weights: `weights.fetch` against `hf download`, one client and hub on loopback, interleaved. `make bench-weights`.
 
 2 GB in 40 files of random content come from a hub in a process of its own. Each download is a process of its own too,
-timed from its spawn to its end with an empty cache; ours verifies every file besides. Memory is that of a download's
-processes together, sampled every 50 ms. What shared the disk before is left in the page cache for both.
+timed from its spawn to its end with an empty cache; ours verifies every file besides. A round is ours, theirs, theirs,
+ours, and counts as one: whoever comes after a download of the other kind is slower. Memory is that of a download's
+processes together, sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -98,20 +99,20 @@ class Bench:
         """Measure all; return the exit code."""
         self._make_model()
         report = Report("weights")
-        seconds: dict[str, list[float]] = {"hf download": [], "weights.fetch": []}
+        seconds: dict[str, list[float]] = {"weights.fetch": [], "hf download": []}
         memory: list[float] = []
         with self._hub() as url:
-            for number in range(rounds + 1):  # the first warms the page cache and the interpreters' files
-                for name in sorted(seconds, reverse=bool(number % 2)):
+            self._download("hf download", url)  # warms the page cache and the interpreters' files
+            for number in range(1, rounds + 1):
+                for name in ("weights.fetch", "hf download", "hf download", "weights.fetch"):
                     took, peak_mb = self._download(name, url)
-                    if number:
-                        seconds[name].append(took)
-                        memory += [peak_mb] if name == "weights.fetch" else []
-                print(f"round {number}: " + ", ".join(f"{name} {times[-1:]}" for name, times in seconds.items()))
-            self._download("weights.fetch", url)
+                    seconds[name].append(took)
+                    memory += [peak_mb] if name == "weights.fetch" else []
+                print(f"round {number}: " + ", ".join(f"{name} {times[-2:]}" for name, times in seconds.items()))
         for name, times in seconds.items():
             report.sample(name, times)
-        ratios = [mine / theirs for mine, theirs in zip(seconds["weights.fetch"], seconds["hf download"], strict=True)]
+        mine, theirs = ([sum(pair) for pair in batched(times)] for times in seconds.values())
+        ratios = [ours / plain for ours, plain in zip(mine, theirs, strict=True)]
         report.add("weights.fetch / hf download, median ratio", statistics.median(ratios), 1.05)
         report.add("memory of its processes together", max(memory), 300, "MB")
         found = [float(self._python(FIND)) * 1000 for _ in range(7)]
@@ -169,13 +170,18 @@ class Bench:
 
     def _checksums(self, command: str) -> float:
         """Return the seconds of a command on all files, two at once; 0 where there is none such."""
-        if not shutil.which(command.split()[0]):
+        if not shutil.which(command.split(maxsplit=1)[0]):
             return 0.0
         files = "\n".join(str(file) for file in sorted(self._model.iterdir()))
         argv = ["xargs", "-P2", "-n1", *command.split()]
         began = time.monotonic()
         subprocess.run(argv, input=files, stdout=subprocess.DEVNULL, text=True, check=True)
         return time.monotonic() - began
+
+
+def batched(times: list[float]) -> list[list[float]]:
+    """Return the two times of each round."""
+    return [times[begin : begin + 2] for begin in range(0, len(times), 2)]
 
 
 class Weigher:

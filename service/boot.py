@@ -22,7 +22,7 @@ from service import hardware, records, weights
 from service.caches import machine
 from service.engine import EngineProcess, Hold, State
 from service.engine_args import engine_command
-from service.errors import EngineError, ServiceError
+from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.phases import Phases
 from service.plan import Plan, Snapshot
 from service.readahead import Readahead
@@ -91,13 +91,13 @@ class Replica:
         """
         with self._nothing_left_on_failure():
             self.plan.check()
-            with self._phase("weights"):
+            with self.phases.during("weights"):
                 self._weights = weights.ensure(self.plan.spec, self.plan.hub_token, self._say, self.plan.lock)
                 if self._weights.fetched:
                     share()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
             if self.plan.caches:
-                with self._phase("caches"):
+                with self.phases.during("caches"):
                     self.plan.caches.take_in()
             if self.plan.snapshot == "cpu":
                 self._spawn()
@@ -154,15 +154,20 @@ class Replica:
 
     def _wake(self, accepted: list[str]) -> str | None:
         """Wake the sleeping engine; return why it is not the one that went to sleep, if so. It is gone then."""
+        within_s = min(self.plan.wakes_within_s, self._left_s() / 2)
         try:
             self._release(accepted)
-            self.engine.wait_for(State.READY, min(self.plan.wakes_within_s, self._left_s() / 2))
+            self.engine.wait_for(State.READY, within_s)
+        except EngineTimeoutError:
+            reason = f"The engine did not wake within {within_s:g} s; it was killed."
         except EngineError as error:
-            self.engine.stop(0)
-            self._engine = self.ready_after_s = None
-            self._say(f"boot {self.id}: the engine did not wake as it fell asleep, so it is booted cold. {error}")
-            return str(error)
-        return None
+            reason = str(error)
+        else:
+            return None
+        self.engine.stop(0)
+        self._engine = self.ready_after_s = None
+        self._say(f"boot {self.id}: the engine did not wake as it fell asleep, so it is booted cold. {reason}")
+        return reason
 
     def _boot(self, accepted: list[str]) -> None:
         """Bring up an engine that is not built yet."""
@@ -190,7 +195,7 @@ class Replica:
         """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""
         self._machine = machine(self.plan.device)
         if self.plan.caches:
-            with self._phase("caches"):
+            with self.phases.during("caches"):
                 self.plan.caches.choose(self._machine)
                 self.plan.caches.take_in()  # what came after the snapshot was taken
 
@@ -234,12 +239,6 @@ class Replica:
 
     def _left_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.phases.add(name, began, time.monotonic())
 
     @contextmanager
     def _nothing_left_on_failure(self) -> Iterator[None]:

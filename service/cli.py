@@ -64,7 +64,7 @@ def models(
 
 
 @app.command()
-def prefetch(
+def prefetch(  # noqa: PLR0917 - every one is an option with a name
     names: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="Registry keys or hub ids.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every model of the registry.")] = False,
     modal: Annotated[bool, typer.Option("--modal", help="Into Modal's volume, without a GPU; else here.")] = False,

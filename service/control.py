@@ -76,16 +76,21 @@ def prefetch(order: Order, secret: str | None) -> Iterator[Word]:
         KeyboardInterrupt: It was interrupted; the function has been ended.
     """
     app, function = application(secret)
-    interrupted = False
+    interrupted, call_id = False, ""
     with _explained(secret):
         with app.run():
             try:
                 for word in function.remote_gen(order.model_dump_json()):
-                    if isinstance(word, tuple):
+                    if isinstance(word, str):
+                        call_id = word
+                    elif isinstance(word, tuple):
                         raise getattr(errors, word[0])(word[1])
-                    yield word
+                    else:
+                        yield word
             except KeyboardInterrupt:  # app.run() would swallow it
                 interrupted = True
+                if call_id:  # then it commits what is finished and gives its lock back before the app is ended
+                    modal.FunctionCall.from_id(call_id).cancel()
         if interrupted:
             raise KeyboardInterrupt
 

@@ -76,8 +76,10 @@ class Deployment:
             if key == self.spec.key or spec != built_in.get(key):
                 with suppress(ServiceError):
                     revisions.settle(spec, resolve, commits.__setitem__)
+        if not commits:
+            return self
         try:
-            recorded = revisions.record(file, commits) if commits else {}
+            recorded = revisions.record(file, commits)
         except OSError:  # it cannot be carried, so it does not count
             return self
         for hub_id in commits:

@@ -20,7 +20,7 @@ from typing import Literal
 from service import hub, markers, verification
 from service.errors import WeightsError
 from service.hardware import check_room
-from service.hub_refusals import ADVICE, endpoint, explained
+from service.hub_refusals import endpoint, explained
 from service.markers import File, Marker
 from service.progress import Progress
 from service.selection import Wanted
@@ -43,11 +43,8 @@ def download(
         WeightsError: The hub cannot be reached, has no such repository or revision, broke off, or sends files that
             are not what it lists.
     """
-    if not hub.in_reach():  # the client would try again for half a minute
-        raise WeightsError(f"{wanted.at} cannot be fetched from {endpoint()}: it is not in reach. {ADVICE}")
     with explained(wanted, token), hub.connected(say):
-        listed = hub.patiently(lambda: hub.listing(wanted, token, say))
-        return _Download(wanted, listed, token, say, on_progress).run()
+        return _Download(wanted, hub.plan(wanted, token, say), token, say, on_progress).run()
 
 
 class _Download:
@@ -73,7 +70,6 @@ class _Download:
     def run(self) -> Path:
         if not self.files:
             raise WeightsError(f"{self.wanted.at} has no file that the engine reads. Correct the entry's hub_id.")
-        markers.write(self.marker, partial=True)
         _sweep(self.blobs, markers.locks(self.marker.hub_id))
         for path in self.files:
             if not self._is_whole(path):  # torn or missing
@@ -83,6 +79,7 @@ class _Download:
         check_room(
             markers.hub_cache(), missing / 1e9, self.wanted.hub_id, "set HF_HOME to a directory on a larger disk"
         )
+        markers.write(self.marker, partial=True)
         self.say(f"Fetching {self.wanted.at}: {missing / 1e9:.1f} GB")
         blamed: Counter[str] = Counter()
         while faults := self._round():

@@ -115,6 +115,7 @@ class EngineProcess:
         """
         self._spawned_at = time.monotonic()
         variables = {"ENGINE_HOLD": self._hold, "ENGINE_IMPORTS": "neutral" if self._neutral else "all"}
+        variables["ENGINE_HANG_S"] = str(self._hang_s)
         self._program = spawn(self.command, self._python, variables)
         threading.Thread(target=self._read_log, name="engine-log", daemon=True).start()
         events = threading.Thread(target=self._read_events, name="engine-events", daemon=True)

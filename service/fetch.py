@@ -28,6 +28,7 @@ from service.hub import in_reach as hub_in_reach
 from service.progress import Progress
 from service.selection import Wanted
 
+PIECE_BYTES = 1 << 18
 STALL_S = 300.0  # without one byte: what the client waits for will not come
 
 __all__ = ["Progress", "Wanted", "hub_in_reach", "hub_token", "in_child"]
@@ -95,6 +96,7 @@ def main() -> None:
     """Fetch what standard input orders."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    _take_small_pieces()
     patterns = (tuple(order[name]) for name in ("ignore_patterns", "keep_patterns"))
     wanted = Wanted(order["hub_id"], order["revision"], *patterns)
     out = _Words(wanted)
@@ -105,6 +107,16 @@ def main() -> None:
     else:
         out.tell({"path": str(path)})
     os._exit(0)  # past the client's threads
+
+
+def _take_small_pieces() -> None:
+    """Let the client read files in smaller pieces than its 10 MB, of which each of its 8 threads keeps several.
+
+    Measured on 2 cores: 365 MB became 98 MB, and a fifth of the time went with them (bench/weights.py).
+    """
+    from huggingface_hub import constants  # noqa: PLC0415 - only the child needs it
+
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE_BYTES
 
 
 def _die_with_parent() -> None:

@@ -41,12 +41,19 @@ def in_reach() -> bool:
     return True
 
 
-def listing(wanted: Wanted, token: str | None, say: Callable[[str], None] = lambda _: None) -> Marker:
-    """Ask for the commit and the list of files with their checksums; nothing of it is verified yet.
+def plan(wanted: Wanted, token: str | None, say: Callable[[str], None] = lambda _: None) -> Marker:
+    """Ask, with patience, for the commit and the list of files with their checksums; nothing is verified yet.
 
     Raises:
+        WeightsError: The hub is not in reach.
         Exception: The client's own; `explained` turns them into sentences.
     """
+    if not in_reach():  # the client would try again for half a minute
+        raise WeightsError(f"{wanted.at} cannot be fetched from {endpoint()}: it is not in reach. {ADVICE}")
+    return patiently(lambda: _listing(wanted, token, say))
+
+
+def _listing(wanted: Wanted, token: str | None, say: Callable[[str], None]) -> Marker:
     from huggingface_hub import HfApi  # noqa: PLC0415 - only hub models need it
     from huggingface_hub.hf_api import RepoFile  # noqa: PLC0415
 

@@ -43,7 +43,7 @@ def explained(wanted: Wanted, token: str | None) -> Iterator[None]:
 
 
 def _sentence(wanted: Wanted, token: str | None, error: Exception) -> ServiceError:
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 - only hub models need it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415 - only hub models need it
 
     if why := why_full(error):
         return DiskSpaceError(
@@ -54,7 +54,8 @@ def _sentence(wanted: Wanted, token: str | None, error: Exception) -> ServiceErr
     for cause in (error, error.__cause__):
         if isinstance(cause, HfHubHTTPError) and (refusal := _refusal(wanted, token, cause)):
             return refusal
-    return WeightsError(f"{wanted.at} cannot be fetched from {endpoint()}: {_first_line(error)} {ADVICE}")
+    why = _first_line(error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error)
+    return WeightsError(f"{wanted.at} cannot be fetched from {endpoint()}: {why} {ADVICE}")
 
 
 def _refusal(wanted: Wanted, token: str | None, error: HfHubHTTPError) -> WeightsError | None:
@@ -109,5 +110,5 @@ def _gated(hub_id: str, page: str, *, has_token: bool) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,9 +10,11 @@ import errno
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from pathlib import Path
+from typing import IO, Protocol
 
 from service import markers
+from service.errors import WeightsError
 
 # Network file systems that know no locks. The hub's client is sound without: two only fetch the same twice.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
@@ -36,9 +38,7 @@ class FlockLock:
     @contextmanager
     def held(self, hub_id: str, say: Callable[[str], None]) -> Iterator[None]:
         """Wait until no other process of this machine fetches the repository."""
-        directory = markers.locks(hub_id)
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "vllm-service.lock").open("w") as file:
+        with _opened(markers.locks(hub_id)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -48,3 +48,13 @@ class FlockLock:
                 if error.errno not in _NO_LOCKS:
                     raise
             yield
+
+
+def _opened(directory: Path) -> IO[str]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return (directory / "vllm-service.lock").open("w")
+    except OSError as error:
+        raise WeightsError(
+            f"The cache '{markers.hub_cache()}' cannot be written: {error.strerror}. Point HF_HOME at one that can."
+        ) from error

@@ -103,6 +103,11 @@ def newest_known(hub_id: str) -> str | None:
     return None
 
 
+def is_ours(hub_id: str, revision: str) -> bool:
+    """Tell whether this service fetched the revision, or began to: then only a marker says that it is complete."""
+    return is_begun(hub_id, revision) or read(hub_id, revision) is not None
+
+
 def is_begun(hub_id: str, revision: str) -> bool:
     """Tell whether a fetch of this service began and did not end, or a file of it was found damaged."""
     return _path(hub_id, revision, partial=True).exists()
@@ -141,6 +146,8 @@ def write(marker: Marker, *, partial: bool = False) -> None:
         raise
     if not partial:
         _path(marker.hub_id, marker.revision, partial=True).unlink(missing_ok=True)
+        for left in target.parent.glob(f"{marker.revision}.*.tmp"):  # by one that was killed
+            left.unlink(missing_ok=True)
 
 
 def distrust(marker: Marker, damaged: Iterable[str]) -> None:

@@ -12,6 +12,10 @@ from rich.table import Table
 from service.outdated import Pin
 
 _WIDTH = 120
+_ADVICE = (
+    "To take it, write it into the entry's revision; where the entry names none: "
+    "vllm-service prefetch <model> --update."
+)
 
 
 def show(pins: Sequence[Pin], as_json: bool) -> None:
@@ -34,4 +38,7 @@ def show(pins: Sequence[Pin], as_json: bool) -> None:
             console.print(f"{pin.model}: {pin.refusal}", markup=False)
         elif not pin.revision:
             console.print(f"{pin.model}: {pin.hub_id} names no commit and none is recorded yet", markup=False)
-    console.print(f"{len(outdated)} of {len(pins)} pins are behind the hub.", markup=False)
+    told = sum(bool(pin.newest) for pin in pins)
+    console.print(f"{len(outdated)} of {told} repositories that the hub told of have a newer commit.", markup=False)
+    if outdated:
+        console.print(_ADVICE, markup=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from service.records import Span
 
@@ -55,6 +56,13 @@ class Phases:
     def add(self, name: str, start: float, end: float) -> None:
         """Take a phase that is none of the engine's; moments of CLOCK_MONOTONIC."""
         self._spans.append(Span(name, start, end))
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Take what happens in the block as a phase, if it goes well."""
+        began = time.monotonic()
+        yield
+        self.add(name, began, time.monotonic())
 
     def read(self, line: str) -> None:
         """Take what a line of vLLM's log says of a phase that has just ended."""

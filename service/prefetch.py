@@ -44,8 +44,12 @@ def application(secret: str | None) -> tuple[modal.App, Any]:
     return app, wrapped
 
 
-def fetch(order: str) -> Iterator[Word | tuple[str, str]]:
-    """Do an `Order`, which comes as JSON, in a container; an error comes as its class's name and its sentence."""
+def fetch(order: str) -> Iterator[str | Word | tuple[str, str]]:
+    """Do an `Order`, which comes as JSON, in a container.
+
+    The call's own id comes first, so that it can be cancelled; an error comes as its class's name and its sentence.
+    """
+    yield modal.current_function_call_id() or ""
     volume = volumes()[HUB_CACHE]
     try:
         yield from stock(Order.model_validate_json(order), hub_token(os.environ), fleet_lock(volume))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 
 from service.errors import WeightsError
 from service.revisions import noting
-from service.stocking import Done, Freed, Order, Said, Settled, Word
+from service.stocking import Done, Failed, Freed, Order, Said, Settled, Word
 from service.weights import Progress
 
 _LINE_EVERY_S = 5.0
@@ -77,9 +77,6 @@ class Meter:
                 completed=progress.done_bytes,
                 files="",
             )
-        else:
-            here = f", {size(self._first)} of it is here" if self._first and progress.phase == "fetching" else ""
-            self.say(f"{progress.phase} {progress.hub_id}: {size(progress.total_bytes)}{here}")
 
     def _line(self, progress: Progress) -> str:
         passed = self._clock() - self._began
@@ -98,10 +95,11 @@ def follow(order: Order, words: Iterable[Word], as_json: bool) -> None:
         as_json: Print an object at the end, for programs.
 
     Raises:
-        WeightsError: Files are damaged or missing; which is printed.
+        WeightsError: Files are damaged or missing, or models cannot be had; which is printed.
     """
     results = Console(highlight=False, soft_wrap=True)
     done: list[Done] = []
+    failed: list[Failed] = []
     freed: list[Freed] = []
     with Meter(Console(stderr=True, highlight=False, soft_wrap=True)) as meter:
         note = noting(Path(order.recorded_in) if order.recorded_in else None, meter.say)
@@ -116,16 +114,29 @@ def follow(order: Order, words: Iterable[Word], as_json: bool) -> None:
                 note(word.hub_id, word.commit)
             elif isinstance(word, Said):
                 meter.say(word.text)
+            elif isinstance(word, Failed):
+                failed.append(word)
+                meter.say(f"{word.key}: {word.reason}")
             else:
                 (done if isinstance(word, Done) else freed).append(word)  # type: ignore[arg-type]
                 if not as_json:
                     results.print(sentence(word), markup=False)
     if as_json:
-        found = {"models": [asdict(one) for one in done], "freed": [asdict(one) for one in freed]}
+        kinds: dict[str, list[Any]] = {"models": done, "failed": failed, "freed": freed}
+        found = {name: [asdict(one) for one in told] for name, told in kinds.items()}
         results.print(json.dumps(found, indent=2), markup=False)
+    _complain(done, failed)
+
+
+def _complain(done: list[Done], failed: list[Failed]) -> None:
+    if failed:
+        raise WeightsError(
+            f"{len(failed)} of {len(failed) + len(done)} models cannot be had: {', '.join(one.key for one in failed)}. "
+            "What stands above says why."
+        )
     if damaged := {one.key: len(one.damage) for one in done if one.damage}:
         raise WeightsError(
-            f"{sum(damaged.values())} files are damaged or missing. Fetch them again: "
+            f"Damaged or missing: {sum(damaged.values())} of the files of {', '.join(damaged)}. Fetch them again: "
             f"vllm-service prefetch {' '.join(damaged)}"
         )
 

@@ -163,7 +163,7 @@ def read(file: Path) -> dict[str, str]:
     """
     try:
         table = tomllib.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(f"Lock file '{file}' cannot be read: {error}. Correct it, or remove it.") from error

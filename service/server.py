@@ -30,7 +30,7 @@ from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_cac
 try:
     DEPLOYMENT = Deployment.resolve()
     if modal.is_local():
-        DEPLOYMENT = DEPLOYMENT.settled(hub_token(os.environ), lambda text: _log(text))
+        DEPLOYMENT = DEPLOYMENT.settled(hub_token(os.environ), lambda text: _log(text))  # noqa: PLW0108 - below
 except UsageError as error:
     raise SystemExit(f"error: {error}") from None
 SETTINGS = DEPLOYMENT.settings

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from service import revisions, weights
-from service.errors import UnknownModelError, UsageError
+from service.errors import ServiceError, UnknownModelError, UsageError
 from service.models import ModelSpec, Registry, unregistered
 from service.weights import Progress
 
@@ -83,6 +83,14 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """One of several models cannot be had; the others can."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Freed:
     """A revision was removed."""
 
@@ -91,7 +99,7 @@ class Freed:
     size: int
 
 
-Word = Progress | Said | Settled | Done | Freed
+Word = Progress | Said | Settled | Done | Failed | Freed
 
 
 def order(
@@ -126,6 +134,8 @@ def order(
         raise UsageError(f"--all means every model of the registry; leave it out, or leave out {', '.join(names)}.")
     source = Registry.load(models_file) if update else registry
     chosen = list(source.specs.values()) if everything else [_find(name, source, on_modal) for name in names]
+    if on_modal and everything:  # what lies on this machine is no business of Modal's
+        chosen = [spec for spec in chosen if not (spec.path and Path(spec.path).is_absolute())]
     specs = {spec.key: spec for spec in chosen}
     registered = set(registry.specs)
     return Order(
@@ -156,7 +166,7 @@ def stock(wanted: Order, token: str | None = None, lock: Lock | None = None) -> 
     """Do it, and tell what happens. The work ends when the iterator is closed; what is finished is kept.
 
     Raises:
-        ServiceError: A model cannot be had; those before it are complete.
+        ServiceError: The only model cannot be had; of several the others are got all the same.
     """
     words: SimpleQueue[Word | BaseException | None] = SimpleQueue()
     left = threading.Event()
@@ -203,15 +213,21 @@ class _Teller:
 
 def _work(wanted: Order, token: str | None, lock: Lock | None, tell: _Teller) -> None:
     settled: dict[str, ModelSpec] = {}
+    resolve = revisions.asking(token)
     for spec in wanted.specs:
-        settled[spec.key] = ready = revisions.settle(
-            spec,
-            revisions.asking(token),
-            lambda hub_id, commit: tell(Settled(hub_id, commit)),
-            lock=lock,
-            update=wanted.update,
-        )
-        tell(_verified(ready, tell) if wanted.verify else _fetched(ready, token, lock, tell))
+        try:
+            settled[spec.key] = ready = revisions.settle(
+                spec,
+                resolve,
+                lambda hub_id, commit: tell(Settled(hub_id, commit)),
+                lock=lock,
+                update=wanted.update,
+            )
+            tell(_verified(ready, tell) if wanted.verify else _fetched(ready, token, lock, tell))
+        except ServiceError as error:
+            if len(wanted.specs) == 1:
+                raise
+            tell(Failed(spec.key, str(error)))
     if wanted.prune:
         known = revisions.read(revisions.cache_record())
         kept = [settled.get(spec.key) or revisions.pinned(spec, known) for spec in wanted.keep]

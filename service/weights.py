@@ -187,7 +187,7 @@ def _here(wanted: Wanted) -> Path | None:
     if path := _marked(wanted):
         return path
     revision = wanted.revision or markers.newest_known(wanted.hub_id)
-    if revision is None or markers.is_begun(wanted.hub_id, revision):
+    if revision is None or markers.is_ours(wanted.hub_id, revision):
         return None
     directory = markers.snapshot(wanted.hub_id, revision)
     return directory if unmarked.is_complete(directory, wanted) else None
@@ -212,4 +212,4 @@ def _verify(wanted: Wanted, workers: int, on_progress: Callable[[Progress], None
 def _listed(wanted: Wanted) -> Marker:
     token = fetching.hub_token(os.environ)
     with explained(wanted, token), hub.connected():
-        return hub.patiently(lambda: hub.listing(wanted, token))
+        return hub.plan(wanted, token)

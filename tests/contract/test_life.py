@@ -49,7 +49,7 @@ def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: Modal
     assert "Paris" in _words(json.loads(body))
     assert task.restored, "prepare ended in a checkpoint, and start came after the restore"
     assert held == [(True, [])], "at the checkpoint the engine's program was running, with no socket open"
-    assert "ready: " in task.log
+    assert '"outcome": "ready"' in task.log, "the boot's record"
     members = task.members()
     task.preempt(grace_s=30)
     tiny.wait_until(lambda: task.state is TaskState.DEAD, 40, "the replica's end")

@@ -9,7 +9,6 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import modal
@@ -23,6 +22,7 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 CHAT = "/v1/chat/completions"
+BOOT_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +144,41 @@ def test_preemption_of_a_sleeping_or_waking_engine_leaves_nothing(plane: ModalPl
     assert not first[0].left_behind
 
 
-def test_engine_that_hangs_after_ready_is_replaced(tmp_path: Path, engine_runtime: ContainerRuntime) -> None:
-    """`/health` stays green while the engine gives no token: it is noticed without a request, and replaced."""
-    with ModalPlane(tmp_path, container=engine_runtime) as plane:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with the tier deployed without snapshots, whose engines may not be silent for long."""
+    with ModalPlane(tmp_path_factory.mktemp("plain"), container=engine_runtime) as plane:
         deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="off", SERVICE_HANG_S="10")
-        pool = _pool(plane, "tiny")
-        _answers(pool)
+        yield plane
         assert plane.snapshots.checkpoints == []
-        (first,) = plane.tasks
-        leader = engine_leader(first)
-        for core in leader.children(recursive=True):
-            core.suspend()
-        token = plane.proxy_tokens.create()
-        url = plane.url_of("vllm-l4", "Server", "serve")
-        assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
-        plane.wait_until(lambda: "engine died: The engine hung" in first.log, 60, "the hang's report")
-        assert f"boot {_record(first).id}: engine died" in first.log
-        plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
-        assert not first.left_behind
-        _answers(pool)
+        assert plane.failures == []
+
+
+def test_preemption_of_a_loading_engine_leaves_nothing(plain: ModalPlane) -> None:
+    """SIGINT while the engine comes up in `start`: it is ended at once, and another replica serves the request."""
+    pool = _pool(plain, "TINY")
+    running = pool.complete.spawn("/health")
+    plain.wait_until(lambda: any("(EngineCore" in t.log for t in _tasks(plain, "TINY")), 60, "the engine to load")
+    (first,) = _tasks(plain, "TINY")
+    first.preempt(grace_s=10)
+    plain.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
+    assert not first.left_behind
+    assert _record(first).outcome == "failed"
+    assert running.get(timeout=BOOT_S) == (200, {"status": "ok"})
+
+
+def test_engine_that_hangs_after_ready_is_replaced(plain: ModalPlane) -> None:
+    """`/health` stays green while the engine gives no token: it is noticed without a request, and replaced."""
+    pool = _pool(plain, "tiny")
+    _answers(pool)
+    (first,) = _tasks(plain, "tiny")
+    for core in engine_leader(first).children(recursive=True):
+        core.suspend()
+    token = plain.proxy_tokens.create()
+    url = plain.url_of("vllm-l4", "Server", "serve")
+    assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
+    plain.wait_until(lambda: "engine died: The engine hung" in first.log, 60, "the hang's report")
+    assert f"boot {_record(first).id}: engine died" in first.log
+    plain.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
+    assert not first.left_behind
+    _answers(pool)

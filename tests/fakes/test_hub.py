@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import pytest
 import requests
 
-from .hub import Hub, Repository, serving
+from .hub import Fault, Hub, Repository, serving
 
 COMMIT = "a" * 40
 
@@ -15,7 +16,9 @@ COMMIT = "a" * 40
 @pytest.fixture
 def running() -> Iterator[Hub]:
     """Run a hub with one open and one gated repository."""
-    hub = Hub(repositories={"o/open": Repository(COMMIT, {"x": b"123"}), "o/shut": Repository(COMMIT, {}, "all")})
+    files = {"x": b"123", "y/large": b"456789"}
+    opened = Repository(COMMIT, files, large=("*large",))
+    hub = Hub(repositories={"o/open": opened, "o/shut": Repository(COMMIT, {}, "all")})
     with serving(hub):
         yield hub
 
@@ -53,3 +56,74 @@ def test_fake_hub_remembers_what_it_does_not_know(running: Hub) -> None:
     """The fixture fails the test then: the client has learned a new way."""
     assert requests.get(running.url + "/api/new?x=1", timeout=5).status_code == 404
     assert running.unknown == ["/api/new?x=1"]
+
+
+def test_fake_hub_tells_a_strangers_token_from_an_unknown_one(running: Hub) -> None:
+    """403 for an account that accepted no licence; 401 for what is no token, even where none is needed."""
+    for path, token, status in (
+        ("o/shut", "hf_stranger", 403),
+        ("o/open", "hf_stranger", 200),
+        ("o/open", "hf_wrong", 401),
+    ):
+        url = f"{running.url}/api/models/{path}/tree/main"
+        assert requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=5).status_code == status
+
+
+def test_fake_hub_lists_checksums_page_by_page(running: Hub) -> None:
+    """Git's name of a small file, SHA-256 of a large one; the next page is in a header."""
+    running.page = 1
+    first = requests.get(f"{running.url}/api/models/o/open/tree/{COMMIT}?recursive=True", timeout=5)
+    second = requests.get(first.links["next"]["url"], timeout=5)
+
+    rows = [row for row in first.json() + second.json() if row["type"] == "file"]
+    assert rows[0] == {"type": "file", "path": "x", "size": 3, "oid": hashlib.sha1(b"blob 3\x00123").hexdigest()}  # noqa: S324
+    assert rows[1]["lfs"]["oid"] == hashlib.sha256(b"456789").hexdigest()
+    assert "next" not in second.links
+    asked = requests.post(f"{running.url}/api/models/o/open/paths-info/main", json={"paths": ["x", "z"]}, timeout=5)
+    assert asked.json() == rows[:1]
+
+
+def test_fake_hub_sends_large_files_from_its_cdn(running: Hub) -> None:
+    """The redirect tells size and checksum; ranges are honoured; a token has no business there."""
+    url = f"{running.url}/o/open/resolve/main/y/large"
+    head = requests.head(url, timeout=5)
+    assert (head.status_code, head.headers["X-Linked-Size"], head.headers["X-Repo-Commit"]) == (302, "6", COMMIT)
+    cdn = head.headers["Location"]
+    assert cdn.startswith(running.cdn_url)
+    part = requests.get(cdn, headers={"Range": "bytes=2-"}, timeout=5)
+
+    assert (part.status_code, part.content, part.headers["Content-Range"]) == (206, b"6789", "bytes 2-5/6")
+    assert requests.get(cdn, headers={"Range": "bytes=6-"}, timeout=5).status_code == 416
+    assert running.unknown == []
+    requests.get(cdn, headers={"Authorization": "Bearer hf_right"}, timeout=5)
+    assert len(running.unknown) == 1
+
+
+def test_fake_hub_redirects_from_an_old_name(running: Hub) -> None:
+    """As the hub does for a while."""
+    running.renamed["o/old"] = "o/open"
+    answer = requests.get(running.url + "/api/models/o/old/revision/main", timeout=5)
+
+    assert (answer.history[0].status_code, answer.json()["id"]) == (307, "o/open")
+
+
+def test_fake_hub_does_what_is_to_go_wrong_as_often_as_it_is_told(running: Hub) -> None:
+    """A status, a cut connection, other content; then all is well again."""
+    url = running.url + "/o/open/resolve/main/x"
+    running.faults += [Fault("/x", 1, 503), Fault("/x", 1, cut_after=1), Fault("/x", 1, content=b"abc")]
+
+    assert requests.get(url, timeout=5).status_code == 503
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        requests.get(url, timeout=5)
+    assert [requests.get(url, timeout=5).content for _ in range(2)] == [b"abc", b"123"]
+    assert running.downloads() == ["x"] * 4
+
+
+def test_fake_hub_stops_after_the_byte_it_is_told(running: Hub) -> None:
+    """So that a client can be killed there."""
+    running.stop_after(2)
+    with requests.get(running.url + "/o/open/resolve/main/x", timeout=5, stream=True) as answer:
+        assert answer.raw.read(2) == b"12"
+        assert running.stopped.wait(5)
+        running.resume()
+        assert answer.raw.read() == b"3"

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
+from service import hub as hub_module
 from service.models import ModelSpec
 from tests.fakes.hub import Hub, Repository, serving
 
@@ -40,9 +41,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Take the clock of the hub's client, which waits between its attempts; return what it would have waited."""
+    """Take the clock of the client and of our own attempts; return what would have been waited."""
     waits: list[float] = []
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append, time=time.time, monotonic=time.monotonic))
+    clock = SimpleNamespace(sleep=waits.append, time=time.time, monotonic=time.monotonic)
+    for module in (_http, file_download, hub_module):
+        monkeypatch.setattr(module, "time", clock)
     return waits
 
 

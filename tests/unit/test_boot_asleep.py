@@ -104,7 +104,7 @@ def test_replica_that_does_not_wake_in_time_is_booted_cold(plan: Plan) -> None:
     replica = asleep(plan, wake_timeout_s=0.5, script=script)
     replica.start()
     try:
-        replica.assert_booted_cold("not READY after 0 s, it got to ASLEEP")
+        replica.assert_booted_cold("did not wake within 0.5 s")
     finally:
         replica.stop(0)
 
@@ -212,7 +212,7 @@ def test_replica_not_restored_tells_how_long_the_checkpoint_took(plan: Plan) -> 
     spans = {span.name: span for span in replica.records[0].phases}
 
     assert not replica.records[0].restored
-    assert spans["restore"].end - spans["restore"].start >= 0.1
+    assert spans["restore"].end - spans["restore"].start >= 0.099  # rounded to milliseconds
     assert all(span.start >= 0 for span in spans.values())
 
 

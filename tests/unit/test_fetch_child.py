@@ -59,11 +59,26 @@ def test_fetch_child_refuses_in_the_parents_own_errors(hub: Hub) -> None:
     assert fetch.in_child(WANTED, hub.token, lambda _: None).is_dir()
 
 
-def test_fetch_child_whose_connection_is_cut_says_so(hub: Hub) -> None:
-    """A server that leaves in the middle of a file is a sentence, not a traceback."""
-    hub.cuts_files = True
-    with pytest.raises(WeightsError, match=r"org/mine.* cannot be fetched"):
-        fetch.in_child(WANTED, None, lambda _: None)
+def test_fetch_child_tells_how_far_it_is(hub: Hub) -> None:
+    """Bytes on the disk of all that come; at the end all of them, verified."""
+    told: list[fetch.Progress] = []
+    fetch.in_child(WANTED, None, on_progress=told.append)
+
+    total = sum(map(len, FILES.values()))
+    assert told[-1] == fetch.Progress("org/mine", total, total, len(FILES), len(FILES), "verifying")
+    assert all(0 <= progress.done_bytes <= total for progress in told)
+
+
+def test_fetch_child_that_stalls_says_so() -> None:
+    """Without one byte for long, what the client waits for will not come."""
+    program = (
+        "from service import fetch; fetch.STALL_S = 0.0\n"
+        "words = fetch._Words(fetch.Wanted('org/mine', 'abc'))\n"
+        "for _ in range(3): words.progress(fetch.Progress('org/mine', 1, 2, 0, 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert "org/mine at revision abc stalled" in done.stdout.splitlines()[-1]
 
 
 def test_fetch_child_that_is_killed_is_reported(hub: Hub) -> None:

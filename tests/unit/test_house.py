@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in SERVICE.glob("*.py") if path.stem != "__i
 INNER = sorted(IN_ENGINE.rglob("*.py"))
 LOCKS = sorted((SERVICE / "pins").glob("*.lock"))
 # design.md names these, and `service.pools.variant`, which is nothing but a call of Modal's.
-MAY_IMPORT_MODAL = {"image", "volumes", "server", "door", "control", "pools"}
+MAY_IMPORT_MODAL = {"image", "volumes", "server", "door", "control", "pools", "prefetch"}
 ENGINES = {"vllm", "torch", "transformers"}
 
 

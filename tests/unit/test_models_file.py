@@ -75,6 +75,10 @@ limit_mm_per_prompt = { image = 4 }
 ignore_patterns = ["original/*"]
 extra_args = ["--seed", "1"]
 speculative = { method = "mtp", num_speculative_tokens = 3 }
+max_lora_rank = 32
+[[models.mine.adapters]]
+name = "bot"
+hub_id = "org/bot"
 """,
         )
         .find("also.mine")

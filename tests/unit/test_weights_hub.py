@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service import fetch, weights
+from service import download, fetch, weights
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.models import ModelSpec
 from tests.fakes.hub import Hub
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("cache", "slept", "fetched_here")
 @pytest.fixture
 def fetched_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process, whose client and clock the fixtures have; `test_fetch_child.py` has the child."""
-    monkeypatch.setattr(fetch, "in_child", fetch.fetch)
+    monkeypatch.setattr(fetch, "in_child", download.download)
 
 
 def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
@@ -83,7 +83,7 @@ def test_weights_room_is_asked_of_the_disk_that_gets_them(
     elsewhere.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(elsewhere))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere))
-    monkeypatch.setattr(fetch, "check_room", lambda directory, *_: asked.append(directory))
+    monkeypatch.setattr(download, "check_room", lambda directory, *_: asked.append(directory))
     weights.ensure(SPEC)
 
     assert asked == [elsewhere]
@@ -105,9 +105,9 @@ def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
     """The licence was not accepted with that account."""
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError, match="Accept its licence") as caught:
-        weights.ensure(SPEC, "hf_wrong")
+        weights.ensure(SPEC, "hf_stranger")
 
-    assert "hf_wrong" not in str(caught.value)
+    assert "hf_stranger" not in str(caught.value)
 
 
 def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub) -> None:

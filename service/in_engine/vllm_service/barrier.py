@@ -19,7 +19,7 @@ from argparse import Namespace
 from typing import Any
 
 from vllm_service import canary, control, drain, pulse, warmup
-from vllm_service.main import HOLD_VARIABLE
+from vllm_service.main import HANG_VARIABLE, HOLD_VARIABLE
 
 WATCH_S = 0.25
 
@@ -48,7 +48,9 @@ class Barrier:
             self._watch.cancel()  # vLLM ends its core now: the reason is this exception, not that
             raise
         _drain_when_told(link)
-        self._pulse = asyncio.create_task(pulse.beat(engine_client, lambda: link.tell("pulse")))
+        self._pulse = asyncio.create_task(
+            pulse.beat(engine_client, lambda: link.tell("pulse"), *pulse.intervals(float(os.environ[HANG_VARIABLE])))
+        )
         link.tell("open")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from vllm_service import control
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
+HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a pulse
 IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported before the hold?
 
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"

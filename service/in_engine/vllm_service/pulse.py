@@ -12,9 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LOOK_S = 5.0  # how often the counters are looked at
-PROBE_S = 30.0  # how often an idle engine is asked for a token
+LOOK_S = 5.0  # how often the counters are looked at, at least
+PROBE_S = 30.0  # how often an idle engine is asked for a token, at least
 _STEPS = "vllm:iteration_tokens_total_count"  # of a histogram with one observation per step of the engine
+
+
+def intervals(hang_s: float) -> tuple[float, float]:
+    """Return how often to look and how often to probe, for a parent that waits `hang_s` for a pulse."""
+    return min(LOOK_S, hang_s / 4), min(PROBE_S, hang_s / 2)
 
 
 async def beat(engine: Any, tell: Callable[[], None], look_s: float = LOOK_S, probe_s: float = PROBE_S) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 Content = bytes | Path
+_CONTENT = re.compile(r"GET (?:cdn:/[^/]+/[^/]+/[0-9a-f]{64}|/[^/]+/[^/]+/resolve/[^/]+)/(.+)")
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Hub:
         asked: Method and path of every request, in order; those to the CDN begin with `cdn:`.
         unknown: Requests that it does not know, and tokens that were shown to the CDN.
         served: Bytes of contents that were sent.
+        stopped: As many bytes were sent as `stop_after` allows.
     """
 
     token: str = "hf_right"
@@ -114,6 +116,34 @@ class Hub:
         """Hold no file back."""
         self.may_send_files.set()
         self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self._resumed = threading.Event()
+        self._limit: int | None = None
+
+    def stop_after(self, count: int) -> None:
+        """Send that many bytes of contents and no more until `resume`; `stopped` tells when that is so."""
+        with self.lock:
+            self._limit = self.served + count
+        self.stopped.clear()
+        self._resumed.clear()
+
+    def resume(self) -> None:
+        """Send again."""
+        with self.lock:
+            self._limit = None
+        self._resumed.set()
+
+    def may_send(self, count: int) -> int:
+        """Count bytes and return how many may be sent now; blocks where that would be none."""
+        while not self.ended.is_set():
+            with self.lock:
+                left = count if self._limit is None else min(count, self._limit - self.served)
+                if left > 0:
+                    self.served += left
+                    return left
+            self.stopped.set()
+            self._resumed.wait(1)
+        raise ConnectionAbortedError("the hub has ended")
 
     @contextmanager
     def holding_files(self) -> Iterator[None]:
@@ -133,9 +163,10 @@ class Hub:
                     return fault
         return None
 
-    def downloads(self, name: str = "") -> list[str]:
-        """Return the requests for contents of files whose path has `name` in it."""
-        return [line for line in self.asked if re.match(r"GET (cdn:|.*/resolve/)", line) and name in line]
+    def downloads(self, *paths: str) -> list[str]:
+        """Return the file of each request for content; of those `paths` alone where given."""
+        found = [match[1] for line in self.asked if (match := _CONTENT.fullmatch(line))]
+        return [path for path in found if not paths or path in paths]
 
 
 def size(content: Content) -> int:
@@ -143,13 +174,13 @@ def size(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-@lru_cache(maxsize=None)
+@cache
 def sha256(content: Content) -> str:
     """Return what names a large file."""
     return _digest("sha256", b"", content)
 
 
-@lru_cache(maxsize=None)
+@cache
 def git_sha1(content: Content) -> str:
     """Return what git names a file."""
     return _digest("sha1", f"blob {size(content)}\0".encode(), content)

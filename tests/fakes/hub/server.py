@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = fault.content
         if fault.cut_after is not None:
             end = min(end, begin + fault.cut_after)
-            self.close_connection = True
+            self.close_connection = True  # what the headers promised does not come
         self.stream(content, begin, end, fault.bytes_per_s)
 
     def stream(self, content: Content, begin: int, end: int, bytes_per_s: int | None) -> None:
@@ -134,15 +134,13 @@ class _Handler(BaseHTTPRequestHandler):
         file = content.open("rb") if isinstance(content, Path) else None
         try:
             while begin < end and not self.hub.ended.is_set():
-                count = min(piece, end - begin)
+                count = self.hub.may_send(min(piece, end - begin))
                 if file:
-                    sent = os.sendfile(self.connection.fileno(), file.fileno(), begin, count)
+                    count = os.sendfile(self.connection.fileno(), file.fileno(), begin, count)
                 else:
                     assert isinstance(content, bytes)
-                    sent = self.connection.send(memoryview(content)[begin : begin + count])
-                begin += sent
-                with self.hub.lock:
-                    self.hub.served += sent
+                    self.connection.sendall(memoryview(content)[begin : begin + count])
+                begin += count
                 if bytes_per_s is not None:
                     time.sleep(count / bytes_per_s)
         finally:
@@ -202,7 +200,9 @@ class _HubHandler(_Handler):
         paths = list(found.files)
         headers = {}
         if begin + self.hub.page < len(paths):
-            following = f"{self.hub.url}/api/models/{name}/tree/{revision}?recursive=True&cursor={begin + self.hub.page}"
+            following = (
+                f"{self.hub.url}/api/models/{name}/tree/{revision}?recursive=True&cursor={begin + self.hub.page}"
+            )
             headers["Link"] = f'<{following}>; rel="next"'
         rows = [found.entry(path) for path in paths[begin : begin + self.hub.page]]
         folders = sorted({path.rpartition("/")[0] for path in paths if "/" in path}) if begin == 0 else []

@@ -121,7 +121,7 @@ class Dicts:
     @streaming("DictContents")
     async def contents(self, request: pb.DictContentsRequest, task: Task | None) -> AsyncIterator[pb.DictEntry]:
         for key, value in list(self._of(request).entries.items()):
-            yield pb.DictEntry(key=key if request.keys else None, value=value if request.values else None)
+            yield pb.DictEntry(key=key if request.keys else b"", value=value if request.values else b"")
 
     @unary("DictClear")
     async def clear(self, request: pb.DictClearRequest, task: Task | None) -> Empty:

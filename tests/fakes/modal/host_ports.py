@@ -20,6 +20,7 @@ class HostPorts:
     def __init__(self, ports: Sequence[int]) -> None:
         self._ports = list(ports)
         self._servers: list[asyncio.Server] = []
+        self._relays: set[asyncio.Task[None]] = set()
         self._plane_end, self.container_end = socket.socketpair()
         self._plane_end.setblocking(False)
 
@@ -37,28 +38,42 @@ class HostPorts:
     async def _serve(self, descriptors: list[int]) -> None:
         for port, descriptor in zip(self._ports, descriptors, strict=False):  # none where the process died before
             listening = socket.socket(fileno=descriptor)
-            self._servers.append(await asyncio.start_server(_relay_to(port), sock=listening))
+            self._servers.append(await asyncio.start_server(self._relay_to(port), sock=listening))
 
     def close(self) -> None:
         for server in self._servers:
             server.close()
+        for relay in list(self._relays):  # the host may have more to say to a container that is gone
+            relay.cancel()
         if self._plane_end.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._plane_end)
             self._plane_end.close()
 
+    def _relay_to(self, port: int) -> Relay:
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._relays.add(task)
+            try:
+                await _relay(reader, writer, port)
+            except asyncio.CancelledError:  # the container ended
+                return
+            finally:
+                self._relays.discard(task)
+                writer.close()
 
-def _relay_to(port: int) -> Relay:
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:  # nobody listens on the host: the container sees the connection closed
-            writer.close()
-            return
+        return relay
+
+
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
+    try:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:  # nobody listens on the host: the container sees the connection closed
+        return
+    try:
         await asyncio.gather(_pipe(reader, far_writer), _pipe(far_reader, writer), return_exceptions=True)
-        for end in (writer, far_writer):
-            end.close()
-
-    return relay
+    finally:
+        far_writer.close()
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,67 @@
+"""Processes that fetch: forked from one that has imported the client, or commands of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Self
+
+from service.download import download
+from service.selection import Wanted
+
+ROOT = Path(__file__).parents[2]
+_IMPORTED = ["service.download", "requests", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
+
+
+class Downloads:
+    """Forks processes that do what the child of `service.fetch` does, without its second of imports."""
+
+    def __init__(self) -> None:
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(_IMPORTED)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from multiprocessing.forkserver import _forkserver
+
+        _forkserver._stop()  # type: ignore[attr-defined]
+
+    def start(self, wanted: Wanted) -> ForkServerProcess:
+        """Start one with this process's cache and hub."""
+        ours = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+        process = self._context.Process(target=_download, args=(wanted, ours))
+        process.start()
+        return process
+
+
+def _download(wanted: Wanted, environ: dict[str, str]) -> None:
+    os.environ.update(environ)
+    download(wanted, None)
+    os._exit(0)  # as the child does: past the client's threads
+
+
+def python(program: str, before: list[str] | None = None) -> subprocess.Popen[str]:
+    """Start an interpreter with this process's cache and hub; it knows `spec` and `weights`.
+
+    Args:
+        program: What it runs.
+        before: The beginning of the command, such as `unshare`.
+    """
+    known = f"""
+import sys
+from service import weights
+from service.errors import ServiceError
+from service.models import ModelSpec
+spec = ModelSpec(key="mine", hub_id="org/mine", revision="{"0123456789abcdef" * 2}01234567")
+say = lambda sentence: print(sentence, flush=True)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [*(before or []), sys.executable, "-c", known + program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, **pipes, text=True, start_new_session=True)  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,223 @@
+"""Weights from the hub: fetched once, whole, and only what the engine reads; found again without the hub."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import download, fetch, markers, weights
+from service.models import Adapter, ModelSpec, Speculative
+from service.progress import Progress
+from tests.fakes.hub import Hub, Repository
+
+from .conftest import COMMIT, READ, SHARDS, SPEC, contents
+from .processes import python
+
+SOON_S = 10
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch in this process: a child would import the client for a second."""
+    monkeypatch.setattr(fetch, "in_child", download.download)
+
+
+def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache: Path) -> None:
+    """Every byte right; no pickles, no second trees, no code; a marker with the hub's checksums."""
+    told: list[Progress] = []
+    found = weights.fetch(SPEC, on_progress=told.append)
+
+    assert found == weights.Weights(cache / "models--org--mine" / "snapshots" / COMMIT, fetched=True)
+    assert contents(found.model) == READ
+    assert told[-1].files_done == told[-1].files == len(READ)
+    assert told[-1].done_bytes == told[-1].total_bytes == sum(map(len, READ.values()))
+    marker = markers.read("org/mine", COMMIT)
+    assert marker is not None
+    assert marker.verified == READ.keys()
+    assert not markers.is_begun("org/mine", COMMIT)
+    assert not list(cache.rglob("*.incomplete"))
+
+
+def test_ensure_with_complete_weights_makes_no_connection(
+    hub: Hub, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage of the hub cannot stop a boot, and neither can a slow one: it takes milliseconds."""
+    first = weights.ensure(SPEC)
+    asked = len(hub.asked)
+
+    def connect(_: socket.socket, address: Any) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    began = time.monotonic()
+    again = weights.ensure(SPEC)
+    took = time.monotonic() - began
+
+    assert again == weights.fetch(SPEC) == weights.find(SPEC) == weights.Weights(first.model)
+    assert took < 0.05
+    assert len(hub.asked) == asked
+
+
+def test_fetch_reads_lists_page_by_page(hub: Hub, here: None) -> None:
+    """A repository of a thousand shards has more than one page."""
+    hub.page = 3
+
+    assert contents(weights.fetch(SPEC).model) == READ
+
+
+def test_fetch_of_a_model_that_runs_its_own_code_brings_the_code(hub: Hub, here: None) -> None:
+    """Only the entry that asks for it gets it; the other stays complete with what it has."""
+    trusting = SPEC.model_copy(update={"extra_args": ("--trust-remote-code",)})
+    weights.fetch(SPEC)
+    assert weights.find(trusting) is None
+    assert (weights.ensure(trusting).model / "modeling_mine.py").is_file()
+    assert weights.find(SPEC)
+    assert len(hub.downloads(next(iter(SHARDS)))) == 1
+
+
+def test_fetch_of_a_model_without_safetensors_brings_the_pickles(hub: Hub, here: None) -> None:
+    """They are all there is."""
+    hub.repositories["org/old"] = Repository(COMMIT, {"config.json": b"{}", "pytorch_model.bin": b"1", "x.onnx": b"2"})
+    found = weights.fetch(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+
+    assert contents(found.model) == {"config.json": b"{}", "pytorch_model.bin": b"1"}
+    assert weights.find(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+
+
+def test_fetch_brings_draft_and_adapters_along(hub: Hub, here: None, tmp_path: Path) -> None:
+    """The entry is complete only when all of them are here."""
+    hub.repositories["org/draft"] = Repository(COMMIT, {"config.json": b"{}", "model.safetensors": b"guess"})
+    lora = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora", "optimizer.pt": b"x"}
+    hub.repositories["org/lora"] = Repository(COMMIT, lora)
+    draft = Speculative(method="eagle3", num_speculative_tokens=3, hub_id="org/draft", revision=COMMIT)
+    adapters = (
+        Adapter(name="sql", hub_id="org/lora", revision=COMMIT),
+        Adapter(name="own", path=str(tmp_path)),
+    )
+    spec = SPEC.model_copy(update={"speculative": draft, "adapters": adapters})
+    weights.fetch(SPEC)
+    assert weights.find(spec) is None
+
+    found = weights.ensure(spec)
+    assert found.draft is not None
+    assert contents(found.draft) == {"config.json": b"{}", "model.safetensors": b"guess"}
+    assert set(contents(found.adapters["sql"])) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert found.adapters["own"] == tmp_path
+    assert weights.find(spec) == weights.Weights(found.model, found.draft, found.adapters)
+    assert weights.verify(spec) == []
+
+
+def test_fetch_without_a_pin_is_by_the_commit_that_was_newest(hub: Hub, here: None) -> None:
+    """No request for a file names a branch, so that no file comes of another commit than the list."""
+    found = weights.fetch(SPEC.model_copy(update={"revision": None}))
+
+    assert found.model.name == COMMIT
+    assert not [line for line in hub.asked if "/resolve/main/" in line or "/tree/main" in line]
+    assert weights.find(SPEC.model_copy(update={"revision": None})) == weights.find(SPEC)
+    assert weights.resolve("org/mine") == COMMIT
+
+
+def test_fetch_of_what_somebody_else_brought_verifies_it(hub: Hub, here: None, cache: Path) -> None:
+    """It is found as it is; a fetch downloads nothing, reads it, and gives it a marker."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
+    hub.asked.clear()
+    assert weights.find(SPEC)
+    assert markers.read("org/mine", COMMIT) is None
+    assert weights.fetch(SPEC).fetched
+    assert hub.downloads() == []
+    assert markers.read("org/mine", COMMIT) is not None
+
+
+def test_fetch_of_what_somebody_else_brought_damaged_brings_it_again(hub: Hub, here: None, cache: Path) -> None:
+    """A bit that flipped under the right size is found by the checksum."""
+    from huggingface_hub import snapshot_download
+
+    directory = Path(snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache))
+    shard = next(iter(SHARDS))
+    blob = (directory / shard).resolve()
+    blob.write_bytes(SHARDS[shard][:-1] + b"?")
+    hub.asked.clear()
+    said: list[str] = []
+
+    assert contents(weights.fetch(SPEC, say=said.append).model).items() >= READ.items()
+    assert len(hub.downloads()) == 1
+    assert f"{shard} of org/mine is damaged" in "".join(said)
+
+
+def test_fetch_by_a_name_that_was_changed_says_the_new_one(hub: Hub, here: None) -> None:
+    """The hub redirects; the commit is the same, and so is what comes."""
+    hub.renamed["old/name"] = "org/mine"
+    said: list[str] = []
+    found = weights.fetch(SPEC.model_copy(update={"hub_id": "old/name"}), say=said.append)
+
+    assert contents(found.model) == READ
+    assert "old/name is now called org/mine" in "".join(said)
+
+
+def test_fetch_by_two_at_once_brings_every_file_once(hub: Hub) -> None:
+    """The second says that it waits, and then finds it done."""
+    program = "print(weights.ensure(spec, say=say).fetched)"
+    with hub.holding_files():
+        first = python(program)
+        assert hub.asked_for_files.wait(SOON_S)
+        second = python(program)
+        assert second.stdout is not None
+        assert "Another process is fetching org/mine" in second.stdout.readline()
+    said = [process.communicate(timeout=SOON_S)[0].split()[-1] for process in (first, second)]
+
+    assert said == ["True", "False"]
+    assert sorted(hub.downloads()) == sorted(READ)
+
+
+def test_fetch_whose_holder_is_killed_goes_on_with_the_next(hub: Hub) -> None:
+    """The lock ends with its holder; what it had finished is kept."""
+    program = "print(weights.ensure(spec, say=say).fetched)"
+    hub.stop_after(400_000)
+    first = python(program)
+    assert hub.stopped.wait(SOON_S)
+    second = python(program)
+    assert second.stdout is not None
+    assert "waiting until it is done or gone" in second.stdout.readline()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    hub.resume()
+
+    assert second.communicate(timeout=SOON_S)[0].split()[-1] == "True"
+    found = weights.find(SPEC)
+    assert found is not None
+    assert contents(found.model) == READ
+
+
+def test_prune_removes_only_what_no_entry_names_and_only_what_was_fetched_here(
+    hub: Hub, here: None, cache: Path
+) -> None:
+    """What another program brought stays; so does a content that a kept revision has too."""
+    from huggingface_hub import snapshot_download
+
+    newer = "f" * 40
+    weights.fetch(SPEC)
+    old = hub.repositories["org/mine"]
+    shard = next(iter(SHARDS))
+    hub.repositories["org/mine"] = Repository(newer, {**old.files, shard: b"newer"}, large=old.large)  # type: ignore[arg-type]
+    weights.fetch(SPEC.model_copy(update={"revision": newer}))
+    hub.repositories["org/theirs"] = Repository(COMMIT, {"config.json": b"{}", "model.safetensors": b"1"})
+    snapshot_download("org/theirs", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
+    keep = SPEC.model_copy(update={"revision": newer})
+
+    removed = [("org/mine", COMMIT, len(SHARDS[shard]))]
+    assert weights.prune([SPEC, keep]) == []
+    assert weights.prune([keep], dry_run=True) == removed
+    assert weights.find(SPEC)
+    assert weights.prune([keep]) == removed
+    assert weights.find(SPEC) is None
+    assert weights.find(keep)
+    assert weights.verify(keep) == []
+    assert weights.prune([]) == [("org/mine", newer, sum(map(len, READ.values())) - len(SHARDS[shard]) + 5)]
+    assert [path.name for path in cache.glob("models--*")] == ["models--org--theirs"]

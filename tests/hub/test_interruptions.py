@@ -1,0 +1,96 @@
+"""Killed at any byte: what was finished is kept, what was not is not served, and the next attempt completes it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from service import markers, weights
+from service.selection import Wanted
+from tests.fakes.hub import Hub
+
+from .conftest import COMMIT, READ, SPEC, contents
+from .processes import Downloads, python
+
+WANTED = Wanted("org/mine", COMMIT)
+TOTAL = sum(map(len, READ.values()))
+SOON_S = 20
+
+
+def finished(cache: Path) -> set[str]:
+    """Return the files that are in the snapshot already."""
+    snapshot = cache / "models--org--mine" / "snapshots" / COMMIT
+    return set(contents(snapshot)) if snapshot.is_dir() else set()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
+    hub: Hub, cache: Path, downloads: Downloads, seed: int
+) -> None:
+    """`kill -9` after so many bytes: no half model is found, kept files are not fetched again, all is right."""
+    at = random.Random(seed).randrange(TOTAL)  # noqa: S311 - reproducible
+    hub.stop_after(at)
+    process = downloads.start(WANTED)
+    assert hub.stopped.wait(SOON_S)
+    process.kill()
+    process.join()
+    assert weights.find(SPEC) is None
+    kept = finished(cache)
+    hub.resume()
+    hub.asked.clear()
+
+    again = downloads.start(WANTED)
+    again.join(SOON_S)
+    assert again.exitcode == 0
+    found = weights.find(SPEC)
+    assert found is not None
+    assert contents(found.model) == READ
+    assert not [path for path in kept if hub.downloads(path)]
+    assert not list(cache.rglob("*.incomplete"))
+    assert not list(cache.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, downloads: Downloads, seed: int) -> None:
+    """All bytes are here, and the marker is not: the next one reads, and downloads nothing."""
+    hub.stop_after(TOTAL - 1)
+    process = downloads.start(WANTED)
+    assert hub.stopped.wait(SOON_S)
+    hub.resume()
+    deadline = time.monotonic() + SOON_S
+    while finished(cache) != READ.keys():
+        assert time.monotonic() < deadline
+    time.sleep(random.Random(seed).random() * 0.06)  # noqa: S311 - amid the verification, or a little after
+    process.kill()
+    process.join()
+    assert (weights.find(SPEC) is None) == (markers.read("org/mine", COMMIT) is None)
+    hub.asked.clear()
+    again = downloads.start(WANTED)
+    again.join(SOON_S)
+
+    assert again.exitcode == 0
+    assert hub.downloads() == []
+    assert weights.find(SPEC) is not None
+    assert not markers.is_begun("org/mine", COMMIT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_fetch_whose_asker_is_ended_leaves_nothing_half(hub: Hub, cache: Path, number: signal.Signals) -> None:
+    """Ctrl-C and `kill -9` of the whole arrangement: the child goes too, and the next one completes."""
+    hub.stop_after(300_000)
+    asker = python("weights.ensure(spec)")
+    assert hub.stopped.wait(SOON_S)
+    os.kill(asker.pid, number)
+    asker.communicate(timeout=SOON_S)
+    assert weights.find(SPEC) is None
+    kept = finished(cache)
+    hub.resume()
+    hub.asked.clear()
+
+    assert contents(weights.ensure(SPEC).model) == READ
+    assert not [path for path in kept if hub.downloads(path)]

@@ -1,0 +1,304 @@
+"""Every bad end is one sentence with the next step, and never a half model; what passes by itself is waited out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from service import download, fetch, hub_refusals, weights
+from service.errors import DiskSpaceError, GatedModelError, ServiceError, WeightsError
+from service.selection import Wanted
+from tests.fakes.hub import Fault, Hub
+from tests.unit.hub_client import slept  # noqa: F401 - a fixture
+
+from .conftest import COMMIT, READ, SHARDS, SPEC, contents
+from .processes import python
+
+pytestmark = pytest.mark.usefixtures("slept", "here")
+SHARD = "model-00003-of-00004.safetensors"
+SOON_S = 20
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch in this process, whose clock the test has."""
+    monkeypatch.setattr(fetch, "in_child", download.download)
+
+
+def refused(kind: type[ServiceError], token: str | None = None, spec: Any = SPEC) -> str:
+    """Fetch, and return the one sentence of the refusal; nothing is served then."""
+    with pytest.raises(kind) as caught:
+        weights.ensure(spec, token)
+    assert type(caught.value) is kind
+    assert weights.find(spec) is None
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert not token or token not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("gated", ["files", "all"])
+def test_gated_model_without_a_token_names_page_and_token(hub: Hub, gated: Any) -> None:
+    """Accept the licence there, then set the token."""
+    hub.repositories["org/mine"].gated = gated
+    sentence = refused(GatedModelError)
+
+    assert f"no token is here. Accept its licence at {hub.url}/org/mine" in sentence
+    assert "HF_TOKEN" in sentence
+
+
+@pytest.mark.parametrize("gated", ["files", "all"])
+def test_gated_model_with_a_strangers_token_says_whose_licence(hub: Hub, gated: Any) -> None:
+    """A token is not enough: its account accepts the licence."""
+    hub.repositories["org/mine"].gated = gated
+
+    assert "this token has no access. Accept its licence" in refused(GatedModelError, "hf_stranger")
+
+
+def test_gated_model_with_access_is_fetched(hub: Hub) -> None:
+    """The token goes to the hub and not to the CDN, which the fake checks."""
+    hub.repositories["org/mine"].gated = "all"
+
+    assert contents(weights.ensure(SPEC, hub.token).model) == READ
+
+
+def test_token_that_the_hub_does_not_know_is_named_as_the_cause(hub: Hub) -> None:
+    """It was revoked, or mistyped."""
+    assert "does not know this token. Create one at" in refused(WeightsError, "hf_revoked")
+
+
+def test_token_without_the_permission_is_named_as_the_cause(hub: Hub) -> None:
+    """A fine-grained token that may not read this repository."""
+    hub.faults.append(Fault("/api/models", -1, 403, {"X-Error-Message": "not allowed"}))
+
+    assert "forbids this token to read org/mine" in refused(GatedModelError, hub.token)
+
+
+def test_repository_that_is_gone_is_named_with_its_page(hub: Hub) -> None:
+    """Deleted, or moved with no redirect left behind."""
+    del hub.repositories["org/mine"]
+
+    sentence = refused(WeightsError, hub.token)
+
+    assert "no repository 'org/mine' (any more)" in sentence
+    assert f"Look it up at {hub.url}/org/mine" in sentence
+
+
+def test_repository_that_is_disabled_says_so(hub: Hub) -> None:
+    """The hub's own word for it has no code, only a message."""
+    hub.faults.append(Fault("/api/models", -1, 403, {"X-Error-Message": "Access to this resource is disabled."}))
+
+    assert "The hub has disabled org/mine" in refused(WeightsError)
+
+
+def test_revision_that_is_gone_is_named(hub: Hub) -> None:
+    """The history was rewritten, or the pin mistyped."""
+    hub.repositories["org/mine"].commit = "e" * 40
+
+    assert f"org/mine has no revision '{COMMIT}'" in refused(WeightsError)
+
+
+def test_no_hub_without_complete_weights_names_it_soon(hub: Hub, slept: list[float]) -> None:  # noqa: F811
+    """Nobody listens: waiting does not change that."""
+    hub_refusals_url = "http://127.0.0.1:9"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub_refusals_url)
+        assert f"cannot be fetched from {hub_refusals_url}: it is not in reach" in refused(WeightsError)
+    assert slept == []
+
+
+def test_no_hub_with_complete_weights_serves_them(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked, so nothing fails."""
+    first = weights.ensure(SPEC)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+    assert weights.ensure(SPEC) == weights.Weights(first.model)
+
+
+def test_wrong_content_under_the_right_size_is_fetched_again(hub: Hub) -> None:
+    """Once may be a broken proxy: the checksum finds it, and the second one is right."""
+    hub.faults.append(Fault(f"GET cdn:.*{SHARD}", content=bytes(len(SHARDS[SHARD]))))
+
+    assert contents(weights.ensure(SPEC).model) == READ
+    assert len(hub.downloads(SHARD)) == 2
+
+
+def test_wrong_content_again_and_again_is_refused(hub: Hub) -> None:
+    """It names the file; the other files are kept and not fetched again."""
+    hub.faults.append(Fault(f"GET cdn:.*{SHARD}", -1, content=bytes(len(SHARDS[SHARD]))))
+    sentence = refused(WeightsError)
+
+    assert f"{SHARD} of org/mine at revision {COMMIT} is damaged" in sentence
+    assert "the other files are kept" in sentence
+    hub.faults.clear()
+    hub.asked.clear()
+    assert contents(weights.ensure(SPEC).model) == READ
+    assert len(hub.downloads()) == 1
+
+
+@pytest.mark.parametrize("path", [SHARD, "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("size", [10, len(SHARDS[SHARD])])
+def test_file_that_changes_under_the_download_is_refused(hub: Hub, path: str, size: int) -> None:
+    """What is sent is consistent in itself, and not what was listed for this commit."""
+    hub.repositories["org/mine"].changed[path] = bytes(size)
+
+    assert f"{path} of org/mine at revision {COMMIT}" in refused(WeightsError)
+
+
+def test_rate_limit_is_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa: F811
+    """As long as the hub asks for, once for a list and once for a file; it is said."""
+    said: list[str] = []
+    hub.faults += [
+        Fault("GET /api/models/org/mine/revision", 1, 429, {"Retry-After": "7"}),
+        Fault("GET /api/models/org/mine/tree", 2, 429, {"RateLimit": '"api";r=0;t=9'}),
+        Fault("HEAD .*config.json", 1, 429, {"Retry-After": "5"}),
+        Fault(f"GET cdn:.*{SHARD}", 1, 429, {"Retry-After": "6"}),
+    ]
+    assert contents(weights.ensure(SPEC, say=said.append).model) == READ
+    assert {7, 10} <= set(slept)  # the client adds one
+    assert "waiting 7 s. A token (HF_TOKEN) raises the limit" in "".join(said)
+
+
+def test_rate_limit_of_an_hour_is_not_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa: F811
+    """A boot that sleeps for an hour is worse than one that fails."""
+    hub.faults.append(Fault("HEAD .*/resolve/", -1, 429, {"Retry-After": "3600"}))
+
+    assert "answers no more requests from here for 3600 s (429, its rate limit). Set HF_TOKEN" in refused(WeightsError)
+    assert sum(slept) < 10
+
+
+@pytest.mark.parametrize("where", ["GET /api/models/org/mine/rev", "/tree/", "HEAD .*json", "GET cdn:", "GET .*/res"])
+def test_burst_of_server_errors_is_waited_out(hub: Hub, where: str) -> None:
+    """Three in a row at every kind of request."""
+    hub.faults.append(Fault(where, 3, 503))
+
+    assert contents(weights.ensure(SPEC).model) == READ
+
+
+@pytest.mark.parametrize("where", ["/api/models", "HEAD .*json", "GET cdn:"])
+def test_server_errors_without_end_are_refused(hub: Hub, where: str, slept: list[float]) -> None:  # noqa: F811
+    """With the hub's address and what it answered; the attempts have an end."""
+    hub.faults.append(Fault(where, -1, 502))
+    sentence = refused(WeightsError)
+
+    assert f"cannot be fetched from {hub.url}" in sentence
+    assert "502" in sentence
+    assert sum(slept) < 900
+
+
+def test_cut_connections_are_gone_on_with(hub: Hub) -> None:
+    """After some bytes, a few times: the rest is asked for by Range, not the whole again."""
+    hub.faults += [Fault("GET cdn:", 6, cut_after=50_000), Fault("GET .*config.json", 1, cut_after=3)]
+
+    assert contents(weights.ensure(SPEC).model) == READ
+    assert hub.served < sum(map(len, READ.values())) * 1.5
+
+
+def test_slow_connection_is_a_slow_download(hub: Hub) -> None:
+    """As long as bytes come, it goes on."""
+    hub.faults.append(Fault(f"GET cdn:.*{SHARD}", bytes_per_s=400_000))
+
+    assert contents(weights.ensure(SPEC).model) == READ
+
+
+def test_connection_that_answers_nothing_is_given_up_and_tried_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's time-outs, and ours where it has none: for the list of files."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr("service.hub.ANSWER_TIMEOUT_S", 0.3)
+    hub.faults += [Fault(f"GET cdn:.*{SHARD}", stalls=True), Fault("/tree/", stalls=True), Fault("/rev", stalls=True)]
+
+    assert contents(weights.ensure(SPEC).model) == READ
+
+
+def test_repository_without_a_model_says_so(hub: Hub) -> None:
+    """Nothing in it is for the engine."""
+    hub.repositories["org/mine"].files = {"README.md": b"#", "model.gguf": b"1"}
+
+    assert "has no file that the engine reads" in refused(WeightsError)
+
+
+def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp_path: Path) -> None:
+    """A real file system of two megabytes, and another program that takes the rest amid the download."""
+    hub.stop_after(600_000)
+    program = """
+        import os, subprocess, threading
+        from pathlib import Path
+        home, filler = Path(os.environ["HF_HOME"]), Path(os.environ["HF_HOME"]) / "filler"
+        home.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(home)], check=True)
+        def fill():
+            sys.stdin.readline()
+            try:
+                filler.write_bytes(bytes(3_000_000))
+            except OSError:
+                print("filled", flush=True)
+        threading.Thread(target=fill).start()
+        try:
+            weights.ensure(spec)
+        except ServiceError as error:
+            print(type(error).__name__, error, flush=True)
+        assert weights.find(spec) is None
+        assert not list(home.rglob("*.incomplete"))
+        filler.unlink()
+        kept = [path.name for path in home.rglob("snapshots/*/*")]
+        print(*kept, flush=True)
+        print(weights.ensure(spec).fetched)
+        """
+    process = python(dedent(program), before=["unshare", "-rm"])
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert hub.stopped.wait(SOON_S)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "filled\n"
+    hub.resume()
+    refusal, kept, fetched = process.communicate(timeout=SOON_S)[0].splitlines()
+
+    assert refusal.startswith("DiskSpaceError ")
+    assert "is full (0.0 GB free) and org/mine" in refusal
+    assert "finished files are kept" in refusal
+    assert fetched == "True"
+    assert not [name for name in kept.split() if len(hub.downloads(name)) > 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(122, "Disk quota exceeded"), "has used up its quota"),
+        (OSError(28, "No space left on device"), "is full"),
+        (RuntimeError("Xet: I/O error: No space left on device (os error 28)"), "is full"),
+    ],
+)
+def test_full_disk_in_each_of_its_forms_is_named(hub: Hub, cache: Path, error: Exception, words: str) -> None:
+    """A quota and a full disk differ in the number alone, and Xet says it in text."""
+    cache.mkdir(parents=True)
+    with pytest.raises(DiskSpaceError, match=words), hub_refusals.explained(Wanted("org/mine", COMMIT), None):
+        raise error
+
+
+def test_file_larger_than_allowed_is_named(hub: Hub) -> None:
+    """A limit of the kernel's on file sizes, met for real."""
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))
+try:
+    weights.ensure(spec)
+except ServiceError as error:
+    print(type(error).__name__, error)
+assert weights.find(spec) is None
+"""
+    said = python(program).communicate(timeout=SOON_S)[0]
+
+    assert said.startswith("DiskSpaceError ")
+    assert "takes no file so large" in said
+
+
+def test_disk_full_fixture_runs_where_the_tests_do() -> None:
+    """The kernel lets this user mount in a namespace of its own."""
+    assert subprocess.run(["unshare", "-rm", sys.executable, "-c", ""], check=False).returncode == 0

@@ -1,0 +1,92 @@
+"""`models --outdated`: the real hub client asks a hub on loopback for commits, of all repositories at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service import outdated_screen
+from service.errors import WeightsError
+from service.models import ModelSpec, Registry
+from service.outdated import Pin, compare
+from tests.fakes.hub import Hub, Repository
+
+from .hub_client import COMMIT
+
+NEW = "f" * 40
+
+
+def registry(*specs: ModelSpec) -> Registry:
+    """Return a registry of these."""
+    return Registry({spec.key: spec for spec in specs})
+
+
+def test_compare_tells_which_pins_are_behind(cache: Path, hub: Hub) -> None:
+    """Models, drafts and adapters; what the hub refuses is told with its reason."""
+    hub.repositories |= {"org/new": Repository(NEW, {}), "org/shut": Repository(NEW, {}, gated="all")}
+    behind = ModelSpec.model_validate(
+        {
+            "key": "behind",
+            "hub_id": "org/new",
+            "revision": COMMIT,
+            "speculative": {"method": "eagle3", "num_speculative_tokens": 2, "hub_id": "org/mine", "revision": COMMIT},
+            "adapters": ({"name": "bot", "hub_id": "org/new"},),
+        }
+    )
+    shut = ModelSpec(key="shut", hub_id="org/shut", revision=COMMIT)
+    pins = compare(registry(behind, shut, Registry.load().specs["tiny"]), None)
+
+    assert pins[:3] == [
+        Pin("behind", "org/new", COMMIT, NEW),
+        Pin("behind", "org/mine", COMMIT, COMMIT),
+        Pin("behind", "org/new", None, NEW),
+    ]
+    assert [pin.is_outdated for pin in pins] == [True, False, False, False]
+    assert (pins[3].hub_id, pins[3].newest) == ("org/shut", None)
+    assert "org/shut is gated" in str(pins[3].refusal)
+    assert sum("/org/new/" in asked or asked.endswith("/org/new") for asked in hub.asked) == 1, "each is asked for once"
+
+
+def test_compare_of_many_repositories_asks_for_several_at_once(cache: Path, hub: Hub) -> None:
+    """And for all of them."""
+    names = [f"org/m{i}" for i in range(40)]
+    hub.repositories |= {name: Repository(NEW, {}) for name in names}
+    specs = [ModelSpec(key=name[4:], hub_id=name, revision=COMMIT) for name in names]
+
+    assert all(pin.is_outdated for pin in compare(registry(*specs), None))
+
+
+def test_compare_without_a_hub_is_one_sentence(cache: Path) -> None:
+    """Only the hub knows."""
+    with pytest.raises(WeightsError, match=r"is not in reach, and only it knows.*HF_ENDPOINT") as caught:
+        compare(registry(ModelSpec(key="m", hub_id="org/mine", revision=COMMIT)), None)
+
+    assert "\n" not in str(caught.value)
+
+
+PINS = [Pin("a", "org/a", COMMIT, NEW), Pin("b", "org/b", COMMIT, COMMIT), Pin("c", "org/c", None, NEW)]
+REFUSED = Pin("d", "org/d", COMMIT, None, "org/d is gated.")
+
+
+def test_outdated_are_shown_with_the_way_to_renew_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are as they should be take no line."""
+    outdated_screen.show([*PINS, REFUSED], as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+
+    assert lines[1].split() == ["a", "org/a", COMMIT[:12], NEW[:12]]
+    assert lines[2:4] == ["c: org/c names no commit and none is recorded yet", "d: org/d is gated."]
+    assert lines[4] == "1 of 3 repositories that the hub told of have a newer commit."
+    assert "--update" in lines[5]
+
+
+def test_outdated_as_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """For programs: also what is not outdated."""
+    outdated_screen.show([*PINS, REFUSED], as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+
+    assert [row["outdated"] for row in rows] == [True, False, False, False]
+    assert rows[0] == {
+        "model": "a", "hub_id": "org/a", "revision": COMMIT, "newest": NEW, "refusal": None, "outdated": True
+    }  # fmt: skip

@@ -1,0 +1,181 @@
+"""What people see of a prefetch, at a terminal, in a file, and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from service import revisions
+from service.errors import WeightsError
+from service.models import ModelSpec
+from service.prefetch_screen import Meter, duration, follow, size
+from service.stocking import Done, Failed, Freed, Order, Said, Settled
+from service.weights import Progress
+
+A = "a" * 40
+ORDER = Order(specs=(ModelSpec(key="mine", hub_id="org/mine", revision=A, weights_gb=9.4),))
+
+
+class Clock:
+    """Time that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+def progress(done_mb: float, phase: str = "fetching") -> Progress:
+    """Return how far 1000 MB are."""
+    return Progress("org/mine", int(done_mb * 1e6), 1_000_000_000, 1, 3, phase)
+
+
+def metered(clock: Clock, *, terminal: bool) -> tuple[Meter, io.StringIO]:
+    """Return a meter and what it prints."""
+    out = io.StringIO()
+    return Meter(Console(file=out, force_terminal=terminal, width=120, highlight=False), clock), out
+
+
+def test_meter_without_a_terminal_prints_a_line_now_and_then() -> None:
+    """Amount, rate and time left, every five seconds; what was there at the start was no transfer."""
+    clock = Clock()
+    meter, out = metered(clock, terminal=False)
+    meter.show(progress(400))
+    for second in range(1, 12):
+        clock.now = second
+        meter.show(progress(400 + 50 * second))
+
+    assert out.getvalue().splitlines() == [
+        "fetching org/mine: 650 MB of 1.0 GB, 50.0 MB/s, 7 s left",
+        "fetching org/mine: 900 MB of 1.0 GB, 50.0 MB/s, 2 s left",
+    ]
+
+
+def test_meter_that_stands_still_promises_nothing() -> None:
+    """No rate, no time left."""
+    clock = Clock()
+    meter, out = metered(clock, terminal=False)
+    meter.show(progress(400))
+    clock.now = 6
+    meter.show(progress(400))
+
+    assert out.getvalue() == "fetching org/mine: 400 MB of 1.0 GB, 0 bytes/s\n"
+
+
+def test_meter_at_a_terminal_draws_one_bar() -> None:
+    """Bytes and files of the repository at hand; it is taken away for a sentence."""
+    with metered(Clock(), terminal=True)[0] as meter:
+        meter.show(progress(400))
+        meter.show(progress(500))
+        assert meter._bar is not None
+        (task,) = meter._bar.tasks
+        assert (task.completed, task.total, task.fields["files"]) == (5e8, 1e9, "1/3 files")
+        assert task.description == "fetching org/mine"
+        meter.show(progress(0, "verifying"))
+        (task,) = meter._bar.tasks
+        assert task.description == "verifying org/mine"
+        meter.clear()
+        assert meter._bar.tasks == []
+
+
+def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results on stdout, all else on stderr; a commit goes into the lock file."""
+    lock = tmp_path / "models.lock.toml"
+    order = ORDER.model_copy(update={"recorded_in": str(lock)})
+    follow(
+        order,
+        [
+            Settled("org/mine", A),
+            Said("Fetching org/mine"),
+            progress(1000),
+            Done("mine", "org/mine", A, 9_400_000_000, fetched=True),
+            Done("other", "org/other", A, 830_000),
+            Done("tiny", None, None),
+            Freed("org/old", A, 2_000_000),
+        ],
+        as_json=False,
+    )
+    out, err = capsys.readouterr()
+
+    assert revisions.read(lock) == {"org/mine": A}
+    assert err.splitlines() == [f"org/mine is at {A}, recorded in {lock}", "Fetching org/mine"]
+    assert out.splitlines() == [
+        f"mine: org/mine at {A} is complete, 9.4 GB",
+        f"other: org/other at {A} is complete, 830 kB, and was here already",
+        "tiny: a directory, nothing to fetch",
+        f"removed org/old at {A}: 2.0 MB freed",
+    ]
+
+
+def test_follow_of_several_models_begins_with_their_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever said --all learns what that means."""
+    unknown = ModelSpec(key="other", hub_id="org/other")
+    follow(Order(specs=(*ORDER.specs, unknown)), [], as_json=False)
+
+    assert capsys.readouterr().err == "2 models, 9.4 GB and 1 of unknown size when nothing of it is there yet\n"
+
+
+def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence says how they are mended."""
+    damaged = Done("mine", "org/mine", A, damage=("a.safetensors is damaged", "b.safetensors is missing"))
+    with pytest.raises(WeightsError, match=r"2 of the files of mine.*vllm-service prefetch mine$"):
+        follow(ORDER, [damaged, Done("other", "org/other", A)], as_json=False)
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"mine: org/mine at {A} is damaged",
+        "  a.safetensors is damaged",
+        "  b.safetensors is missing",
+        f"other: org/other at {A} is as the hub has it",
+    ]
+
+
+def test_follow_of_several_of_which_one_failed_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason is told when it happens, the count at the end."""
+    with pytest.raises(WeightsError, match=r"^1 of 2 models cannot be had: mine\."):
+        follow(ORDER, [Failed("mine", "it is gated."), Done("other", "org/other", A, 5)], as_json=False)
+    out, err = capsys.readouterr()
+
+    assert err == "mine: it is gated.\n"
+    assert out.startswith("other: ")
+
+
+def test_follow_as_json_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing else, though there is damage."""
+    with pytest.raises(WeightsError):
+        follow(ORDER, [Done("mine", "org/mine", A, damage=("x",)), Freed("org/old", A, 5)], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+
+    assert found["models"] == [
+        {"key": "mine", "hub_id": "org/mine", "revision": A, "size": 0, "fetched": False, "damage": ["x"]}
+    ]
+    assert found["failed"] == []
+    assert found["freed"] == [{"hub_id": "org/old", "revision": A, "size": 5}]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1500, "1.5 kB"),
+        (123_456_789, "123 MB"),
+        (9.4e9, "9.4 GB"),
+        (6e11, "600 GB"),
+    ],
+)
+def test_size_is_said_with_two_digits_or_three(count: float, said: str) -> None:
+    """In powers of ten, as disks are sold."""
+    assert size(count) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (11_100, "3 h 05 min")]
+)
+def test_duration_is_said_in_the_unit_that_fits(seconds: float, said: str) -> None:
+    """Nobody counts 5000 seconds."""
+    assert duration(seconds) == said

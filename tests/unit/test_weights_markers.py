@@ -1,0 +1,114 @@
+"""Markers: believed after a look at the sizes, never when they are unreadable; where the cache is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from service import markers, weights
+from service.errors import WeightsError
+from service.locks import FlockLock
+from service.markers import File, Marker
+from service.selection import Wanted
+
+from .hub_client import COMMIT, FILES, SPEC, filled
+
+MARKER = Marker(
+    "org/mine", COMMIT, {path: File(len(content), "git:abc") for path, content in FILES.items()}, frozenset(FILES)
+)
+
+
+def test_marker_is_read_as_it_was_written(cache: Path) -> None:
+    """Beside the repository, whole or partial, and gone with it."""
+    markers.write(MARKER, partial=True)
+    assert markers.is_begun("org/mine", COMMIT)
+    markers.write(MARKER)
+
+    assert markers.read("org/mine", COMMIT) == MARKER == markers.known("org/mine", COMMIT)
+    assert not markers.is_begun("org/mine", COMMIT)
+    assert list(markers.all_marked()) == [("org/mine", COMMIT)]
+    assert [path.relative_to(cache) for path in cache.rglob("*.json")] == [
+        Path("models--org--mine", "vllm-service", f"{COMMIT}.json")
+    ]
+
+
+def test_marker_of_files_with_another_size_is_not_believed(cache: Path) -> None:
+    """Somebody wrote into the cache, or a disk lost what it had not written."""
+    snapshot = filled(cache, FILES)
+    markers.write(MARKER)
+    assert weights.find(SPEC)
+    (snapshot / "tokenizer.json").resolve().write_bytes(b"{} ")
+
+    assert weights.find(SPEC) is None
+
+
+def test_marker_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache: Path) -> None:
+    """All files look complete, and were not verified yet."""
+    filled(cache, FILES)
+    assert weights.find(SPEC)
+    markers.write(Marker("org/mine", COMMIT, MARKER.files), partial=True)
+
+    assert weights.find(SPEC) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 2}', '{"version": 1, "files": {"a": 1}}'])
+def test_marker_that_cannot_be_read_is_none(cache: Path, content: str) -> None:
+    """Cut short, or of a later version."""
+    markers.write(MARKER)
+    path = next(cache.rglob("*.json"))
+    path.write_text(content)
+
+    assert markers.read("org/mine", COMMIT) is None
+    assert list(markers.all_marked()) == []
+
+
+def test_marker_covers_only_what_was_fetched(cache: Path) -> None:
+    """Another entry of the same repository may want more of it."""
+    filled(cache, FILES)
+    part = Marker("org/mine", COMMIT, MARKER.files, MARKER.verified - {"tokenizer.json"})
+    markers.write(part)
+
+    assert not part.covers(Wanted("org/mine", COMMIT))
+    assert weights.find(SPEC.model_copy(update={"ignore_patterns": ("tokenizer.json",)}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "{home}/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x", "HF_HOME": "~/hf"}, "{home}/hf/hub"),
+        ({"HF_HOME": "/h", "HUGGINGFACE_HUB_CACHE": "/old"}, "/old"),
+        ({"HF_HOME": "/h", "HF_HUB_CACHE": "$HOME/new", "HUGGINGFACE_HUB_CACHE": "/old"}, "{home}/new"),
+    ],
+)
+def test_hub_cache_is_where_the_client_has_it(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is not imported to be asked; this is its own reading of its variables."""
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asks = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    client = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert str(markers.hub_cache()) == expected.format(home=Path.home()) == client
+
+
+def test_client_still_has_the_constant_that_the_download_sets() -> None:
+    """The size of the pieces in which it reads files has no variable."""
+    assert isinstance(constants.DOWNLOAD_CHUNK_SIZE, int)
+
+
+def test_lock_in_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the directory and what to set."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+
+    with pytest.raises(WeightsError, match=r"file/hub' cannot be written: .*Point HF_HOME"):
+        FlockLock().held("o/m", print).__enter__()

@@ -1,0 +1,69 @@
+"""Which files of a repository are fetched: those that the engine reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.models import ModelSpec
+from service.selection import Wanted, chosen, model_of
+
+TENSORS = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["pytorch_model.bin", "model.pth", "training_args.bin", "x.pt"],
+        ["original/consolidated.00.pth", "original/params.json", "metal/model.bin", "onnx/a.json"],
+        ["consolidated.safetensors", "consolidated.safetensors.index.json"],
+        ["model.gguf", "model.onnx", "tf_model.h5", "flax_model.msgpack", "rust_model.ot"],
+        ["README.md", ".gitattributes", "figures/a.png", "modeling_mine.py"],
+    ],
+)
+def test_selection_leaves_out_what_the_engine_does_not_read(others: list[str]) -> None:
+    """The same weights in other formats, second trees, what people look at."""
+    assert chosen([*TENSORS, *others], Wanted("o/m")) == TENSORS
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja"],
+        ["preprocessor_config.json", "1_Pooling/config.json", "tiktoken.tiktoken", "hf_quant_config.json"],
+    ],
+)
+def test_selection_keeps_what_a_tokenizer_or_processor_may_read(others: list[str]) -> None:
+    """Whatever is not known to be for others."""
+    assert chosen([*TENSORS, *others], Wanted("o/m")) == [*TENSORS, *others]
+
+
+def test_selection_without_safetensors_keeps_pickles() -> None:
+    """There is nothing else to load."""
+    assert chosen(["config.json", "pytorch_model.bin", "m.onnx"], Wanted("o/m")) == ["config.json", "pytorch_model.bin"]
+
+
+def test_selection_of_consolidated_files_alone_keeps_them() -> None:
+    """A repository in Mistral's layout only."""
+    files = ["params.json", "tekken.json", "consolidated.safetensors"]
+
+    assert chosen(files, Wanted("o/m")) == files
+
+
+def test_selection_leaves_out_what_the_entry_names() -> None:
+    """By path, by name, and by directory."""
+    files = ["a.json", "metal/x.json", "deep/metal/y.json", "b.json"]
+
+    assert chosen(files, Wanted("o/m", None, ("metal/", "b.json"))) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "path"),
+    [("--trust-remote-code", "modeling_mine.py"), ("--load-format=mistral", "consolidated.safetensors")],
+)
+def test_selection_keeps_what_the_entrys_arguments_need(argument: str, path: str) -> None:
+    """Code is fetched for an entry that runs it, and the layout that its loader reads."""
+    wanted = model_of(ModelSpec(key="m", hub_id="o/m", extra_args=(argument,)))
+
+    assert wanted is not None
+    assert chosen([*TENSORS, path], wanted) == [*TENSORS, path]
+    assert chosen([*TENSORS, path], Wanted("o/m")) == TENSORS
