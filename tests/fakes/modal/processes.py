@@ -49,7 +49,7 @@ def send(pids: list[int], number: signal.Signals) -> None:
 async def stragglers(marks: Marks, grace_s: float) -> list[int]:
     """List the live processes of a container that do not end by themselves within the grace."""
     deadline = asyncio.get_running_loop().time() + grace_s
-    while (pids := members(marks)) and asyncio.get_running_loop().time() < deadline:
+    while (pids := members(marks)) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - /proc tells nobody
         await asyncio.sleep(0.01)
     return pids
 
