@@ -14,11 +14,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from service import hardware, records, weights
+from service.afterwards import Afterwards
 from service.caches import machine
 from service.engine import EngineProcess, Hold, State
 from service.engine_args import engine_command
@@ -61,16 +62,15 @@ class Replica:
         self.ready_after_s: float | None = None
         self.own_key: str | None = None
         self._say, self._on_line, self._on_event, self._on_death = say, on_line, on_event, on_death
-        self._on_record, self._persist = on_record, persist
+        self._afterwards = Afterwards(plan, on_record, persist, say)
         self._at = datetime.now(UTC)
-        self._deadline = time.monotonic()
-        self._restored = self._serving = False
+        self._deadline = self._prepared_at = time.monotonic()
+        self._restored = self._serving = self._compiled_here = False
         self._serving_lock = threading.Lock()
         self._machine = ""
         self._weights: weights.Weights | None = None
         self._readahead: Readahead | None = None
         self._engine: EngineProcess | None = None
-        self._afterwards = threading.Thread(target=self._keep_caches, name="boot-afterwards", daemon=True)
 
     @property
     def engine(self) -> EngineProcess:
@@ -96,16 +96,16 @@ class Replica:
                 if self._weights.fetched:
                     share()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
-            if self.plan.caches:
-                with self.phases.during("caches"):
-                    self.plan.caches.take_in()
             if self.plan.snapshot == "cpu":
+                self._take_in_caches()  # for any machine: which one it will be is not seen here
                 self._spawn()
                 self.engine.wait_for(State.IMPORTED, self._left_s())
             elif self.plan.snapshot == "gpu":
                 self._choose_machine()
+                self._take_in_caches()
                 self._spawn()
                 self._read_ahead()
+                self._compiled_here = True
                 self.engine.wait_for(State.ASLEEP, self._left_s())
         self._prepared_at = time.monotonic()
 
@@ -131,7 +131,7 @@ class Replica:
                 self.engine.wait_for(State.READY, 0)  # it may have died since; from here on `on_death` tells
                 self._serving = True
             self._record("cold" if not_woken else "ready", not_woken)
-        self._afterwards.start()
+        self._afterwards.hand_on(compiled=self._compiled_here)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Let streams finish within the grace, then end everything. Idempotent; never raises for a dead engine."""
@@ -139,8 +139,8 @@ class Replica:
             self._readahead.stop()
         if self._engine:
             self._engine.stop(self.plan.drain_s if grace_s is None else grace_s)
-        if self._afterwards.is_alive():
-            self._afterwards.join(1)
+        if grace_s is None:
+            self._afterwards.finish()
 
     def _begin(self, restored: bool) -> None:
         """Begin the boot that this replica is, which under a snapshot may not be the one that prepared."""
@@ -148,6 +148,7 @@ class Replica:
         if restored:
             self.id, self._at = records.new_id(), datetime.now(UTC)
             self.phases.begin()
+            self._compiled_here = False
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
         elif self.plan.snapshot != "off":
             self.phases.add("restore", self._prepared_at, time.monotonic())
@@ -165,17 +166,20 @@ class Replica:
         else:
             return None
         self.engine.stop(0)
+        self.engine.wait_ended(self._left_s() / 2)  # the driver takes back tens of GB first
         self._engine = self.ready_after_s = None
         self._say(f"boot {self.id}: the engine did not wake as it fell asleep, so it is booted cold. {reason}")
         return reason
 
     def _boot(self, accepted: list[str]) -> None:
         """Bring up an engine that is not built yet."""
+        self._read_ahead()
         self._choose_machine()
         if self._engine is None:
-            self._spawn(hold="")
+            self._spawn(hold="imported")
+        self._take_in_caches()  # while it imports
         self._release(accepted)
-        self._read_ahead()
+        self._compiled_here = True
         if self.plan.device == "cuda":  # while the engine is on its way
             hardware.check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
         self.engine.wait_for(State.READY, self._left_s())
@@ -195,9 +199,12 @@ class Replica:
         """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""
         self._machine = machine(self.plan.device)
         if self.plan.caches:
+            self.plan.caches.choose(self._machine)
+
+    def _take_in_caches(self) -> None:
+        if self.plan.caches:
             with self.phases.during("caches"):
-                self.plan.caches.choose(self._machine)
-                self.plan.caches.take_in()  # what came after the snapshot was taken
+                self.plan.caches.take_in()
 
     def _read_ahead(self) -> None:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
@@ -225,17 +232,17 @@ class Replica:
             parent_env={**plan.parent_env, **(plan.caches.env() if plan.caches else {})},
         )
         self.phases.engine_begins()
-        self._engine = EngineProcess(
+        self._engine = engine = EngineProcess(
             command,
             python=plan.python,
             hold=_HOLDS[plan.snapshot] if hold is None else hold,
-            neutral_imports=plan.snapshot == "cpu" and plan.neutral_imports,
+            neutral_imports=plan.snapshot == "cpu" and hold is None and plan.neutral_imports,
             hang_s=plan.hang_s,
             on_line=self._read,
-            on_event=self._note,
-            on_death=self._died,
+            on_event=lambda event, fields: self._note(engine, event, fields),
+            on_death=lambda error: self._died(engine, error),
         )
-        self._engine.spawn()
+        engine.spawn()
 
     def _left_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
@@ -249,7 +256,7 @@ class Replica:
             self.stop(0)
             self._record("failed", str(error) or type(error).__name__)
             if isinstance(error, ServiceError):
-                self._persist()
+                self._afterwards.persist()
             raise
 
     def _record(self, outcome: str, reason: str | None) -> None:
@@ -265,24 +272,17 @@ class Replica:
             reason=reason,
             seconds=round(self.phases.seconds, 3),
         )
-        self._on_record(record)
-        if self.plan.records:
-            with suppress(OSError):
-                records.keep(record, self.plan.records)
+        self._afterwards.keep(record)
 
-    def _keep_caches(self) -> None:
-        """Hand on what this boot compiled. Only now: no checkpoint will come that could see a volume's file open."""
-        if self.plan.caches:
-            self.plan.caches.copy_out()
-        self._persist()
-
-    def _died(self, error: EngineError) -> None:
+    def _died(self, engine: EngineProcess, error: EngineError) -> None:
         with self._serving_lock:
-            serving = self._serving
+            serving = self._serving and engine is self._engine
         if serving:
             self._on_death(error)
 
-    def _note(self, event: str, fields: dict[str, Any]) -> None:
+    def _note(self, engine: EngineProcess, event: str, fields: dict[str, Any]) -> None:
+        if engine is not self._engine:
+            return  # it was given up
         self.phases.mark(event, fields["at"])
         if event == "ready":
             self.ready_after_s = self.phases.seconds

@@ -267,7 +267,8 @@ class EngineProcess:
 
     def _report(self, name: str, fields: dict[str, Any]) -> None:
         if self._on_event:
-            self._on_event(name, fields)
+            with contextlib.suppress(Exception):  # the engine goes on, whatever whoever looks on does
+                self._on_event(name, fields)
 
     def _set(self, state: State) -> None:
         with self._changed:

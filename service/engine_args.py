@@ -194,6 +194,8 @@ def _environment(parent_env: Mapping[str, str], device: str, sleeps: bool) -> di
     }
     if device == "cpu":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:  # as vLLM sets it, for torch is imported first: a look for GPUs must not keep the engine's core from forking
+        env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if sleeps:  # no shared memory of NCCL's and no address of this network in a snapshot. Source: llm-d's own script
         env |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     return env

@@ -5,6 +5,7 @@ The last line of a dead vLLM says that something failed "above"; the first excep
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import threading
@@ -82,7 +83,8 @@ class EngineLog:
         self._lines.append(line)
         self._newer += 1
         if self._on_line:
-            self._on_line(line)
+            with contextlib.suppress(Exception):  # the engine goes on, whatever whoever reads along does
+                self._on_line(line)
 
     def begin_anew(self) -> None:
         """Look no further back than here for the cause of a death: what a finished boot complained of is none."""

@@ -67,8 +67,8 @@ class Phases:
     def read(self, line: str) -> None:
         """Take what a line of vLLM's log says of a phase that has just ended."""
         for name, pattern in _SAID:
-            if match := pattern.search(line):
-                now = time.monotonic()
+            if (match := pattern.search(line)) and name not in self._engines[-1]:  # each worker says it
+                now = self._engines[-1][name] = time.monotonic()
                 self._spans.append(Span(name, now - float(match[1]), now))
 
     @property

@@ -15,7 +15,7 @@ from service.models import ModelSpec
 from service.records import BootRecord
 
 Snapshot = Literal["off", "cpu", "gpu"]
-DRAIN_S = 20.0  # of the 30 s that Modal gives a preempted container
+DRAIN_S = 15.0  # of the 30 s that Modal gives a preempted container
 WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore brings memory back page by page, at a GB/s or more
 _UNKNOWN_GB = 100.0
 

@@ -47,7 +47,12 @@ def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> 
     Raises:
         EngineError: The interpreter cannot be run.
     """
-    directory = Path(tempfile.mkdtemp(prefix="vllm-service-", dir=_short_directory()))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="vllm-service-", dir=_short_directory()))
+    except OSError as error:
+        raise EngineError(
+            f"The engine gets no directory for its temporary files: {error.strerror}. Free disk space, or set TMPDIR."
+        ) from error
     words_read, words_write = os.pipe()
     events_read, events_write = os.pipe()
     env = {**command.env, **variables, "ENGINE_PIPES": f"{words_read},{events_write}"}

@@ -21,6 +21,8 @@ for name in ("is_available", "device_count", "current_device", "get_device_capab
     setattr(torch.cuda, name, listen)
 for name in NEUTRAL:
     importlib.import_module(name)
+if "torch.utils.cpp_extension" in sys.modules:
+    asked.append("by torch.utils.cpp_extension, where torch is built for CUDA and a toolkit is installed")
 print(json.dumps({"asked": asked, "vllm": "vllm" in sys.modules, "imported": list(NEUTRAL)}))
 """
 

@@ -93,7 +93,7 @@ def test_replica_that_wakes_as_another_is_booted_cold(plan: Plan) -> None:
     try:
         replica.assert_booted_cold("token 1 is 9 instead of 1")
         assert "open" not in replica.events[: replica.events.index("started", 1)]
-        assert psutil.Process(replica.engine.pid).environ()["ENGINE_HOLD"] == ""
+        assert psutil.Process(replica.engine.pid).environ()["ENGINE_HOLD"] == "imported"
     finally:
         replica.stop()
 
@@ -144,7 +144,7 @@ def test_replica_booted_cold_and_dead_later_tells_it(plan: Plan) -> None:
 
 def test_replica_whose_cold_boot_fails_as_well_leaves_nothing(plan: Plan) -> None:
     """The second failure is the one that is raised; both engines are gone."""
-    script = {"different": True, "die_at": "building", "code": 5, "only": "", "grandchild": True}
+    script = {"different": True, "die_at": "building", "code": 5, "only": "imported", "grandchild": True}
     replica = asleep(plan, script=script)
     with pytest.raises(EngineError, match="code 5"):
         replica.start()
@@ -172,7 +172,7 @@ def test_replica_that_wakes_and_boots_too_slowly_ends_within_the_boots_time(plan
 
 def test_replica_that_wakes_in_the_moment_it_is_given_up_is_not_taken_for_ready(plan: Plan) -> None:
     """When the cold engine fails, too, that is an error of `start` and no death of an engine that served."""
-    replica = asleep(plan, wake_timeout_s=0.5, script={"die_at": "building", "code": 5, "only": ""})
+    replica = asleep(plan, wake_timeout_s=0.5, script={"die_at": "building", "code": 5, "only": "imported"})
 
     def see(event: str) -> None:
         if event == "ready":

@@ -152,18 +152,17 @@ def test_boot_whose_record_cannot_be_kept_is_ready(plan: Plan, tmp_path: Path) -
     assert [record.outcome for record in told] == ["ready"]
 
 
-def test_boot_without_a_snapshot_takes_its_caches_before_the_engine_and_copies_them_after(
-    cached: Plan, row: list[str]
-) -> None:
-    """Taken in with the weights, chosen before the spawn; handed on once it serves."""
+def test_boot_without_a_snapshot_takes_its_caches_in_while_the_engine_imports(cached: Plan, row: list[str]) -> None:
+    """Chosen before the spawn, there before the release; handed on once it serves, and at the end once more."""
     replica = Noting(cached, row)
     replica.prepare()
-    assert row == ["take_in"]
+    assert row == []
     replica.start()
     assert eventually(lambda: "persist" in row)
-    replica.stop(0)
+    replica.stop()
 
-    assert row == ["take_in", "choose", "take_in", "env", "release", "ready", "recorded ready", "copy_out", "persist"]
+    assert row[:4] == ["choose", "env", "take_in", "release"]
+    assert row[4:] == ["ready", "recorded ready", "copy_out", "persist", "copy_out"]
 
 
 def test_boot_from_a_cpu_snapshot_chooses_its_caches_before_the_release(cached: Plan, row: list[str]) -> None:
@@ -182,12 +181,23 @@ def test_boot_from_a_gpu_snapshot_copies_out_only_once_it_is_awake(cached: Plan,
     """A checkpoint that sees a volume's file open cannot be restored."""
     replica = Noting(scripted(cached, snapshot="gpu"), row)
     replica.prepare()
-    assert row == ["take_in", "choose", "take_in", "env", "asleep"]
+    assert row == ["choose", "take_in", "env", "asleep"]
     replica.start()
     assert eventually(lambda: "persist" in row)
     replica.stop(0)
 
-    assert row[5:] == ["release", "ready", "recorded ready", "copy_out", "persist"]
+    assert row[4:] == ["release", "ready", "recorded ready", "copy_out", "persist"]
+
+
+def test_boot_restored_from_a_gpu_snapshot_has_no_news_for_others(cached: Plan, row: list[str]) -> None:
+    """What its snapshot compiled, the replica that made it has handed on."""
+    replica = Noting(scripted(cached, snapshot="gpu"), row)
+    replica.prepare()
+    replica.start(restored=True)
+    assert eventually(lambda: "persist" in row)
+    replica.stop(0)
+
+    assert row[4:] == ["release", "ready", "recorded ready", "persist"]
 
 
 def test_boot_that_fails_hands_on_its_record_alone(cached: Plan, row: list[str]) -> None:

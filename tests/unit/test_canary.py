@@ -107,6 +107,7 @@ class Engine:
 
     def __init__(self, *tasks: str) -> None:
         self.tasks = tasks
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: 1024)
         self.asked: list[tuple[Any, Any]] = []
 
     async def get_supported_tasks(self) -> tuple[str, ...]:

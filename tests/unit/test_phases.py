@@ -118,7 +118,9 @@ def test_phases_of_the_service_stand_among_the_engines() -> None:
 def test_phases_read_what_vllm_says_of_its_own(line: str, name: str, seconds: float) -> None:
     """It says so when it has just ended."""
     phases = Phases()
+    phases.engine_begins()
     phases.read(line)
+    phases.read(line)  # each worker says it
     span = phases.spans()[0]
 
     assert span.name == name
@@ -132,7 +134,9 @@ def test_phases_read_what_vllm_says_of_its_own(line: str, name: str, seconds: fl
 def test_phases_read_nothing_else(line: str) -> None:
     """Every line of the log comes by here."""
     phases = Phases()
+    phases.engine_begins()
     phases.read(line)
+    phases.read(line)  # each worker says it
 
     assert phases.spans() == ()
 

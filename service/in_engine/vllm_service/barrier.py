@@ -16,6 +16,7 @@ import secrets
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from vllm_service import canary, control, drain, pulse, warmup
@@ -62,27 +63,45 @@ async def _come_to_release(link: control.Control, engine: Any, state: Any) -> No
     else:
         said = await canary.sing(engine, with_logprobs=False)
         link.tell("canary", tokens=said.tokens)
-        await asyncio.to_thread(link.wait_for_release)
+        await _release(link)
+
+
+async def _release(link: control.Control) -> None:
+    """Wait for the parent's word; in the loop, so that nothing keeps this process from ending."""
+    released, loop = asyncio.Event(), asyncio.get_running_loop()
+    link.when_released(lambda: loop.call_soon_threadsafe(released.set))
+    await released.wait()
 
 
 async def _sleep_and_wake(link: control.Control, engine: Any, state: Any) -> None:
-    """Warm up, sleep until the release, wake, and prove that it is the same engine."""
+    """Warm up, sleep until the release, wake, and prove that it is the same engine.
+
+    It is rehearsed first: an engine that cannot do that would boot cold at every restore.
+    """
     link.tell("warmed", failures=await warmup.warm_up(engine, state))
     before = await canary.sing(engine, with_logprobs=True)
+    await engine.sleep(level=1)
+    if different := canary.difference(before, await _wake(engine)):
+        raise RuntimeError(f"This engine does not wake as it fell asleep: {different}. Set SERVICE_SNAPSHOT=cpu.")
     link.tell("canary", tokens=before.tokens)
     await engine.sleep(level=1)
     gc.collect()
     gc.freeze()  # vLLM does both before it listens: 0.25 s that are better spent before a snapshot
     link.tell("asleep")
-    await asyncio.to_thread(link.wait_for_release)
-    await engine.wake_up()
-    await engine.reset_prefix_cache()
-    link.tell("awake")
-    after = await canary.sing(engine, with_logprobs=True)
+    await _release(link)
+    after = await _wake(engine, lambda: link.tell("awake"))
     different = canary.difference(before, after)
     link.tell("woken", tokens=after.tokens, different=different)
     if different:
         raise RuntimeError(f"The canary after waking is not the one before sleeping: {different}.")
+
+
+async def _wake(engine: Any, awake: Callable[[], None] = lambda: None) -> canary.Canary:
+    """Wake the engine and return what it says then."""
+    if await engine.wake_up() is False or await engine.reset_prefix_cache() is False:
+        raise RuntimeError("The engine woke in part: not all of its memory is back.")
+    awake()
+    return await canary.sing(engine, with_logprobs=True)
 
 
 async def _renew_randomness(engine: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 TOKENS = 8
 TOLERANCE = 0.1  # nats; a batch of one repeats to the bit on CPU, atomics in GPU kernels move it by hundredths
-_PROMPT = list(range(10, 42))  # any ids do: what matters is that the same go in each time
+PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Canary:
     logprobs: tuple[dict[int, float], ...] = ()
 
 
+def prompt(engine: Any) -> list[int]:
+    """Return ids that any vocabulary has for text: the first thousand may stand for images or the ends of things."""
+    start = min(1000, engine.model_config.get_vocab_size() // 2)
+    return list(range(start, start + PROMPT_TOKENS))
+
+
 async def sing(engine: Any, *, with_logprobs: bool) -> Canary:
     """Return what the engine says to the fixed prompt; an empty canary for models that do not generate.
 
@@ -40,7 +46,7 @@ async def sing(engine: Any, *, with_logprobs: bool) -> Canary:
 
     greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=2 if with_logprobs else None)
     said: Any = None
-    async for output in engine.generate({"prompt_token_ids": _PROMPT}, greedy, request_id="canary"):
+    async for output in engine.generate({"prompt_token_ids": prompt(engine)}, greedy, request_id="canary"):
         said = output.outputs[0]
     places = tuple({token: place.logprob for token, place in likeliest.items()} for likeliest in said.logprobs or ())
     return Canary(tuple(said.token_ids), places)

@@ -31,7 +31,8 @@ class Control:
     def __init__(self, words_fd: int, events_fd: int) -> None:
         self._words = os.fdopen(words_fd, "rb", buffering=0)
         self._events_fd = events_fd
-        self._released = threading.Event()
+        self._told = threading.Lock()
+        self._on_release: list[Callable[[], None]] = []
         self.release: Word = {}
         self.on_drain: Callable[[Word], None] = lambda _: None  # called on the thread
         threading.Thread(target=self._listen, name="vllm_service-control", daemon=True).start()
@@ -43,8 +44,18 @@ class Control:
 
     def wait_for_release(self) -> Word:
         """Block until the parent says `release` and return what it said."""
-        self._released.wait()
+        released = threading.Event()
+        self.when_released(released.set)
+        released.wait()
         return self.release
+
+    def when_released(self, call: Callable[[], None]) -> None:
+        """Have `call` called, on a thread, once the parent has said `release`; at once when it has already."""
+        with self._told:
+            if not self.release:
+                self._on_release.append(call)
+                return
+        call()
 
     def _listen(self) -> None:
         buffer = b""
@@ -59,8 +70,10 @@ class Control:
 
     def _take(self, word: Word) -> None:
         if word["word"] == "release":
-            self.release = word
-            self._released.set()
+            with self._told:
+                self.release, waiting = word, self._on_release
+            for call in waiting:
+                call()
         elif word["word"] == "drain":
             self.on_drain(word)
 

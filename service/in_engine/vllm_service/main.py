@@ -21,9 +21,10 @@ IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported 
 
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 
-# What vLLM imports of others. None of these asks torch for a GPU (a test listens); xgrammar does, while it is imported.
+# What vLLM imports of others. None of these asks torch for a GPU (a test listens). xgrammar does, while it is imported,
+# and torch.utils.cpp_extension, where torch is built for CUDA and a toolkit is installed.
 NEUTRAL = (
-    *("torch", "torch._inductor.lowering", "torch._inductor.compile_fx", "torch.utils.cpp_extension"),
+    *("torch", "torch._inductor.lowering", "torch._inductor.compile_fx"),
     *("transformers", "transformers.modeling_gguf_pytorch_utils", "transformers.models.auto.image_processing_auto"),
     *("tokenizers", "mistral_common.tokens.tokenizers.base", "compressed_tensors", "llguidance"),
     *(

@@ -1,8 +1,8 @@
 """The engine's pulse: told to the parent only while tokens come, or could. The parent ends an engine without one.
 
 An engine can hang with its port open and `/health` green. While requests run, the pulse is the progress of vLLM's own
-counters; while none do, it is one token generated now and then. It beats in the API server's own event loop, so a
-server that hangs has none either.
+counters; while none do, or none moves, it is one token that the engine is asked for. It beats in the API server's own
+event loop, so a server that hangs has none either. A model that does not generate is asked for nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm_service import canary
+
 LOOK_S = 5.0  # how often the counters are looked at, at least
 PROBE_S = 30.0  # how often an idle engine is asked for a token, at least
-_STEPS = "vllm:iteration_tokens_total_count"  # of a histogram with one observation per step of the engine
+_STEPS = "vllm:iteration_tokens_total_count"  # of a histogram: one observation per step that gave tokens
 
 
 def intervals(hang_s: float) -> tuple[float, float]:
@@ -24,18 +26,23 @@ def intervals(hang_s: float) -> tuple[float, float]:
 
 async def beat(engine: Any, tell: Callable[[], None], look_s: float = LOOK_S, probe_s: float = PROBE_S) -> None:
     """Tell a pulse for ever; the caller's `tell` hands it to the parent."""
-    steps, probed = -1.0, time.monotonic()
+    steps, proven = -1.0, time.monotonic()
+    probe: asyncio.Task[None] | None = None
     while True:
         await asyncio.sleep(look_s)
+        before, steps = steps, _steps()
         busy = engine.output_processor.has_unfinished_requests()
-        if busy and (now := _steps()) != steps:
-            steps, probed = now, time.monotonic()
-            tell()
-        elif not busy and time.monotonic() - probed < probe_s:
-            tell()
-        elif not busy:
-            await _probe(engine)
-            probed = time.monotonic()
+        if steps != before:
+            proven = time.monotonic()
+        elif probe is None and (busy or time.monotonic() - proven >= probe_s):
+            probe = asyncio.create_task(
+                _probe(engine)
+            )  # busy without a step that gave tokens: a long prompt, or a hang
+            await asyncio.wait([probe], timeout=look_s)
+        if probe and probe.done():
+            probe.exception()  # to be refused is to be answered
+            probe, proven = None, time.monotonic()
+        if probe is None or steps != before:
             tell()
 
 
@@ -54,5 +61,5 @@ async def _probe(engine: Any) -> None:
     from vllm import SamplingParams
 
     one = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-    async for _ in engine.generate({"prompt_token_ids": list(range(10, 18))}, one, request_id="probe"):
+    async for _ in engine.generate({"prompt_token_ids": canary.prompt(engine)}, one, request_id="probe"):
         pass
