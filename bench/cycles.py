@@ -143,17 +143,22 @@ def _traces() -> Iterator[list[str]]:
     """Give a list that has, after the block, what came and was not taken away: children, files."""
     left: list[str] = []
     usual = tempfile.tempdir
+    before = _children()
     with tempfile.TemporaryDirectory() as directory:
         tempfile.tempdir = directory  # others have files in the usual one
         try:
             yield left
             deadline = time.monotonic() + 5
-            while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+            while (children := _children() - before) and time.monotonic() < deadline:
                 time.sleep(0.05)
             left += [f"process {child.pid}" for child in children]
             left += [f"file {path}" for path in sorted(Path(directory).iterdir())]
         finally:
             tempfile.tempdir = usual
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def _port_left(replica: Replica) -> list[str]:
