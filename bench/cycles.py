@@ -26,6 +26,7 @@ from bench.processes import first_token, free_port
 from bench.report import Report
 from service import engine_env
 from service.boot import Replica
+from service.caches import Caches
 from service.engine import State
 from service.errors import EngineError
 from service.models import Registry
@@ -44,16 +45,19 @@ def main() -> int:
     print(f"seed {arguments.seed}")
     lives = Lives(random.Random(arguments.seed))  # noqa: S311 - no secret
     report = Report("cycles")
-    held = [lives.hold_and_release() for _ in range(arguments.holds)]
-    killed = [lives.kill_at_random() for _ in range(arguments.kills)]
+    held = [_shown(lives.hold_and_release()) for _ in range(arguments.holds)]
+    killed = [_shown(lives.kill_at_random()) for _ in range(arguments.kills)]
     report.add(f"{len(held)} holds and releases: not ready, or something left", _bad(held), 0)
     report.add(f"{len(killed)} kills at random: not reported, or something left", _bad(killed), 0)
     return report.finish()
 
 
+def _shown(life: Life) -> Life:
+    print("good" if life.good else "BAD", life, flush=True)
+    return life
+
+
 def _bad(lives: list[Life]) -> int:
-    for life in lives:
-        print(life)
     return sum(not life.good for life in lives)
 
 
@@ -84,7 +88,8 @@ class Lives:
         self._chance = chance
         env = engine_env.ensure(print)
         spec = Registry.load().specs["tiny"]
-        self._plan = Plan(spec, spec.key, env.device, env.python, os.environ)
+        caches = Caches(engine_env.compiled(), engine_env.versions(env.device), model=spec.key)
+        self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
     def hold_and_release(self) -> Life:
         """Bring an engine to its hold, let it wait, release it, take a token, end it."""
