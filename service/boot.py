@@ -29,7 +29,7 @@ from service.plan import Plan, Snapshot
 from service.readahead import Readahead
 from service.records import BootRecord
 
-_HOLDS: dict[Snapshot, Hold] = {"off": "", "cpu": "imported", "gpu": "asleep"}
+_HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint
 
 
 class Replica:

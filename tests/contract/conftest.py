@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import modal
 import psutil
 import pytest
 
@@ -65,6 +66,16 @@ def plane(tmp_path: Path, client_mount: Path) -> Iterator[ModalPlane]:
         yield plane
         assert plane.failures == []
         assert plane.unknown_calls == []
+
+
+def pool_of(plane: ModalPlane, model: str) -> Any:
+    """Return the pool of the deployed tier that serves `model`, by whichever of its names."""
+    return modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model=model)
+
+
+def tasks_of(plane: ModalPlane, model: str) -> list[Any]:
+    """Return the containers of that pool, oldest first."""
+    return [task for task in plane.tasks if task.parameters.get("model") == model]
 
 
 def engine_leader(task: Any) -> psutil.Process:

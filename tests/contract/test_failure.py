@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import modal
 import pytest
 
-from tests.contract.conftest import REPOSITORY, call, deploy, engine_leader
+from tests.contract.conftest import REPOSITORY, call, deploy, engine_leader, pool_of, tasks_of
 from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -75,43 +74,37 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
         assert plane.failures == []
 
 
-def _pool(plane: ModalPlane, model: str) -> Any:
-    return modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model=model)
-
-
-def _tasks(plane: ModalPlane, model: str) -> list[Any]:
-    return [task for task in plane.tasks if task.parameters.get("model") == model]
-
-
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
     """A pool of a model that nobody registered fails with the service's own sentence and starts no engine."""
     with pytest.raises(Exception, match="Did you mean 'tiny'"):
-        _pool(plane, "tini").complete.remote("/health")
-    plane.wait_until(lambda: _tasks(plane, "tini")[-1].state is TaskState.DEAD, 20, "the container's end")
-    assert not _tasks(plane, "tini")[-1].left_behind
+        pool_of(plane, "tini").complete.remote("/health")
+    plane.wait_until(lambda: tasks_of(plane, "tini")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert not tasks_of(plane, "tini")[-1].left_behind
 
 
 def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalPlane) -> None:
     """An engine that dies before it is ready fails the boot with the root line and leaves nothing running."""
     with pytest.raises(Exception, match=r"unrecognized arguments: --no-such-flag"):
-        _pool(plane, "bad-flag").complete.remote("/health")
-    plane.wait_until(lambda: _tasks(plane, "bad-flag")[-1].state is TaskState.DEAD, 20, "the container's end")
-    assert not _tasks(plane, "bad-flag")[-1].left_behind
+        pool_of(plane, "bad-flag").complete.remote("/health")
+    plane.wait_until(lambda: tasks_of(plane, "bad-flag")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert not tasks_of(plane, "bad-flag")[-1].left_behind
 
 
 def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
     """The first replica fetches the pinned revision into the volume and commits it; the next asks no hub."""
-    status, answer = _pool(plane, "from-hub").complete.remote("/v1/chat/completions", {"model": "me/tiny", **QUESTION})
+    status, answer = pool_of(plane, "from-hub").complete.remote(
+        "/v1/chat/completions", {"model": "me/tiny", **QUESTION}
+    )
     assert status == 200, answer
     assert "Paris" in answer["choices"][0]["message"]["content"]
     snapshot = f"hub/models--me--tiny/snapshots/{REVISION}/config.json"
     assert plane.volumes["huggingface-cache"].read(snapshot) == (TINY / "config.json").read_bytes()
 
     asked = len(hub.asked)
-    task = _tasks(plane, "from-hub")[-1]
+    task = tasks_of(plane, "from-hub")[-1]
     task.kill()
     plane.wait_until(lambda: task.state is TaskState.DEAD, 20, "the container's end")
-    assert _pool(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
+    assert pool_of(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
     assert len(hub.asked) == asked
 
 
@@ -121,25 +114,25 @@ def test_full_volume_ends_the_hook_with_both_figures(plane: ModalPlane) -> None:
     volume.capacity_bytes = 100_000
     try:
         with pytest.raises(Exception, match=r"me/tiny-too needs .* GB and .* has .* GB free"):
-            _pool(plane, "from-hub-too").complete.remote("/health")
+            pool_of(plane, "from-hub-too").complete.remote("/health")
     finally:
         volume.capacity_bytes = None
-    plane.wait_until(lambda: _tasks(plane, "from-hub-too")[-1].state is TaskState.DEAD, 20, "the container's end")
-    assert "(EngineCore" not in _tasks(plane, "from-hub-too")[-1].log
+    plane.wait_until(lambda: tasks_of(plane, "from-hub-too")[-1].state is TaskState.DEAD, 20, "the container's end")
+    assert "(EngineCore" not in tasks_of(plane, "from-hub-too")[-1].log
 
 
 def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
     """The container of a dead engine ends by itself, and the next request gets a fresh replica."""
-    pool = _pool(plane, "tiny")
+    pool = pool_of(plane, "tiny")
     assert pool.complete.remote("/health") == (200, {"status": "ok"})
-    first = _tasks(plane, "tiny")[-1]
+    first = tasks_of(plane, "tiny")[-1]
     engine_leader(first).send_signal(signal.SIGKILL)
     plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
     assert "SIGKILL" in first.log
     plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
     assert not first.left_behind
     assert pool.complete.remote("/health") == (200, {"status": "ok"})
-    assert _tasks(plane, "tiny")[-1] is not first
+    assert tasks_of(plane, "tiny")[-1] is not first
 
 
 def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -> None:
@@ -147,7 +140,7 @@ def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -
     token = plane.proxy_tokens.create()
     url = plane.url_of("vllm-l4", "Server", "serve")
     assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
-    task = next(task for task in _tasks(plane, "tiny") if task.is_live)
+    task = next(task for task in tasks_of(plane, "tiny") if task.is_live)
     parts = urlsplit(url)
     headers = {"Content-Type": "application/json", **token.headers}
     with contextlib.closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)) as connection:
@@ -167,10 +160,10 @@ def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -
 
 def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
     """SIGINT while the engine's program imports ends it at once, and the request is served by another replica."""
-    pool = _pool(plane, "TINY")
+    pool = pool_of(plane, "TINY")
     running = pool.complete.spawn("/health")
-    plane.wait_until(lambda: any(len(t.members()) > 1 for t in _tasks(plane, "TINY")), 30, "the engine's process")
-    first = _tasks(plane, "TINY")[0]
+    plane.wait_until(lambda: any(len(t.members()) > 1 for t in tasks_of(plane, "TINY")), 30, "the engine's process")
+    first = tasks_of(plane, "TINY")[0]
     assert first.state is TaskState.STARTING
     first.preempt(grace_s=10)
     plane.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
@@ -181,8 +174,8 @@ def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
 def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
     """A restore that fails costs a boot, not the request."""
     plane.snapshots.fail_next_restore()
-    assert _pool(plane, "llm").complete.remote("/health") == (200, {"status": "ok"})
-    first, second = _tasks(plane, "llm")
+    assert pool_of(plane, "llm").complete.remote("/health") == (200, {"status": "ok"})
+    first, second = tasks_of(plane, "llm")
     assert first.state is TaskState.DEAD
     assert not first.left_behind
     assert second.is_live
@@ -190,7 +183,7 @@ def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
 
 def test_cancelled_complete_stops_the_generation(plane: ModalPlane) -> None:
     """Cancelling a call closes its connection to the engine, which then runs no request."""
-    pool = _pool(plane, "llm")
+    pool = pool_of(plane, "llm")
     running = pool.complete.spawn("/v1/chat/completions", {"model": "llm", **COUNTING, "stream": False})
     plane.wait_until(lambda: _running(pool) == 1.0, 30, "the generation to run")
     running.cancel()

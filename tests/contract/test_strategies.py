@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import modal
 import psutil
 import pytest
 
 from service.records import BootRecord
-from tests.contract.conftest import call, deploy, engine_leader
+from tests.contract.conftest import call, deploy, engine_leader, pool_of, tasks_of
 from tests.contract.memory import overwrite
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -33,14 +32,6 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
         yield plane
         assert plane.failures == []
         assert plane.unknown_calls == []
-
-
-def _pool(plane: ModalPlane, model: str) -> Any:
-    return modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model=model)
-
-
-def _tasks(plane: ModalPlane, model: str) -> list[Any]:
-    return [task for task in plane.tasks if task.parameters.get("model") == model]
 
 
 def _record(task: Any) -> BootRecord:
@@ -72,9 +63,9 @@ def test_gpu_snapshot_holds_an_engine_that_sleeps_and_wakes_right(plane: ModalPl
         seen.append((task.log, listening))
 
     with _before_restore(plane, look):
-        _answers(_pool(plane, "tiny"))
+        _answers(pool_of(plane, "tiny"))
 
-    (task,) = _tasks(plane, "tiny")
+    (task,) = tasks_of(plane, "tiny")
     ((log, listening),) = seen
     assert "Loading weights took" in log, "the engine was built before the checkpoint"
     assert listening == []
@@ -97,9 +88,9 @@ def test_restore_with_wrong_memory_boots_cold_in_the_same_hook(plane: ModalPlane
         assert sum(overwrite(pid, tiny_norm, bytes(len(tiny_norm))) for pid in task.members()) > 0
 
     with _before_restore(plane, break_memory):
-        _answers(_pool(plane, "TINY"))
+        _answers(pool_of(plane, "TINY"))
 
-    (task,) = _tasks(plane, "TINY")
+    (task,) = tasks_of(plane, "TINY")
     record = _record(task)
     assert record.outcome == "cold"
     assert "The engine woke as another: in its canary " in str(record.reason)
@@ -110,9 +101,9 @@ def test_restore_with_wrong_memory_boots_cold_in_the_same_hook(plane: ModalPlane
 def test_restore_with_a_dead_engine_boots_cold_in_the_same_hook(plane: ModalPlane) -> None:
     """An engine that did not survive its sleep costs a boot, not the request."""
     with _before_restore(plane, lambda task: engine_leader(task).send_signal(signal.SIGKILL)):
-        _answers(_pool(plane, "llm"))
+        _answers(pool_of(plane, "llm"))
 
-    (task,) = _tasks(plane, "llm")
+    (task,) = tasks_of(plane, "llm")
     record = _record(task)
     assert record.outcome == "cold"
     assert "SIGKILL" in str(record.reason)
@@ -121,8 +112,8 @@ def test_restore_with_a_dead_engine_boots_cold_in_the_same_hook(plane: ModalPlan
 def test_restore_whose_gpu_memory_is_lost_boots_a_fresh_replica(plane: ModalPlane) -> None:
     """Modal ends such a container itself; the next one of the pool boots without the snapshot."""
     plane.snapshots.fail_next_gpu_restore()
-    _answers(_pool(plane, "Tiny"))
-    first, second = _tasks(plane, "Tiny")
+    _answers(pool_of(plane, "Tiny"))
+    first, second = tasks_of(plane, "Tiny")
     assert first.state is TaskState.DEAD
     assert not first.left_behind
     assert _record(second).outcome == "ready"
@@ -130,7 +121,7 @@ def test_restore_whose_gpu_memory_is_lost_boots_a_fresh_replica(plane: ModalPlan
 
 def test_preemption_of_a_sleeping_or_waking_engine_leaves_nothing(plane: ModalPlane) -> None:
     """SIGINT between checkpoint and readiness: both engine and container end within the grace, the next one serves."""
-    pool = _pool(plane, "tINY")
+    pool = pool_of(plane, "tINY")
     first: list[Any] = []
 
     def preempt(task: Any) -> None:
@@ -156,10 +147,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
 
 def test_preemption_of_a_loading_engine_leaves_nothing(plain: ModalPlane) -> None:
     """SIGINT while the engine comes up in `start`: it is ended at once, and another replica serves the request."""
-    pool = _pool(plain, "TINY")
+    pool = pool_of(plain, "TINY")
     running = pool.complete.spawn("/health")
-    plain.wait_until(lambda: any("(EngineCore" in t.log for t in _tasks(plain, "TINY")), 60, "the engine to load")
-    (first,) = _tasks(plain, "TINY")
+    plain.wait_until(lambda: any("(EngineCore" in t.log for t in tasks_of(plain, "TINY")), 60, "the engine to load")
+    (first,) = tasks_of(plain, "TINY")
     first.preempt(grace_s=10)
     plain.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
     assert not first.left_behind
@@ -169,9 +160,9 @@ def test_preemption_of_a_loading_engine_leaves_nothing(plain: ModalPlane) -> Non
 
 def test_engine_that_hangs_after_ready_is_replaced(plain: ModalPlane) -> None:
     """`/health` stays green while the engine gives no token: it is noticed without a request, and replaced."""
-    pool = _pool(plain, "tiny")
+    pool = pool_of(plain, "tiny")
     _answers(pool)
-    (first,) = _tasks(plain, "tiny")
+    (first,) = tasks_of(plain, "tiny")
     for core in engine_leader(first).children(recursive=True):
         core.suspend()
     token = plain.proxy_tokens.create()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,3 +47,12 @@ def eventually(true: Callable[[], bool], timeout_s: float = 5.0) -> bool:
 def open_files() -> int:
     """Count this process's open file descriptors."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def open_links() -> set[str]:
+    """Return what this process has open, such as `pipe:[4711]`: other tests' threads may close theirs meanwhile."""
+    links = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the directory that is being read, or closed since
+            links.add(str(path.readlink()))
+    return links
