@@ -1,0 +1,1 @@
+"""The public door: who may come in, which model is meant, and the bytes between client and engine."""
