@@ -113,8 +113,8 @@ class Replica:
         """Bring the engine to READY; on any failure nothing is left running.
 
         Args:
-            digests: SHA-256 of the keys that are accepted, by name; empty: no key is asked for. They come this late so
-                that no snapshot holds them.
+            digests: SHA-256 of the keys that are accepted, and whose they are; empty: no key is asked for. They come
+                this late so that no snapshot holds them.
             restored: An earlier replica prepared, and this one goes on from its snapshot.
 
         Raises:
@@ -193,7 +193,7 @@ class Replica:
         if not digests:
             return []
         self.own_key = secrets.token_urlsafe(32)
-        return [*digests.values(), hashlib.sha256(self.own_key.encode()).hexdigest()]
+        return [*digests, hashlib.sha256(self.own_key.encode()).hexdigest()]
 
     def _choose_machine(self) -> None:
         """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""

@@ -26,6 +26,7 @@ _CPU_MAX_MODEL_LEN = 8192
 _CPU_KV_CACHE_BYTES = 2 * 1024**3
 _CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
 _TINY_GB = 0.1
+_CPU_PROGRAM_BYTES = 2 * 1024**3  # vLLM and torch themselves: 1.1 GB at rest, measured, and what a request takes
 _ADAPTERS_AT_ONCE = 4  # in one batch: the GPU's memory is set aside for so many, and more take turns
 
 
@@ -84,6 +85,16 @@ def engine_command(
     return EngineCommand(tuple(argv), _environment(parent_env or {}, device, sleeps), host, port)
 
 
+def cpu_memory_bytes(spec: ModelSpec) -> int:
+    """Return how much memory an engine without a GPU takes; a model of unknown size counts as a small one."""
+    cache = _CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES
+    return int((spec.weights_gb or 2.0) * 1e9) + cache + _CPU_PROGRAM_BYTES
+
+
+def _is_tiny(spec: ModelSpec) -> bool:
+    return spec.weights_gb is not None and spec.weights_gb < _TINY_GB
+
+
 def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[str]:
     names = dict.fromkeys(spec.names)  # the first is the one that responses carry
     if spec.key == default_key:
@@ -140,10 +151,9 @@ def _parsers(spec: ModelSpec) -> list[str]:
 def _limits(spec: ModelSpec, device: str) -> list[str]:
     flags: list[str] = []
     if device == "cpu":
-        tiny = spec.weights_gb is not None and spec.weights_gb < _TINY_GB
         # -1: as long as the model allows and the cache holds
         flags += ["--max-model-len", str(min(spec.max_model_len, _CPU_MAX_MODEL_LEN) if spec.max_model_len else -1)]
-        flags += ["--kv-cache-memory-bytes", str(_CPU_TINY_KV_CACHE_BYTES if tiny else _CPU_KV_CACHE_BYTES)]
+        flags += ["--kv-cache-memory-bytes", str(_CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES)]
         flags += ["--max-num-seqs", "16", "--max-num-batched-tokens", "2048"]
     elif spec.max_model_len:
         flags += ["--max-model-len", str(spec.max_model_len)]

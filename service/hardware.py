@@ -156,25 +156,31 @@ def claim_port(port: int) -> Iterator[None]:
         yield
 
 
-def check_port(host: str, port: int) -> None:
-    """Refuse a port that somebody listens on.
+def bound_port(host: str, port: int) -> socket.socket:
+    """Return a socket that has a port and does not listen yet: nobody else can take it while things are prepared.
 
     Raises:
         PortInUseError: It is taken, or this user may not have it.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-                raise PortInUseError(
-                    f"Port {port} on {host} cannot be had: {error.strerror}. {_another(port)}"
-                ) from error
-            raise PortInUseError(
-                f"--host {host} is no address to listen on: {error.strerror}. Give one of this machine's, or none."
-            ) from error
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if error.errno in {errno.EADDRINUSE, errno.EACCES}:
+            raise PortInUseError(f"Port {port} on {host} cannot be had: {error.strerror}. {_another(port)}") from error
+        raise PortInUseError(
+            f"--host {host} is no address to listen on: {error.strerror}. Give one of this machine's, or none."
+        ) from error
+    return bound
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _another(port: int) -> str:

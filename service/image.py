@@ -1,11 +1,13 @@
-"""The container image: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU.
+"""The container images: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU; and, for
+what needs no engine, the light environment alone.
 
-The deployer's settings are its last layer: every variant sees them, and a changed setting rebuilds nothing else. A
+The deployer's settings are the last layer: every variant sees them, and a changed setting rebuilds nothing else. A
 models file of the user's and the lock file beside it are mounted, not built in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import modal
@@ -48,10 +50,24 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     transfer = fast_transfer(pinned("engine-cuda.lock", "huggingface-hub"))
     if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
         built = built.uv_pip_install("hf_transfer==0.1.9")
+    return carrying(built, settings, transfer)
+
+
+def light_image() -> modal.Image:
+    """Build the light environment from its lock: the engine is not in it, so that it is there in seconds."""
+    return modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(
+        requirements=[str(PINS / "light.lock")],
+        extra_options="--require-hashes --no-deps",
+        uv_version=pinned("light.lock", "uv"),
+    )
+
+
+def carrying(built: modal.Image, settings: Settings, environment: Mapping[str, str]) -> modal.Image:
+    """Add the settings, as the container is to read them, with further variables, and the user's models file."""
     if not settings.models_file:
-        return built.env({**transfer, **settings.to_env()})
+        return built.env({**environment, **settings.to_env()})
     carried = settings.model_copy(update={"models_file": f"~/{MODELS_FILE}"})
-    built = built.env({**transfer, **carried.to_env()})
+    built = built.env({**environment, **carried.to_env()})
     for local, remote in (
         (Path(settings.models_file).expanduser(), MODELS_FILE),
         (lock_file(settings.models_file), lock_file(MODELS_FILE).name),

@@ -12,24 +12,24 @@ _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 def digests(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return name -> digest (64 hexadecimal digits) of the keys in `API_KEY` and `API_KEYS`; empty when neither is set.
+    """Return digest (64 hexadecimal digits) -> name of the keys in `API_KEY` and `API_KEYS`; empty when none is set.
 
     `API_KEY` is one key, named `default`; `API_KEYS` is `name=key` pairs separated by commas. A key may be given as
-    `sha256:<hex>`.
+    `sha256:<hex>`. A name may stand several times: while keys are rotated the old and the new one are both its own.
 
     Raises:
-        UsageError: A pair lacks name or key, a name stands twice, a digest is cut. The sentence never holds a key.
+        UsageError: A pair lacks name or key, two names share a key, a digest is cut. The sentence never holds a key.
     """
     found: dict[str, str] = {}
     if key := environ.get("API_KEY", "").strip():
-        found["default"] = _digest("default", key)
+        found[_digest("default", key)] = "default"
     for position, pair in enumerate(filter(None, (part.strip() for part in environ.get("API_KEYS", "").split(","))), 1):
         name, separator, key = (part.strip() for part in pair.partition("="))
         if not (name and separator and key):
             raise UsageError(f"API_KEYS: pair {position} is not name=key. Write 'alice=<key>,bob=<key>'.")
-        if name in found:
-            raise UsageError(f"API_KEYS: the name '{name}' stands twice (API_KEY is 'default'). Give each key its own.")
-        found[name] = _digest(name, key)
+        owner = found.setdefault(_digest(name, key), name)
+        if owner != name:
+            raise UsageError(f"API_KEYS: '{owner}' and '{name}' have the same key. Give each a key of its own.")
     return found
 
 

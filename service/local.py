@@ -1,45 +1,38 @@
-"""The service on this machine: the same replica as on Modal, in the foreground, until Ctrl-C.
+"""The service on this machine: the gateway, and engines behind it, in the foreground, until Ctrl-C.
 
 Without keys it listens on loopback only and refuses any other address.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from service import engine_env, fetch, keys, records, revisions, weights
+from service import keys, records
 from service.boot import Replica
-from service.caches import Caches
-from service.errors import OpenDoorError, ServiceError, UnknownModelError
-from service.hardware import check_gpu_count, check_memory, check_port, claim_port, is_loopback, visible_gpus
-from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
-from service.plan import Plan
+from service.errors import EngineError, OpenDoorError
+from service.gateway.limits import Keyring, load_keyring
+from service.gateway.local_pool import Machine, digest, new_key
+from service.hardware import bound_port, claim_port, free_port, is_loopback
+from service.here import DRAIN_S, Here, Screen
+from service.models import ModelSpec
 from service.settings import Settings
 
-DEFAULT_MODEL = "qwen3-0.6b"
-OFFLINE_MODEL = "tiny"
-DRAIN_S = 6.0  # streams in flight may go on for so long after Ctrl-C; everything is gone in 10 s
+if TYPE_CHECKING:
+    from service.gateway.listen import Listener
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Screen(Protocol):
-    """Where the run shows itself; `cli.py` has the one for terminals."""
-
-    def say(self, text: str) -> None:
-        """Show a sentence that stays."""
-
-    def phase(self, text: str) -> None:
-        """Show what is being waited for."""
-
-    def engine_line(self, line: str) -> None:
-        """Take a line of the engine's output."""
+_LISTEN = "service.gateway.listen"  # half a second of imports, which are done while the engine does its own
 
 
 @dataclass(frozen=True)
@@ -50,26 +43,6 @@ class Ready:
     base_url: str
     seconds: float
     asks_for_key: bool
-
-
-def choose_model(name: str | None, registry: Registry, say: Callable[[str], None]) -> ModelSpec:
-    """Return the model to serve: the named one, or the default one that this machine can get.
-
-    Raises:
-        UnknownModelError: The name is in no registry and is neither a hub id nor a model directory.
-    """
-    if name:
-        try:
-            return registry.find(name, DEFAULT_MODEL).spec
-        except UnknownModelError:
-            if not looks_like_a_source(name):
-                raise
-            return unregistered(name)
-    spec = registry.find(DEFAULT_MODEL).spec
-    if weights.find(spec) or fetch.hub_in_reach():
-        return spec
-    say(f"No model hub is in reach, so this serves the built-in '{OFFLINE_MODEL}' model, which knows a few dialogues.")
-    return registry.find(OFFLINE_MODEL).spec
 
 
 def serve(
@@ -83,103 +56,121 @@ def serve(
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, which drain; a second one ends at once. Blocks.
 
+    The model that is named is up before the door opens, and its engine's death ends the service. Every other model of
+    the registry starts with its first request.
+
     Raises:
         ServiceError: Something was refused before the engine began, or the engine died.
         KeyboardInterrupt: The signal came before it was ready.
     """
     digests = keys.digests(environ)
-    _check_door(host, settings.port, bool(digests))
-    with _signals_interrupt(), claim_port(settings.port):
-        plan = _plan(model, settings, host, screen, environ)
-        _run(plan, digests, screen, on_ready)
+    _check_door(host, bool(digests))
+    with _signals_interrupt(), bound_port(host, settings.port) as address, claim_port(settings.port):
+        here = Here(settings, screen, environ)
+        spec = here.choose(model)
+        run = _Run(here, spec, load_keyring(environ, digests, here.registry))
+        ready = Ready(spec, _base_url(host, settings.port), 0.0, asks_for_key=bool(digests))
+        run.serve(address, lambda seconds: on_ready(replace(ready, seconds=seconds)))
 
 
 def log_file(port: int) -> Path:
-    """Return where the engine's output of a run on this port is kept, until the next run."""
+    """Return where the engines' output of a run on this port is kept, until the next run."""
     return records.state_directory() / f"engine-{port}.log"
 
 
-def _plan(model: str | None, settings: Settings, host: str, screen: Screen, environ: Mapping[str, str]) -> Plan:
-    """Refuse what cannot work here, and only then build what is missing."""
-    registry = revisions.registry(settings.models_file)
-    spec = choose_model(model, registry, screen.say)
-    gpus = visible_gpus()
-    n_gpu = settings.n_gpu or (spec.n_gpu if gpus else 1)
-    if gpus or n_gpu > 1:
-        check_gpu_count(n_gpu, spec.key)
-    else:
-        check_memory(spec.weights_gb, spec.key)
-    lock_file = revisions.lock_file(settings.models_file) if spec.key in registry.specs else None
-    spec = revisions.settle(spec, revisions.asking(fetch.hub_token(environ)), revisions.noting(lock_file, screen.say))
-    screen.phase("environment")  # nothing is refused from here on: now things are made
-    env = engine_env.ensure(screen.say, "cuda" if gpus else "cpu")
-    versions = engine_env.versions(env.device)
-    return Plan(
-        spec=spec,
-        default_key=spec.key,
-        device=env.device,
-        python=env.python,
-        parent_env=environ,
-        fast_boot=settings.fast_boot is not False,
-        n_gpu=n_gpu,
-        host=host,
-        port=settings.port,
-        startup_timeout_s=settings.startup_timeout_s,
-        drain_s=DRAIN_S,
-        hang_s=settings.hang_s,
-        hub_token=fetch.hub_token(environ),
-        versions=versions,
-        caches=Caches(engine_env.compiled(), versions, model=spec.key, say=screen.say),
-        records=records.local_directory(),
-    )
+def access_file(port: int) -> Path:
+    """Return where a run on this port keeps one JSON line a request, until the next run."""
+    return records.state_directory() / f"access-{port}.log"
 
 
-def _check_door(host: str, port: int, has_keys: bool) -> None:
+class _Run:
+    """The model that was asked for, and the door in front of it and all others."""
+
+    def __init__(self, here: Here, spec: ModelSpec, keyring: Keyring) -> None:
+        self._here, self._spec, self._keyring = here, spec, keyring
+        self._death: EngineError | None = None
+        self._listener: Listener | None = None
+
+    def serve(self, address: socket.socket, on_open: Callable[[float], None]) -> None:
+        """Boot the engine, open the door, and stay until the end."""
+        here, screen = self._here, self._here.screen
+        port, key = free_port(), new_key()
+        gpus = tuple(range(here.n_gpu(self._spec))) if here.gpus else ()
+        plan = here.plan(self._spec, port, gpus)
+        replica = Replica(plan, say=screen.say, on_line=screen.engine_line, on_event=screen.phase, on_death=self._died)
+        try:
+            screen.phase("weights")
+            replica.prepare()
+            screen.phase("spawned")
+            threading.Thread(target=import_module, args=(_LISTEN,), name="imports", daemon=True).start()
+            replica.start({digest(key): "gateway"})
+            machine = here.machine()
+            machine.pool(self._spec).adopt(replica, port, key, gpus)
+            self._listen(machine, address, plan.python, lambda: on_open(replica.ready_after_s or 0.0))
+        finally:
+            replica.stop(0)
+        if self._death:
+            raise self._death
+
+    def _listen(self, machine: Machine, address: socket.socket, python: str, on_open: Callable[[], None]) -> None:
+        from service.gateway import listen  # noqa: PLC0415 - by now it is imported, while the engine did its own
+
+        here = self._here
+        with _lines(access_file(here.settings.port)) as access:
+            door = listen.door(
+                here.registry,
+                self._spec,
+                machine,
+                self._keyring,
+                python=python,
+                settings=here.settings,
+                access=access,
+            )
+            self._listener = listen.Listener(
+                door,
+                address,
+                machine,
+                drain_s=DRAIN_S,
+                on_open=on_open,
+                on_drain=lambda: here.screen.phase("draining"),
+            )
+            if not self._death:
+                self._listener.run(_SIGNALS)
+
+    def _died(self, error: EngineError) -> None:
+        self._death = error
+        if self._listener:
+            self._listener.end()
+
+
+def _base_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def _check_door(host: str, has_keys: bool) -> None:
     if not has_keys and not is_loopback(host):
         raise OpenDoorError(
             f"Without keys this serves on loopback only, and '{host}' is reachable from elsewhere. "
             "Set API_KEY=<key> or API_KEYS=name=<key>, or leave --host out."
         )
-    check_port(host, port)
 
 
-def _run(plan: Plan, digests: Mapping[str, str], screen: Screen, on_ready: Callable[[Ready], None]) -> None:
-    ended = threading.Event()
-    death: list[ServiceError] = []
+@contextmanager
+def _lines(file: Path) -> Iterator[Callable[[str], None]]:
+    """Return what writes lines to a file; a full disk keeps nobody from being served."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(file.open("w", buffering=1))
+        except OSError:
+            yield lambda _: None
+            return
 
-    def on_death(error: ServiceError) -> None:
-        death.append(error)
-        ended.set()
+        def write(line: str) -> None:
+            with contextlib.suppress(OSError):
+                output.write(line + "\n")
 
-    replica = Replica(plan, say=screen.say, on_line=screen.engine_line, on_event=screen.phase, on_death=on_death)
-    try:
-        screen.phase("weights")
-        replica.prepare()
-        screen.phase("spawned")
-        replica.start(digests)
-        on_ready(_ready(plan, replica, bool(digests)))
-        ended.wait()
-    except KeyboardInterrupt:
-        if replica.ready_after_s is None:
-            raise
-        _drain(replica, screen)
-    finally:
-        replica.stop(0)
-    if death:
-        raise death[0]
-
-
-def _drain(replica: Replica, screen: Screen) -> None:
-    screen.phase("draining")
-    try:
-        replica.stop()
-    except KeyboardInterrupt:  # asked a second time
-        replica.stop(0)
-
-
-def _ready(plan: Plan, replica: Replica, asks_for_key: bool) -> Ready:
-    host = f"[{plan.host}]" if ":" in plan.host else plan.host
-    return Ready(plan.spec, f"http://{host}:{plan.port}/v1", replica.ready_after_s or 0.0, asks_for_key)
+        yield write
 
 
 class _signals_interrupt:  # noqa: N801 - a context manager, used like a function

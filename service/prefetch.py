@@ -13,10 +13,10 @@ from typing import Any
 import modal
 
 from service.dict_lock import DictLock
-from service.engine_env import PINS, pinned
+from service.engine_env import pinned
 from service.errors import ServiceError
 from service.fetch import hub_token
-from service.image import PYTHON, fast_transfer
+from service.image import fast_transfer, light_image
 from service.stocking import Order, Word, stock
 from service.volumes import HUB_CACHE, volumes
 
@@ -34,7 +34,7 @@ def application(secret: str | None) -> tuple[modal.App, Any]:
     """
     app = modal.App(APP)
     wrapped = app.function(
-        image=_image(),
+        image=light_image().env(fast_transfer(pinned("light.lock", "huggingface-hub"))),
         volumes={HUB_CACHE: volumes()[HUB_CACHE]},
         secrets=[modal.Secret.from_name(secret, required_keys=["HF_TOKEN"])] if secret else [],
         cpu=CPU,
@@ -67,17 +67,4 @@ def fleet_lock(volume: modal.Volume) -> DictLock:
         lambda: modal.Dict.from_name(LOCKS, create_if_missing=True),
         on_held=volume.reload,
         before_release=volume.commit,
-    )
-
-
-def _image() -> modal.Image:
-    """Build the light environment from its lock: the engine is not in it, so that it is there in seconds."""
-    return (
-        modal.Image.debian_slim(python_version=PYTHON)
-        .uv_pip_install(
-            requirements=[str(PINS / "light.lock")],
-            extra_options="--require-hashes --no-deps",
-            uv_version=pinned("light.lock", "uv"),
-        )
-        .env(fast_transfer(pinned("light.lock", "huggingface-hub")))
     )

@@ -87,7 +87,7 @@ def test_replica_with_keys_makes_one_for_itself(plan: Plan) -> None:
     lines: list[str] = []
     replica = Replica(plan, on_line=lines.append)
     replica.prepare()
-    replica.start({"alice": "ab" * 32})
+    replica.start({"ab" * 32: "alice"})
     replica.stop()
 
     assert replica.own_key is not None

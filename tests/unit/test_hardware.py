@@ -166,8 +166,8 @@ def test_loopback_is_what_only_this_machine_reaches(host: str, is_loopback: bool
 
 def test_port_that_is_free_is_accepted(port: int) -> None:
     """And it is free afterwards."""
-    hardware.check_port("127.0.0.1", port)
-    hardware.check_port("0.0.0.0", port)
+    hardware.bound_port("127.0.0.1", port).close()
+    hardware.bound_port("0.0.0.0", port).close()
 
 
 @pytest.mark.parametrize("taken_on", ["127.0.0.1", "0.0.0.0"])
@@ -178,7 +178,7 @@ def test_port_in_use_is_refused_with_another(port: int, taken_on: str, wanted_on
         socket.create_server((taken_on, port)),
         pytest.raises(PortInUseError, match=rf"Port {port} on .*in use.*SERVICE_PORT={port + 1}\."),
     ):
-        hardware.check_port(wanted_on, port)
+        hardware.bound_port(wanted_on, port).close()
 
 
 def test_port_that_was_just_closed_is_accepted(port: int) -> None:
@@ -188,10 +188,10 @@ def test_port_that_was_just_closed_is_accepted(port: int) -> None:
         accepted.close()
         assert client.recv(1) == b""
 
-    hardware.check_port("127.0.0.1", port)
+    hardware.bound_port("127.0.0.1", port).close()
 
 
 def test_port_on_an_address_that_is_not_ours_is_refused(port: int) -> None:
     """The reason is the system's own."""
     with pytest.raises(PortInUseError, match=r"192\.0\.2\.1"):
-        hardware.check_port("192.0.2.1", port)
+        hardware.bound_port("192.0.2.1", port).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import PortInUseError, UnsupportedPlatformError
-from service.hardware import check_driver, check_port, claim_port
+from service.hardware import bound_port, check_driver, claim_port
 
 
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -41,7 +41,7 @@ def test_driver_too_old_is_refused_with_both_ways_out(tmp_path: Path, monkeypatc
 def test_port_claimed_by_another_start_is_refused(port: int) -> None:
     """A second start is refused while the first is on its way, though nobody listens yet; another port is free."""
     with claim_port(port):
-        check_port("127.0.0.1", port)
+        bound_port("127.0.0.1", port).close()
         with pytest.raises(PortInUseError, match=f"Port {port} is claimed by another vllm-service"), claim_port(port):
             pytest.fail("two claims at once")
         with claim_port(port + 1):

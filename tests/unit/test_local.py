@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service import engine_env, fetch, local, weights
+from service import engine_env, fetch, here, local, weights
 from service.errors import (
     EngineError,
     GpuCountError,
@@ -84,7 +84,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
     hub(monkeypatch, in_reach=in_reach, cached=cached)
     said: list[str] = []
 
-    assert local.choose_model(None, REGISTRY, said.append).key == key
+    assert here.choose_model(None, REGISTRY, said.append).key == key
     assert len(said) == lines
     assert all("No model hub is in reach" in line and "'tiny'" in line for line in said)
 
@@ -98,20 +98,20 @@ def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.Mon
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
     monkeypatch.setattr(fetch, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
 
-    assert local.choose_model(name, REGISTRY, lambda _: None).key == key
+    assert here.choose_model(name, REGISTRY, lambda _: None).key == key
 
 
 def test_model_named_by_a_directory_is_that_directory(tmp_path: Path) -> None:
     """A model of one's own, wherever it lies."""
     (tmp_path / "config.json").write_text("{}")
 
-    assert local.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
+    assert here.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
 
 
 def test_model_unknown_is_refused_with_the_nearest() -> None:
     """A mistyped key is not taken for a hub id."""
     with pytest.raises(UnknownModelError, match="Did you mean 'qwen3-8b'"):
-        local.choose_model("qwen3-8", REGISTRY, lambda _: None)
+        here.choose_model("qwen3-8", REGISTRY, lambda _: None)
 
 
 def refuse(kind: type[ServiceError], screen: Screen, match: str, **options: object) -> None:

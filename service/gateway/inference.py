@@ -1,0 +1,153 @@
+"""A request for a model: its body is read, its model found, its limits counted; then it is relayed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import parse_qs
+
+import aiohttp
+
+from service.gateway import bodies
+from service.gateway.bodies import Asked
+from service.gateway.directory import Directory, Target
+from service.gateway.grammars import Grammars
+from service.gateway.limits import Client
+from service.gateway.metrics import Account
+from service.gateway.openai import Refusal
+from service.gateway.relay import HEARTBEAT_S, Message, Order, Receive, Relay, Send
+from service.gateway.routes import MIB, STREAMING, body_limit
+
+_TUNED: dict[str, str | float] = {"temperature": 0.3, "tool_choice": "auto"}  # what `-local` stands for
+
+
+class Inference:
+    """All routes that reach an engine.
+
+    Args:
+        directory: Which pool a name stands for.
+        grammars: Compiles what an output is to be like.
+        hold_s: How long a request that is no stream waits for a pool.
+        heartbeat_s: Seconds between the comments of a waiting stream.
+    """
+
+    def __init__(
+        self, directory: Directory, grammars: Grammars, hold_s: float, heartbeat_s: float = HEARTBEAT_S
+    ) -> None:
+        self._directory, self._grammars = directory, grammars
+        self._hold_s, self._heartbeat_s = hold_s, heartbeat_s
+        self.http: aiohttp.ClientSession | None = None
+
+    async def serve(self, scope: Message, receive: Receive, send: Send, client: Client, account: Account) -> None:
+        """Answer one request.
+
+        Raises:
+            Refusal: Nothing has been sent yet, and the client is to have this answer.
+            ConnectionError: The answer broke off; the client's connection must end.
+        """
+        with client.request():
+            body = await _body(scope, receive, account)
+            async with _while_client_stays(receive, account):
+                target, order = await self._order(scope, body, client, account)
+                del body
+                assert self.http is not None  # noqa: S101 - the lifespan has begun
+                relay = Relay(
+                    self.http,
+                    target.pool,
+                    order,
+                    account,
+                    send,
+                    hold_s=self._hold_s,
+                    heartbeat_s=self._heartbeat_s,
+                )
+                await relay.run()
+
+    async def _order(
+        self, scope: Message, body: bytes | bytearray, client: Client, account: Account
+    ) -> tuple[Target, Order]:
+        path, query = scope["path"], scope["query_string"].decode("latin-1")
+        asked = bodies.read(body) if scope["method"] == "POST" and body else None
+        target = self._directory.find(asked.model if asked else _model_of(query))
+        account.model, account.pool = target.pool.spec.key, target.pool.place
+        client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
+        order = Order(scope["method"], path, query, scope["headers"], body, b"", streams=False)
+        if asked:
+            await self._grammars.check(asked)
+            order.streams = account.stream = bool(asked.stream) and path in STREAMING
+            if changes := _changes(asked, target):
+                order.body, order.suffix = bodies.rewritten(body, changes)
+        return target, order
+
+
+def _changes(asked: Asked, target: Target) -> dict[str, str | float]:
+    changes: dict[str, str | float] = {} if target.known else {"model": target.name}
+    if target.tuned and asked.has_tools:
+        changes |= {name: value for name, value in _TUNED.items() if not asked.sets(name)}
+    return changes
+
+
+def _model_of(query: str) -> str | None:
+    return next(iter(parse_qs(query).get("model", ())), None)
+
+
+async def _body(scope: Message, receive: Receive, account: Account) -> bytes | bytearray:
+    """Read a body of a bounded size, into one buffer."""
+    limit = body_limit(scope["path"])
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    length = int(declared) if declared.isdigit() else limit + 1
+    if length > limit:
+        raise _too_large(limit)
+    message = await receive()
+    body: bytes | bytearray = message.get("body", b"")
+    if message.get("more_body"):
+        body, size = bytearray(body), len(body)
+        body.extend(bytes(max(0, length - size)))  # at once: a buffer that grows is copied again and again
+        while message.get("more_body"):
+            message = await receive()
+            chunk = message.get("body", b"")
+            if size + len(chunk) > limit:
+                raise _too_large(limit)
+            body[size : size + len(chunk)] = chunk
+            size += len(chunk)
+        del body[size:]
+    if message["type"] == "http.disconnect":
+        account.left = True
+        raise Refusal(499, "The client left before its body was here.", code="client_left")
+    account.bytes_in = len(body)
+    return body
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"The body is over the limit of {limit // MIB} MiB for this route.", code="body_too_large")
+
+
+@asynccontextmanager
+async def _while_client_stays(receive: Receive, account: Account) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client leaves; it is over then, without an error."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a coroutine of a server runs in one
+    watching = asyncio.ensure_future(_disconnected(receive))
+
+    def leave(_: asyncio.Future[Any]) -> None:
+        if not watching.cancelled():
+            account.left = True
+            task.cancel()
+
+    watching.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not account.left:
+            raise
+        task.uncancel()
+        account.status = account.status or 499
+    finally:
+        watching.remove_done_callback(leave)
+        watching.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,144 @@
+"""The door on this machine: a server in the foreground, and how it ends. Imports what takes half a second to import."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from service.gateway.app import Door, gateway
+from service.gateway.directory import Directory
+from service.gateway.grammars import Grammars
+from service.gateway.limits import Keyring
+from service.gateway.local_pool import Machine
+from service.models import ModelSpec, Registry
+from service.settings import Settings
+
+_GRACE_MARGIN_S = 2  # what the door takes to pass on the ends of the engines' streams
+_BACKLOG = 2048
+
+
+def door(
+    registry: Registry,
+    first: ModelSpec,
+    machine: Machine,
+    keyring: Keyring,
+    *,
+    python: str,
+    settings: Settings,
+    access: Callable[[str], None],
+) -> Door:
+    """Return the door to this machine's engines.
+
+    Args:
+        registry: The models.
+        first: What `llm` stands for.
+        machine: The engines.
+        keyring: Who may come in.
+        python: Interpreter of the environment that has the engine's libraries.
+        settings: How long requests are held.
+        access: Takes one JSON line a request.
+    """
+    directory = Directory(registry, first.key, machine.pool)
+    return gateway(directory, keyring, hold_s=settings.hold_s, grammars=Grammars(python), access=access)
+
+
+class Listener:
+    """Serves until it is told to end.
+
+    Args:
+        door: The application.
+        address: A socket that is bound, and that nobody listens on yet.
+        machine: The engines behind the door.
+        drain_s: How long an engine's streams may go on at the end.
+        on_open: Called when the door takes requests.
+        on_drain: Called when the end begins.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        address: socket.socket,
+        machine: Machine,
+        *,
+        drain_s: float,
+        on_open: Callable[[], None],
+        on_drain: Callable[[], None],
+    ) -> None:
+        config = uvicorn.Config(
+            door,
+            http="httptools",
+            lifespan="on",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=round(drain_s) + _GRACE_MARGIN_S,
+        )
+        self._server = _Server(config, on_open)
+        self._address, self._machine, self._on_drain = address, machine, on_drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    def run(self, signals: tuple[signal.Signals, ...]) -> None:
+        """Serve; the first of the signals drains, the second ends everything at once. Blocks; in the main thread."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve(signals))
+
+    def end(self) -> None:
+        """Give up at once, from any thread: an engine that all depends on is dead."""
+        if self._loop:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._end, 0.0)
+
+    async def _serve(self, signals: tuple[signal.Signals, ...]) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        for number in signals:
+            loop.add_signal_handler(number, self._signalled)
+        self._machine.begin()
+        try:
+            await self._server.serve([self._address])
+        finally:
+            await (self._ending or self._machine.close(0))
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _signalled(self) -> None:
+        if not self._ending:
+            self._on_drain()
+            self._end(None)
+        else:
+            self._server.force_exit = True
+            self._machine.kill()
+
+    def _end(self, grace_s: float | None) -> None:
+        self._server.should_exit = True
+        self._ending = self._ending or asyncio.ensure_future(self._machine.close(grace_s))
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to its owner, and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_open: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_open = on_open
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._on_open()

@@ -1,0 +1,258 @@
+"""Pools on this machine: an engine starts with its model's first request, ends when idle, and makes room for others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+from service.errors import EngineError, ServiceError
+from service.gateway.pools import Address, Pool, State, WakeError
+from service.gpus import Gpu
+from service.hardware import free_port
+from service.models import ModelSpec
+
+PLACE = "this machine"
+_POLL_S = 0.05
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What a pool needs of a `service.boot.Replica`. All block."""
+
+    def prepare(self) -> None:
+        """Fetch the weights."""
+
+    def start(self, digests: Mapping[str, str]) -> None:
+        """Bring the engine to readiness."""
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """End it, at whatever point it is."""
+
+
+Make = Callable[[ModelSpec, int, tuple[int, ...], Callable[[EngineError], None]], Engine]
+
+
+class Machine:
+    """The engines that run here.
+
+    Args:
+        fetch: Fetches a model's weights where they are not here yet; blocks.
+        make: Returns an engine for a model, a port, GPUs, and what is to be told of its death; blocks.
+        free_memory: Returns bytes that may be used.
+        needs_memory: Returns bytes that a model's engine takes.
+        gpus: Numbers of the GPUs; none: engines run on the processor.
+        n_gpu: Returns how many of them a model takes.
+        idle_s: How long an engine without requests goes on.
+        say: Called with a sentence for people.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[ModelSpec], object],
+        make: Make,
+        *,
+        free_memory: Callable[[], int],
+        needs_memory: Callable[[ModelSpec], int],
+        gpus: tuple[int, ...] = (),
+        n_gpu: Callable[[ModelSpec], int] = lambda _: 1,
+        idle_s: float = 900.0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.fetch, self.make, self.say = fetch, make, say
+        self._free_memory, self._needs_memory = free_memory, needs_memory
+        self._gpus, self._n_gpu, self._idle_s = gpus, n_gpu, idle_s
+        self._pools: dict[str, LocalPool] = {}
+        self.starting = asyncio.Lock()  # one at a time: each takes the room that it was promised
+        self._retiring: asyncio.Task[None] | None = None
+        self._ending: list[Engine] = []
+
+    def pool(self, spec: ModelSpec, gpu: Gpu | None = None) -> LocalPool:
+        """Return the pool of a model; whatever GPU is asked for, it is this machine's."""
+        del gpu
+        if (pool := self._pools.get(spec.key)) is None:
+            pool = self._pools[spec.key] = LocalPool(spec, self)
+        return pool
+
+    @property
+    def live(self) -> list[LocalPool]:
+        """The pools that have an engine, least recently used first."""
+        return sorted((pool for pool in self._pools.values() if pool.engine), key=lambda pool: pool.used_at)
+
+    async def make_room(self, pool: LocalPool) -> tuple[int, ...]:
+        """End idle engines, least recently used first, until this one fits; return the GPUs that it gets.
+
+        Where all are busy it waits for one of them. An engine that nothing stands in the way of may always try.
+        """
+        while True:
+            others = [other for other in self.live if other is not pool]
+            gpus = self._free_gpus(pool.spec, others)
+            fits = gpus is not None if self._gpus else self._free_memory() >= self._needs_memory(pool.spec)
+            if fits or not others:
+                return gpus or ()
+            if idle := [other for other in others if not other.in_use]:
+                self.say(f"{idle[0].spec.key} is stopped to make room for {pool.spec.key}.")
+                await idle[0].stop()
+            else:
+                await asyncio.sleep(_POLL_S)
+
+    def _free_gpus(self, spec: ModelSpec, others: list[LocalPool]) -> tuple[int, ...] | None:
+        taken = {gpu for other in others for gpu in other.gpus}
+        free = [gpu for gpu in self._gpus if gpu not in taken]
+        return tuple(free[: self._n_gpu(spec)]) if len(free) >= self._n_gpu(spec) else None
+
+    def begin(self) -> None:
+        """Begin to end engines that are idle; needs a running loop."""
+        self._retiring = asyncio.create_task(self._retire(), name="retire idle engines")
+
+    async def _retire(self) -> None:
+        while True:
+            due = [pool for pool in self.live if not pool.in_use and pool.idle_s >= self._idle_s]
+            for pool in due:
+                self.say(
+                    f"{pool.spec.key} is stopped after {pool.idle_s:.0f} s without a request; the next one wakes it."
+                )
+                await pool.stop()
+            await asyncio.sleep(min(1.0, self._idle_s / 4))
+
+    async def close(self, grace_s: float | None = None) -> None:
+        """End all engines, ready or starting, with the same grace; nothing starts any more."""
+        if self._retiring:
+            self._retiring.cancel()
+        self._ending = [pool.engine for pool in self.live if pool.engine]
+        stops = [pool.stop(grace_s) for pool in self.live]
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()), *stops)
+
+    def kill(self) -> None:
+        """End at once what `close` is waiting for."""
+        for engine in self._ending:
+            threading.Thread(target=engine.stop, args=(0,), name="gateway-kill", daemon=True).start()
+
+
+class LocalPool(Pool):
+    """One engine at most, on a port and with a key of its own.
+
+    Args:
+        spec: The model.
+        machine: What it shares with the others.
+
+    Attributes:
+        engine: Its engine, ready or on its way.
+        gpus: Numbers of the GPUs that the engine has.
+    """
+
+    def __init__(self, spec: ModelSpec, machine: Machine) -> None:
+        super().__init__(spec, PLACE)
+        self._machine = machine
+        self.engine: Engine | None = None
+        self._address: Address | None = None
+        self._stopping = asyncio.Event()
+        self._stopping.set()
+        self.gpus: tuple[int, ...] = ()
+
+    @property
+    def idle_s(self) -> float:
+        """How long it has had no request; 0 while it starts."""
+        return time.monotonic() - self.used_at if self._address and not self.in_use else 0.0
+
+    def address(self) -> Address | None:
+        """Return where its engine listens."""
+        return self._address
+
+    def adopt(self, engine: Engine, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
+        """Take an engine that is ready already."""
+        self.engine, self._address, self.gpus = engine, _address(port, key), gpus
+        self.used_at = time.monotonic()
+
+    async def wake(self) -> Address:
+        """Fetch the weights, make room, start the engine."""
+        await self._stopping.wait()
+        port, key = free_port(), new_key()
+        loop = asyncio.get_running_loop()
+
+        def died(error: EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._died, engine, error)
+
+        try:
+            await in_thread(lambda: self._machine.fetch(self.spec))
+            async with self._machine.starting:
+                self.gpus = await self._machine.make_room(self)
+                engine = await in_thread(lambda: self._machine.make(self.spec, port, self.gpus, died))
+                self.engine = engine
+                await in_thread(engine.prepare)
+                await in_thread(lambda: engine.start({digest(key): "gateway"}))
+        except ServiceError as error:
+            self.engine = None
+            self._machine.say(f"{self.spec.key} did not start: {error}")
+            raise WakeError(str(error)) from error
+        self._address = _address(port, key)
+        self.used_at = time.monotonic()
+        return self._address
+
+    def _died(self, engine: Engine, error: EngineError) -> None:
+        if engine is not self.engine:
+            return
+        self.engine = self._address = None
+        self._machine.say(f"The engine of {self.spec.key} died; the next request starts another. {error}")
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """End its engine; a request that comes meanwhile waits, and wakes another."""
+        engine, self.engine, self._address = self.engine, None, None
+        if engine is None:
+            return
+        self._stopping.clear()
+        try:
+            await in_thread(lambda: engine.stop(grace_s))
+        finally:
+            self._stopping.set()
+
+    async def observe(self) -> State:
+        """Return its state."""
+        return self.state
+
+
+def new_key() -> str:
+    """Return a key that only this process and one engine know: others on this machine cannot pass by the door."""
+    return secrets.token_urlsafe(32)
+
+
+def digest(key: str) -> str:
+    """Return a key's SHA-256 in hexadecimal."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Do blocking work in a thread of its own, which does not keep the process from ending as a pool's would."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, result, failure)
+
+    threading.Thread(target=run, name="gateway-work", daemon=True).start()
+    return await done
+
+
+def _address(port: int, key: str) -> Address:
+    return Address(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"})

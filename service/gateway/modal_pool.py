@@ -1,0 +1,253 @@
+"""Pools of deployed GPU tiers, reached over HTTP: the address by name, the proxy token from a secret.
+
+A pool that answered a moment ago is taken for ready. Any other is asked for its health first: that one small request is
+what wakes it, and all clients wait for its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Mapping
+
+import aiohttp
+import modal
+from yarl import URL
+
+from service.errors import SettingsError, UsageError
+from service.gateway.app import Door, gateway
+from service.gateway.directory import Directory
+from service.gateway.limits import load_keyring
+from service.gateway.openai import Refusal
+from service.gateway.pools import Address, Pool, State, WakeError
+from service.gateway.relay import session
+from service.gpus import Gpu, check_count, find_gpu, tier
+from service.keys import digests
+from service.models import ModelSpec, Registry
+from service.settings import Settings
+
+PROXY_SECRET = "vllm-proxy-token"  # noqa: S105 - the name of a secret, not its value
+_FRESH_S = 30.0  # how long an answer is taken for a sign that the next one comes too
+_LOOKED_UP_S = 10.0  # how long a tier that was not there is not asked for again
+_ASK_AGAIN_S = 0.05
+_STATE_S = 5.0
+_OBSERVED_WITHIN_S = 2.0
+
+
+class Tier:
+    """A deployed app, and where it takes requests.
+
+    Args:
+        gpu: Its GPU.
+        n_gpu: How many one replica has.
+        app: Its name.
+    """
+
+    def __init__(self, gpu: Gpu, n_gpu: int, app: str) -> None:
+        self.gpu, self.n_gpu, self.app = gpu, n_gpu, app
+        self._url: str | None = None
+        self._missing_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: `H100`, `2 x H200`."""
+        return self.gpu.name if self.n_gpu == 1 else f"{self.n_gpu} x {self.gpu.name}"
+
+    async def url(self) -> str:
+        """Return its address.
+
+        Raises:
+            Refusal: 503, it is not deployed; the sentence has the command.
+        """
+        if self._url:
+            return self._url
+        if self._missing_at is not None and time.monotonic() - self._missing_at < _LOOKED_UP_S:
+            raise self._not_deployed()
+        try:
+            url: str | None = await modal.Cls.from_name(self.app, "Server")().serve.get_web_url.aio()
+        except modal.exception.NotFoundError as error:
+            self._missing_at = time.monotonic()
+            raise self._not_deployed() from error
+        except (modal.exception.Error, OSError) as error:
+            raise WakeError(f"Modal could not be asked where app '{self.app}' is: {_said(error)}.") from error
+        if not url:
+            raise WakeError(f"App '{self.app}' has no web endpoint. Deploy it again: {self._command()}.")
+        self._url = url.rstrip("/")
+        return self._url
+
+    def forget(self) -> None:
+        """Ask again next time: it may have been stopped, or deployed elsewhere."""
+        self._url = None
+
+    def _not_deployed(self) -> Refusal:
+        return Refusal(
+            503,
+            f"No app '{self.app}' is deployed for {self.name}. Deploy it: {self._command()}.",
+            kind="server_error",
+            code="tier_not_deployed",
+            headers={"Retry-After": str(round(_LOOKED_UP_S))},
+        )
+
+    def _command(self) -> str:
+        count = "" if self.n_gpu == 1 else f" SERVICE_N_GPU={self.n_gpu}"
+        return f"SERVICE_GPU={self.gpu.name}{count} modal deploy -m service.server"
+
+
+class ModalPool(Pool):
+    """The replicas of a model on a tier.
+
+    Args:
+        spec: The model.
+        tier: Its app.
+        headers: What Modal's proxy asks for; empty: the client's own key is passed on.
+        fresh_s: How long an answer is taken for a sign that the next one comes too.
+        timeout_s: What a wake may take.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, tier: Tier, headers: Mapping[str, str], fresh_s: float, timeout_s: float
+    ) -> None:
+        super().__init__(spec, tier.name, tier.gpu.dollars_per_hour * tier.n_gpu)
+        self._tier, self._headers = tier, headers
+        self._fresh_s, self._timeout_s = min(_FRESH_S, fresh_s), timeout_s
+        self._address: Address | None = None
+        self._asked_at, self._known = -_STATE_S, "cold"
+
+    def address(self) -> Address | None:
+        """Return where it is, when it is in use or was a moment ago."""
+        if self._address and (self.in_use > 1 or time.monotonic() - self.used_at < self._fresh_s):
+            return self._address
+        return None
+
+    def lost(self) -> None:
+        """Have the next request ask for its health."""
+        self._address = None
+        self._tier.forget()
+
+    async def wake(self) -> Address:
+        """Ask for its health until it has it; Modal starts a container for the first time it is asked."""
+        address = Address(await self._tier.url(), {"model": self.spec.key}, self._headers, passes_key=not self._headers)
+        url = URL(address.url + "/health").with_query(address.query)
+        try:
+            async with asyncio.timeout(self._timeout_s), session() as http:
+                while not await self._is_healthy(http, url):  # noqa: ASYNC110 - another machine has no event
+                    await asyncio.sleep(_ASK_AGAIN_S)
+        except TimeoutError:
+            raise WakeError(f"It gave no answer within {self._timeout_s:.0f} s (SERVICE_STARTUP_TIMEOUT_S).") from None
+        except aiohttp.ClientError as error:
+            self._tier.forget()
+            raise WakeError(f"Its address does not answer: {_said(error)}.") from error
+        self._address, self.used_at = address, time.monotonic()
+        return address
+
+    async def _is_healthy(self, http: aiohttp.ClientSession, url: URL) -> bool:
+        """Return whether it is; follows Modal's redirects, which stand for: not yet."""
+        where = url
+        while True:
+            async with http.get(where, headers=self._headers, allow_redirects=False) as answer:
+                if answer.status == 303:
+                    where = answer.url.join(URL(answer.headers.get("Location", ""), encoded=True))
+                    if where.origin() != url.origin():
+                        raise WakeError("Modal sent the question for its health elsewhere.")
+                    continue
+                if answer.status == 200:
+                    return True
+                said = " ".join((await answer.text(errors="replace")).split())[:300] or answer.reason
+                if answer.status == 503:  # a replica that is ending, or one that has too much to do
+                    return False
+                if answer.status in {401, 403}:
+                    raise WakeError(
+                        f"Modal's proxy does not accept the token in secret '{PROXY_SECRET}' ({answer.status}). Make "
+                        "another: modal workspace proxy-tokens create."
+                    )
+                self._tier.forget()
+                raise WakeError(f"Its container answered {answer.status}: {said}. modal app logs {self._tier.app}")
+
+    async def observe(self) -> State:
+        """Return its state; asks Modal how many containers it has, at most every few seconds."""
+        if self._waking or self.address():
+            return self.state
+        if time.monotonic() - self._asked_at > _STATE_S:
+            self._asked_at = time.monotonic()
+            try:
+                async with asyncio.timeout(_OBSERVED_WITHIN_S):
+                    self._known = await self._containers()
+            except (TimeoutError, modal.exception.Error, OSError, WakeError):
+                self._known = "cold"
+        return self._known  # type: ignore[return-value]
+
+    async def _containers(self) -> State:
+        try:
+            await self._tier.url()
+        except Refusal:
+            return "not_deployed"
+        pool = modal.Cls.from_name(self._tier.app, "Server")(model=self.spec.key)
+        stats = await pool.serve.get_current_stats.aio()
+        return "ready" if stats.num_total_runners else "cold"
+
+
+class Tiers:
+    """The pools of all tiers that the registry and the names of requests speak of.
+
+    Args:
+        settings: The door's: default GPU, app, timeouts.
+        headers: What Modal's proxy asks for.
+    """
+
+    def __init__(self, settings: Settings, headers: Mapping[str, str]) -> None:
+        self._settings, self._headers = settings, headers
+        self._tiers: dict[str, Tier] = {}
+        self._pools: dict[tuple[str, str], ModalPool] = {}
+
+    def pool(self, spec: ModelSpec, gpu: Gpu | None) -> ModalPool:
+        """Return the pool of a model on a GPU; None: the one that the deploy of its tier would take."""
+        settings = self._settings
+        chosen = gpu or (find_gpu(settings.gpu) if settings.gpu else spec.gpu_tier)
+        n_gpu = (None if gpu else settings.n_gpu) or (spec.n_gpu if chosen == spec.gpu_tier else 1)
+        check_count(chosen, n_gpu)
+        name = tier(chosen, n_gpu)
+        app = self._tiers.setdefault(name, Tier(chosen, n_gpu, settings.app or f"vllm-{name}"))
+        if (pool := self._pools.get((spec.key, name))) is None:
+            pool = ModalPool(spec, app, self._headers, settings.scaledown_window / 2, float(settings.startup_timeout_s))
+            self._pools[spec.key, name] = pool
+        return pool
+
+
+def modal_gateway(settings: Settings, registry: Registry, environ: Mapping[str, str]) -> Door:
+    """Return the door to the deployed tiers; keys and proxy token are read from `environ`, and kept as digests.
+
+    Raises:
+        UsageError: No key is configured, or the proxy token is missing.
+    """
+    found = digests(environ)
+    if not found:
+        raise UsageError(
+            f"Secret '{settings.keys_secret}' has neither API_KEY nor API_KEYS, and without a key anybody could wake "
+            "GPUs. Put one in: modal secret create --force "
+            f"{settings.keys_secret} API_KEY=<key>."
+        )
+    tiers = Tiers(settings, _proxy_token(settings, environ))
+    directory = Directory(registry, settings.model, tiers.pool)
+    return gateway(directory, load_keyring(environ, found, registry), hold_s=settings.hold_s, access=_write)
+
+
+def _proxy_token(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    if settings.direct_auth == "keys":
+        return {}
+    try:
+        return {"Modal-Key": environ["MODAL_KEY"], "Modal-Secret": environ["MODAL_SECRET"]}
+    except KeyError as error:
+        raise SettingsError(
+            f"Secret '{PROXY_SECRET}' has no {error.args[0]}. Make a token with 'modal workspace proxy-tokens create' "
+            f"and keep it: modal secret create {PROXY_SECRET} MODAL_KEY=wk-… MODAL_SECRET=ws-…"
+        ) from None
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,287 @@
+"""From one client to one pool and back: bytes in, bytes out, nothing decoded, nothing kept.
+
+A client that leaves takes its request along: the connection to the engine is closed, and the engine stops generating.
+A stream whose pool is not ready gets its headers and a comment every few seconds, so that no proxy on the way cuts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from service.gateway.metrics import Account
+from service.gateway.openai import JSON, Refusal
+from service.gateway.pools import Address, Pool
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+HEARTBEAT_S = 3.0
+_PIECE = 256 * 1024  # of a large body, written as the engine takes it
+_TRIES = 2  # a pool that was believed to be ready may be gone: then the next try wakes it
+_CONNECT_S = 10.0
+_HOP_BY_HOP = {
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+    b"transfer-encoding", b"upgrade", b"expect",
+}  # fmt: skip
+_NOT_PASSED_ON = _HOP_BY_HOP | {b"host", b"content-length", b"cookie", b"modal-key", b"modal-secret", b"x-request-id"}
+_KEYS = {b"authorization", b"x-api-key"}
+_NOT_PASSED_BACK = {name.decode() for name in _HOP_BY_HOP} | {"server", "date", "x-engine-pid", "x-request-id"}
+
+
+@dataclass
+class Order:
+    """A request as it is to reach an engine.
+
+    Attributes:
+        method: HTTP method.
+        path: Path, and the client's own query behind it.
+        headers: The client's, as they came.
+        body: The client's bytes, or most of them; let go of once the engine has them.
+        suffix: What stands at their end instead of the rest.
+        streams: The client asked for server-sent events.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes | bytearray | memoryview
+    suffix: bytes
+    streams: bool
+
+
+def session() -> aiohttp.ClientSession:
+    """Return the connections to all engines: as many as clients need, none decoded, none timed out."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, ttl_dns_cache=60),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+class Relay:
+    """One request on its way.
+
+    Args:
+        http: Connections to the engines.
+        pool: Where it goes.
+        order: What goes there.
+        account: What is known of it.
+        send: To the client.
+        hold_s: How long it waits for a pool that is not ready, unless it is a stream.
+        heartbeat_s: Seconds between the comments of a waiting stream.
+    """
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        pool: Pool,
+        order: Order,
+        account: Account,
+        send: Send,
+        *,
+        hold_s: float,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._http, self._pool, self._order, self._account, self._send = http, pool, order, account, send
+        self._hold_s, self._heartbeat_s = hold_s, heartbeat_s
+        self._began = time.monotonic()
+        self._started = False
+
+    async def run(self) -> None:
+        """Bring the request to the pool and its answer to the client.
+
+        Raises:
+            Refusal: Nothing has been sent yet, and the client is to have this answer.
+            ConnectionError: The answer broke off where no sentence can be put: the client's connection must end.
+        """
+        try:
+            with self._pool.use():
+                answer = await (self._opened_beating() if self._order.streams else self._open())
+                self._order.body = b""
+                try:
+                    await self._pass_back(answer)
+                finally:
+                    answer.close()
+        except Refusal as refusal:
+            if not self._started:
+                raise
+            self._account.code = refusal.code
+            self._account.status = refusal.status
+            await self._say(refusal.event(self._order.path), more=False)
+
+    async def _opened_beating(self) -> aiohttp.ClientResponse:
+        """Open the answer of a stream; until it comes, tell the client what it is waiting for."""
+        opening = asyncio.ensure_future(self._open())
+        try:
+            while not (await asyncio.wait((opening,), timeout=self._heartbeat_s))[0]:
+                await self._beat()
+            return opening.result()
+        finally:
+            if not opening.done():
+                opening.cancel()
+                await asyncio.gather(opening, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        if not self._started:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await self._start(200, headers)
+        waited = time.monotonic() - self._began
+        doing = "waking" if self._pool.state == "waking" else "waiting for"
+        await self._say(f": {doing} {self._pool.spec.key} on {self._pool.place}, {waited:.0f} s\n\n".encode())
+
+    async def _open(self) -> aiohttp.ClientResponse:
+        """Return the answer, its headers read; its pool is woken when it is not there."""
+        for _ in range(_TRIES - 1):
+            try:
+                return await self._ask(await self._address())
+            except (aiohttp.ClientConnectionError, ConnectionError):
+                self._pool.lost()
+        try:
+            return await self._ask(await self._address())
+        except (aiohttp.ClientConnectionError, ConnectionError) as error:
+            self._pool.lost()
+            raise self._lost() from error
+
+    async def _address(self) -> Address:
+        if address := self._pool.address():
+            return address
+        self._account.cold = True
+        began = time.monotonic()
+        try:
+            if self._order.streams:
+                return await self._pool.ready()
+            async with asyncio.timeout(max(0.0, self._hold_s - (began - self._began))):
+                return await self._pool.ready()
+        except TimeoutError:
+            raise self._still_waking() from None
+        finally:
+            self._account.held_s += time.monotonic() - began
+
+    async def _ask(self, address: Address) -> aiohttp.ClientResponse:
+        order = self._order
+        url = URL(address.url + order.path, encoded=True)
+        if order.query or address.query:
+            url = URL(address.url + order.path + "?" + order.query, encoded=True).update_query(address.query)
+        answer = await self._http.request(
+            order.method, url, data=_data(order), headers=self._headers(address), allow_redirects=False
+        )
+        while answer.status == 303:  # Modal's word for: it takes longer than 150 s, ask here
+            answer = await self._follow(answer, address)
+        return answer
+
+    async def _follow(self, answer: aiohttp.ClientResponse, address: Address) -> aiohttp.ClientResponse:
+        target = answer.url.join(URL(answer.headers.get("Location", ""), encoded=True))
+        answer.release()
+        if target.origin() != URL(address.url).origin():
+            raise Refusal(502, f"The pool of '{self._pool.spec.key}' sent this request elsewhere.", kind="server_error")
+        return await self._http.get(target, headers=address.headers, allow_redirects=False)
+
+    def _headers(self, address: Address) -> CIMultiDict[str]:
+        withheld = _NOT_PASSED_ON if address.passes_key else _NOT_PASSED_ON | _KEYS
+        headers = CIMultiDict(
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self._order.headers
+            if name not in withheld
+        )
+        headers.update(address.headers)
+        headers["X-Request-Id"] = self._account.id
+        if self._order.method != "GET":
+            headers["Content-Length"] = str(len(self._order.body) + len(self._order.suffix))
+        return headers
+
+    async def _pass_back(self, answer: aiohttp.ClientResponse) -> None:
+        if self._started and answer.status != 200:
+            raise await _as_refusal(answer)
+        if not self._started:
+            headers = [
+                (name, value) for name, value in answer.raw_headers if name.decode().lower() not in _NOT_PASSED_BACK
+            ]
+            await self._start(answer.status, headers)
+        ends_well = True
+        account, send = self._account, self._send
+        try:
+            async for chunk in answer.content.iter_any():
+                account.took(chunk)
+                ends_well = chunk.endswith(b"\n\n")
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except (aiohttp.ClientError, ConnectionError) as error:
+            self._pool.lost()
+            if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise ConnectionError(f"the answer of '{self._pool.spec.key}' broke off") from error
+            if not ends_well:
+                await self._say(b"\n\n")  # a line that was cut is not made longer
+            raise self._lost() from error
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self._started = True
+        self._account.status = status
+        headers = [*headers, (b"x-request-id", self._account.id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _say(self, text: bytes, *, more: bool = True) -> None:
+        self._account.took(text)
+        await self._send({"type": "http.response.body", "body": text, "more_body": more})
+
+    def _lost(self) -> Refusal:
+        return Refusal(
+            502,
+            f"The engine of '{self._pool.spec.key}' on {self._pool.place} ended during this request. Send it again: "
+            "another one takes over.",
+            kind="server_error",
+            code="engine_lost",
+        )
+
+    def _still_waking(self) -> Refusal:
+        pool, wait_s = self._pool, self._pool.retry_after_s
+        return Refusal(
+            503,
+            f"Model '{pool.spec.key}' on {pool.place} has been waking for {pool.waking_s:.0f} s, and was waited for as "
+            f"long as a request is held ({self._hold_s:g} s, SERVICE_HOLD_S). Try again in {wait_s} s, or ask for a "
+            "stream: those are held until it is there.",
+            kind="server_error",
+            code="model_waking",
+            headers={"Retry-After": str(wait_s)},
+        )
+
+
+async def _as_refusal(answer: aiohttp.ClientResponse) -> Refusal:
+    """Return an engine's error as one that can be told inside a stream."""
+    text = await answer.text(errors="replace")
+    kind, message, code, param = "server_error", text[:1000] or answer.reason or "no reason given", None, None
+    if answer.content_type == JSON:
+        try:
+            error = (await answer.json())["error"]
+            kind, message = str(error["type"]), str(error["message"])
+            code, param = error.get("code"), error.get("param")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+    return Refusal(answer.status, message, kind=kind, code=None if code is None else str(code), param=param)
+
+
+def _data(order: Order) -> bytes | AsyncIterator[bytes | memoryview] | None:
+    if order.method == "GET":
+        return None
+    if len(order.body) <= _PIECE:
+        return bytes(order.body) + order.suffix if order.suffix else bytes(order.body)
+    return _pieces(order.body, order.suffix)
+
+
+async def _pieces(body: bytes | bytearray | memoryview, suffix: bytes) -> AsyncIterator[bytes | memoryview]:
+    view = memoryview(body)
+    for begin in range(0, len(view), _PIECE):
+        yield view[begin : begin + _PIECE]
+    if suffix:
+        yield suffix

@@ -1,0 +1,286 @@
+"""From a client to an engine and back: bytes, ends, breaks, and what is left of all that."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import socket
+
+import aiohttp
+import pytest
+
+from tests.gateway.upstream import STREAM, Engine, Request, answers, chunk, eventually, house, streams
+
+EVENT = b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9"}}]}\n\n'
+ASK = {"model": "tiny", "messages": []}
+STREAMED = ASK | {"stream": True}
+
+
+def test_relay_answer_passes_as_it_is() -> None:
+    """Status, body, the client's headers but its key, the pool's key and query, one request id throughout."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
+            headers = {"Authorization": "Bearer of-the-client", "X-Request-Id": "abc", "X-Mine": "1", "Modal-Key": "x"}
+            async with door.post(ASK, headers=headers) as answer:
+                assert (answer.status, answer.headers["x-request-id"]) == (200, "abc")
+                assert (await answer.json())["usage"]["prompt_tokens"] == 3
+            (request,) = engine.requests
+            assert request.line == "POST /v1/chat/completions?model=tiny HTTP/1.1"
+            assert request.headers["authorization"] == "Bearer of-the-pool"
+            assert (request.headers["x-request-id"], request.headers["x-mine"]) == ("abc", "1")
+            assert "modal-key" not in request.headers
+            assert json.loads(request.body) == ASK
+
+    asyncio.run(run())
+
+
+def test_relay_stream_with_cut_characters_passes_unchanged() -> None:
+    """A chunk that ends inside a character is not decoded, and not waited on for the rest."""
+    pieces = [EVENT[:40], EVENT[40:41], EVENT[41:], b"data: [DONE]\n\n"]
+    cut = EVENT.index(b"\xc3") + 1
+    pieces = [EVENT[:cut], EVENT[cut:], b"data: [DONE]\n\n"]
+
+    async def run() -> None:
+        async with Engine(streams(*pieces, pause_s=0.05)).serving() as engine, house(url=engine.url) as door:
+            async with door.post(STREAMED) as answer:
+                assert answer.content_type == "text/event-stream"
+                assert "x-engine-pid" not in answer.headers
+                got = [data async for data in answer.content.iter_any()]
+            assert got == pieces
+
+    asyncio.run(run())
+
+
+def test_relay_large_body_reaches_the_engine_whole() -> None:
+    """Ten megabytes of an image, in a body whose model is a name that the engine does not know."""
+    image = "data:image/png;base64," + "A" * 10_000_000
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
+            body = io.BytesIO(json.dumps({"model": "TINY-h200", "image": image}).encode())
+            async with door.http.post(f"{door.url}/v1/chat/completions", data=body) as answer:
+                assert answer.status == 200
+            sent = json.loads(engine.requests[0].body)
+            assert sent == {"model": "tiny", "image": image}
+
+    asyncio.run(run())
+
+
+def test_relay_client_that_leaves_stops_the_generation() -> None:
+    """Within a second the engine's connection is closed, during a stream and before its first byte."""
+
+    async def silent(request: Request, writer: asyncio.StreamWriter) -> None:
+        del writer
+        await request.gone.wait()
+
+    async def run(behaviour: object, body: object) -> None:
+        async with Engine(behaviour).serving() as engine, house(url=engine.url) as door:  # type: ignore[arg-type]
+            asking = asyncio.ensure_future(_take_one(door.post(body)))
+            await eventually(lambda: len(engine.requests) == 1)
+            await asyncio.sleep(0.05)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            async with asyncio.timeout(1):
+                await engine.requests[0].gone.wait()
+            await eventually(lambda: len(door.lines) == 1)
+            assert json.loads(door.lines[0])["client_left"]
+
+    asyncio.run(run(streams(EVENT, ends=False), STREAMED))
+    asyncio.run(run(silent, ASK))
+    asyncio.run(run(silent, STREAMED))
+
+
+async def _take_one(context: object) -> None:
+    async with context as answer:  # type: ignore[attr-defined]
+        async for _ in answer.content.iter_any():
+            await asyncio.sleep(60)
+
+
+def test_relay_thousand_clients_that_leave_at_random_leave_nothing() -> None:
+    """No task, no socket and no generation is left, whenever they went."""
+
+    async def run() -> None:
+        behaviour = streams(*[EVENT] * 20, pause_s=0.02)
+        async with Engine(behaviour).serving() as engine, house(url=engine.url) as door:
+            chance = random.Random(7)  # noqa: S311 - it decides when a client leaves
+            before = len(asyncio.all_tasks())
+
+            async def one(number: int) -> None:
+                writer = None
+                try:
+                    async with asyncio.timeout(chance.uniform(0.001, 0.4)):
+                        host, port = door.url.removeprefix("http://").split(":")
+                        reader, writer = await asyncio.open_connection(host, int(port))
+                        body = json.dumps(STREAMED if number % 3 else ASK).encode()
+                        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                        writer.write(head.encode() + body[: chance.choice((len(body), len(body) // 2))])
+                        while await reader.read(65536):
+                            pass
+                except TimeoutError:
+                    pass
+                finally:
+                    if writer:
+                        writer.transport.abort()
+
+            for first in range(0, 1000, 100):
+                await asyncio.gather(*(one(number) for number in range(first, first + 100)))
+            assert len(engine.requests) > 100
+            await eventually(lambda: engine.running == 0)
+            await eventually(lambda: door.pools["tiny"].in_use == 0)
+            await door.http.close()
+            # an engine's connection that is kept for the next request is a task of the stub's own
+            await eventually(lambda: len(asyncio.all_tasks()) <= before + _kept(door.door))
+            assert _kept(door.door) <= 100
+
+    asyncio.run(run())
+
+
+def _kept(door: object) -> int:
+    connector = door._inference.http.connector  # type: ignore[attr-defined]
+    return sum(len(kept) for kept in connector._conns.values())
+
+
+def test_relay_pool_that_dies_under_streams_ends_each_with_an_error_and_the_next_request_is_served() -> None:
+    """Fifty streams end with an event that says so; a new replica answers whoever comes then."""
+
+    async def run() -> None:
+        async with (
+            Engine(streams(EVENT, ends=False)).serving() as first,
+            Engine(answers).serving() as second,
+            house(url=first.url) as door,
+        ):
+
+            async def one() -> bytes:
+                async with door.post(STREAMED) as answer:
+                    return await answer.content.read()
+
+            clients = [asyncio.ensure_future(one()) for _ in range(50)]
+            await eventually(lambda: first.running == 50)
+            await asyncio.sleep(0.1)
+            door.pools["tiny"].url = second.url
+            await first.die()
+            for text in await asyncio.gather(*clients):
+                assert text.startswith(EVENT)
+                error = json.loads(text.removeprefix(EVENT).split(b"\n")[0].removeprefix(b"data: "))["error"]
+                assert (error["code"], error["status"]) == ("engine_lost", 502)
+                assert text.endswith(b"data: [DONE]\n\n")
+            async with door.post(ASK) as answer:
+                assert answer.status == 200
+            assert door.pools["tiny"].wakes == 2
+
+    asyncio.run(run())
+
+
+def test_relay_answer_that_breaks_off_inside_a_line_ends_the_line_first() -> None:
+    """What was cut is not joined with the error that follows."""
+
+    async def breaks(request: Request, writer: asyncio.StreamWriter) -> None:
+        del request
+        writer.write(STREAM + chunk(EVENT[:10]))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def run() -> None:
+        async with Engine(breaks).serving() as engine, house(url=engine.url) as door:
+            async with door.post(STREAMED) as answer:
+                text = await answer.content.read()
+            assert text.startswith(EVENT[:10] + b'\n\ndata: {"error"')
+
+    asyncio.run(run())
+
+
+def test_relay_body_that_breaks_off_breaks_off_for_the_client() -> None:
+    """Half an answer must not look like a whole one."""
+
+    async def breaks(request: Request, writer: asyncio.StreamWriter) -> None:
+        del request
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def run() -> None:
+        async with Engine(breaks).serving() as engine, house(url=engine.url) as door:
+            with pytest.raises(aiohttp.ClientError):
+                async with door.post(ASK) as answer:
+                    await answer.read()
+
+    asyncio.run(run())
+
+
+def test_relay_connection_that_the_engine_closed_meanwhile_is_replaced() -> None:
+    """An engine that was restarted is asked again before anybody is told."""
+
+    async def closes(request: Request, writer: asyncio.StreamWriter) -> None:
+        if len(engine.requests) == 1:
+            writer.transport.abort()
+        else:
+            await answers(request, writer)
+
+    engine = Engine(closes)
+
+    async def run() -> None:
+        async with engine.serving(), house(url=engine.url) as door, door.post(ASK) as answer:
+            assert answer.status == 200
+
+    asyncio.run(run())
+
+
+def test_relay_slow_reader_holds_the_engine_back() -> None:
+    """A client that does not read costs a bounded amount of memory: the engine's writes wait."""
+    written = 0
+
+    async def floods(request: Request, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(STREAM)
+        while True:
+            writer.write(chunk(b"x" * 65536))
+            written += 65536
+            await writer.drain()
+
+    async def run() -> None:
+        async with Engine(floods).serving() as engine, house(url=engine.url) as door:
+            host, port = door.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port))) as client:
+                body = json.dumps(STREAMED).encode()
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                client.sendall(head.encode() + body)
+                await eventually(lambda: written > 0)
+                before = -1
+                while written != before:  # until it stands still
+                    before = written
+                    await asyncio.sleep(0.2)
+            assert written < 32 * 1024 * 1024  # the kernel's buffers of two connections
+
+    asyncio.run(run())
+
+
+def test_relay_follows_modals_redirect_to_the_answer() -> None:
+    """After 150 s Modal says 303; the answer is fetched from there, with the pool's key, and from nowhere else."""
+
+    async def later(request: Request, writer: asyncio.StreamWriter) -> None:
+        if request.line.startswith("POST"):
+            writer.write(b"HTTP/1.1 303 See Other\r\nlocation: /later?id=1\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
+        else:
+            assert request.headers["authorization"] == "Bearer of-the-pool"
+            await answers(request, writer)
+
+    async def elsewhere(request: Request, writer: asyncio.StreamWriter) -> None:
+        del request
+        writer.write(b"HTTP/1.1 303 See Other\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+
+    async def run() -> None:
+        async with Engine(later).serving() as engine, house(url=engine.url) as door:
+            async with door.post(ASK) as answer:
+                assert answer.status == 200
+            assert engine.requests[1].line == "GET /later?id=1 HTTP/1.1"
+        async with Engine(elsewhere).serving() as engine, house(url=engine.url) as door, door.post(ASK) as answer:
+            assert answer.status == 502
+
+    asyncio.run(run())

@@ -1,0 +1,190 @@
+"""A cold pool: one wake for all who wait, in their order; what they hear meanwhile, and when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from tests.gateway.upstream import Engine, House, answers, eventually, house, streams
+
+ASK = {"model": "tiny", "messages": []}
+STREAMED = ASK | {"stream": True}
+EVENT = b"data: {}\n\n"
+
+
+def test_waking_hundred_clients_cause_one_wake_and_are_served_in_order() -> None:
+    """All are held, all are answered, in the order in which they came."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house() as door:
+            door.pools["tiny"] = door.door._inference._directory.find("tiny").pool  # type: ignore[assignment]
+            pool = door.pools["tiny"]
+            pool.url = engine.url
+            clients = []
+            for number in range(100):
+                clients.append(asyncio.ensure_future(_status(door, ASK | {"user": str(number)})))
+                await eventually(lambda number=number: pool.in_use == number + 1)  # type: ignore[misc]
+            assert engine.requests == []
+            pool.may_wake.set()
+            assert await asyncio.gather(*clients) == [200] * 100
+            assert pool.wakes == 1
+            order = [int(json.loads(request.body)["user"]) for request in engine.requests]
+            assert order == sorted(order)
+
+    asyncio.run(run())
+
+
+async def _status(door: House, body: object) -> int:
+    async with door.post(body) as answer:
+        await answer.read()
+        return answer.status
+
+
+def test_waking_stream_is_told_what_it_waits_for() -> None:
+    """Headers and comments every moment, then the engine's bytes."""
+
+    async def run() -> None:
+        async with Engine(streams(EVENT)).serving() as engine, house(heartbeat_s=0.05) as door:
+            pool = _pool(door, engine)
+            async with door.post(STREAMED) as answer:
+                assert answer.content_type == "text/event-stream"
+                first = await answer.content.readuntil(b"\n\n")
+                assert first == b": waking tiny on H100, 0 s\n\n"
+                pool.may_wake.set()
+                rest = await answer.content.read()
+            assert rest.endswith(EVENT)
+            assert all(line.startswith(b": waking") for line in rest.removesuffix(EVENT).split(b"\n\n") if line)
+
+    asyncio.run(run())
+
+
+def _pool(door: House, engine: Engine | None = None):  # type: ignore[no-untyped-def]
+    pool = door.door._inference._directory.find("tiny").pool
+    pool.url = engine.url if engine else ""  # type: ignore[attr-defined]
+    return pool
+
+
+def test_waking_request_held_too_long_is_told_when_to_come_again() -> None:
+    """503 `model_waking` with Retry-After; the wake goes on for those who come later."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house(hold_s=0.1) as door:
+            pool = _pool(door, engine)
+            async with door.post(ASK) as answer:
+                error = (await answer.json())["error"]
+                assert (answer.status, error["code"]) == (503, "model_waking")
+                assert 1 <= int(answer.headers["Retry-After"]) <= 60
+            pool.may_wake.set()
+            await eventually(lambda: pool.state == "ready")
+            assert await _status(door, ASK) == 200
+            assert pool.wakes == 1
+
+    asyncio.run(run())
+
+
+def test_waking_openai_client_comes_again_by_itself() -> None:
+    """The official client obeys Retry-After, so its user sees no error."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house(hold_s=0.1) as door:
+            pool = _pool(door, engine)
+            pool.wake_s = 0.5
+            asyncio.get_running_loop().call_later(0.5, pool.may_wake.set)
+            async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="x", max_retries=2) as client:
+                await client.chat.completions.create(model="tiny", messages=[])
+            statuses = [json.loads(line)["status"] for line in door.lines]
+            assert statuses == [503, 200]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("body", [ASK, STREAMED])
+def test_waking_that_fails_reaches_everybody_with_its_reason(body: object) -> None:
+    """Whoever waits hears why, in the form that is still possible; whoever retries at once causes no second boot."""
+
+    async def one(door: House) -> str:
+        async with door.post(body) as answer:
+            text = (await answer.read()).decode()
+            assert answer.status == (503 if body is ASK else 200)
+            return text
+
+    async def run() -> None:
+        async with house(heartbeat_s=0.05) as door:
+            pool = _pool(door)
+            pool.fails = "CUDA out of memory."
+            clients = [asyncio.ensure_future(one(door)) for _ in range(20)]
+            await eventually(lambda: pool.in_use == 20)
+            await asyncio.sleep(0.15)
+            pool.may_wake.set()
+            for text in await asyncio.gather(*clients):
+                assert "CUDA out of memory." in text
+                assert "model_failed" in text
+            async with door.post(ASK) as answer:
+                assert answer.status == 503
+            assert pool.wakes == 1
+
+    asyncio.run(run())
+
+
+def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
+    """The headers said 200 long ago; the event says what it was."""
+
+    async def refuses(request: object, writer: asyncio.StreamWriter) -> None:
+        del request
+        body = b'{"error":{"message":"too long","type":"BadRequestError","param":"messages","code":400}}'
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+        writer.write(b"content-length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+
+    async def run() -> None:
+        async with Engine(refuses).serving() as engine, house(heartbeat_s=0.05) as door:
+            pool = _pool(door, engine)
+            asyncio.get_running_loop().call_later(0.2, pool.may_wake.set)
+            async with door.post(STREAMED) as answer:
+                text = await answer.read()
+            error = json.loads(text.split(b"data: ")[1])["error"]
+            assert (error["status"], error["message"], error["param"]) == (400, "too long", "messages")
+            assert json.loads(door.lines[0])["status"] == 400
+            async with door.post(STREAMED) as answer:  # nothing is held now: the status itself
+                assert answer.status == 400
+
+    asyncio.run(run())
+
+
+def test_waking_goes_on_when_all_clients_have_left() -> None:
+    """Who comes next finds it ready, and nothing waits for ever."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house() as door:
+            pool = _pool(door, engine)
+            clients = [asyncio.ensure_future(_status(door, ASK)) for _ in range(10)]
+            await eventually(lambda: pool.in_use == 10)
+            for client in clients:
+                client.cancel()
+            await eventually(lambda: pool.in_use == 0)
+            assert pool.state == "waking"
+            pool.may_wake.set()
+            assert await _status(door, ASK) == 200
+            assert pool.wakes == 1
+
+    asyncio.run(run())
+
+
+def test_waking_anthropic_stream_gets_an_error_event_of_its_kind() -> None:
+    """Anthropic's clients look for `event: error`."""
+
+    async def run() -> None:
+        async with house(heartbeat_s=0.02) as door:
+            pool = _pool(door)
+            pool.fails = "No."
+            asyncio.get_running_loop().call_later(0.1, pool.may_wake.set)
+            async with door.post(STREAMED, "/v1/messages") as answer:
+                text = await answer.read()
+            last = text.strip().split(b"\n\n")[-1]
+            assert last.startswith(b"event: error\ndata: ")
+            assert json.loads(last.split(b"data: ")[1])["type"] == "error"
+
+    asyncio.run(run())

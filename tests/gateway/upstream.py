@@ -1,0 +1,244 @@
+"""What stands behind the door in these tests: engines that do as a test says, pools that wake when it lets them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+import uvicorn
+
+from service.gateway.app import Door, gateway
+from service.gateway.directory import Directory
+from service.gateway.limits import Keyring
+from service.gateway.pools import Address, Pool, WakeError
+from service.models import ModelSpec, Registry
+
+SPECS = {
+    "tiny": ModelSpec(key="tiny", path="assets/tiny", aliases=("small",), gpu="L4"),
+    "other": ModelSpec(key="other", hub_id="Org/Other-1B", gpu="H100"),
+}
+STREAM = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n"
+    b"x-engine-pid: 7\r\n\r\n"
+)
+
+
+@dataclass
+class Request:
+    """A request as it came to an engine."""
+
+    line: str
+    headers: dict[str, str]
+    body: bytes
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+Behaviour = Callable[[Request, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Engine:
+    """An HTTP server in the test's own loop; it keeps what it was asked."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
+        self.requests: list[Request] = []
+        self.running = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        assert self._server
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Engine]:
+        """Listen for as long as the context lasts."""
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=2048)
+        try:
+            yield self
+        finally:
+            await self.die()
+
+    async def die(self) -> None:
+        """Close everything, as a process that was killed does."""
+        assert self._server
+        self._server.close()
+        for writer in [*self._writers]:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while request := await _read(reader):
+                self.requests.append(request)
+                await self._answer(request, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _answer(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Behave until done, or until the other side is gone."""
+        self.running += 1
+        work = asyncio.ensure_future(self.behaviour(request, writer))
+        watch = asyncio.ensure_future(_gone(reader, writer))
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                request.gone.set()
+                raise ConnectionResetError
+            await work
+        finally:
+            self.running -= 1
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _read(reader: asyncio.StreamReader) -> Request | None:
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Request(head[0], headers, body)
+
+
+async def _gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while not (reader.at_eof() or writer.transport.is_closing() or reader.exception()):  # noqa: ASYNC110 - no event tells
+        await asyncio.sleep(0.01)
+
+
+def chunk(data: bytes) -> bytes:
+    """Frame a chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def answers(request: Request, writer: asyncio.StreamWriter) -> None:
+    """Answer with a little JSON."""
+    del request
+    body = b'{"id":"x","usage":{"prompt_tokens":3,"completion_tokens":4}}'
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    await writer.drain()
+
+
+def streams(*chunks: bytes, pause_s: float = 0.0, ends: bool = True) -> Behaviour:
+    """Return what streams these chunks, and goes on in silence unless it `ends`."""
+
+    async def behave(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM)
+        for data in chunks:
+            writer.write(chunk(data))
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+        if ends:
+            writer.write(chunk(b""))
+            await writer.drain()
+        else:
+            await request.gone.wait()
+
+    return behave
+
+
+class TestPool(Pool):
+    """A pool that wakes when the test lets it, to the address that the test gives it."""
+
+    __test__ = False
+
+    def __init__(self, spec: ModelSpec, place: str = "H100") -> None:
+        super().__init__(spec, place, 3.95)
+        self.wakes = 0
+        self.may_wake = asyncio.Event()
+        self.fails: str | None = None
+        self.url = ""
+        self._address: Address | None = None
+
+    def address(self) -> Address | None:
+        """Return the address once it is awake."""
+        return self._address
+
+    async def wake(self) -> Address:
+        """Wake when the test says so."""
+        self.wakes += 1
+        await self.may_wake.wait()
+        if self.fails:
+            raise WakeError(self.fails)
+        self._address = Address(self.url, {"model": self.spec.key}, {"Authorization": "Bearer of-the-pool"})
+        return self._address
+
+    def lost(self) -> None:
+        """Sleep again."""
+        self._address = None
+
+
+@dataclass
+class House:
+    """A door that listens, its pools, and a client's connections to it."""
+
+    url: str
+    pools: dict[str, TestPool]
+    http: aiohttp.ClientSession
+    door: Door
+    lines: list[str]
+
+    def post(
+        self, body: object, path: str = "/v1/chat/completions", **options: object
+    ) -> aiohttp.client._RequestContextManager:
+        """POST JSON."""
+        return self.http.post(self.url + path, json=body, **options)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def house(
+    keyring: Keyring | None = None, *, hold_s: float = 5.0, heartbeat_s: float = 0.1, url: str = ""
+) -> AsyncIterator[House]:
+    """Open a door on loopback; its pools wake at `url` at once where one is given."""
+    pools: dict[str, TestPool] = {}
+
+    def pool(spec: ModelSpec, gpu: object) -> TestPool:
+        key = spec.key if gpu is None else f"{spec.key} {gpu.name}"  # type: ignore[attr-defined]
+        if key not in pools:
+            pools[key] = TestPool(spec)
+            pools[key].url = url
+            if url:
+                pools[key].may_wake.set()
+        return pools[key]
+
+    lines: list[str] = []
+    directory = Directory(Registry(SPECS), "tiny", pool)
+    door = gateway(directory, keyring or Keyring({}), hold_s=hold_s, heartbeat_s=heartbeat_s, access=lines.append)
+    config = uvicorn.Config(door, port=0, lifespan="on", log_config=None, access_log=False, backlog=2048)
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            assert not serving.done()
+            await asyncio.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+            yield House(f"http://127.0.0.1:{port}", pools, http, door, lines)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def eventually(true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Poll until something holds."""
+    async with asyncio.timeout(timeout_s):
+        while not true():  # noqa: ASYNC110 - it is state, not an event
+            await asyncio.sleep(0.01)
