@@ -59,10 +59,11 @@ class DoorDeployment:
     @property
     def secrets(self) -> dict[str, list[str]]:
         """Name -> required keys of the secrets that the container gets."""
-        keys = {self.settings.keys_secret: []}  # API_KEY or API_KEYS: which of them is checked at the start
-        if self.settings.direct_auth == "keys":
-            return keys
-        return {**keys, PROXY_SECRET: ["MODAL_KEY", "MODAL_SECRET"]}
+        # Of the keys' secret nothing is required: it has API_KEY or API_KEYS, and that is checked at the start.
+        found: dict[str, list[str]] = {self.settings.keys_secret: []}
+        if self.settings.direct_auth == "proxy":
+            found[PROXY_SECRET] = ["MODAL_KEY", "MODAL_SECRET"]
+        return found
 
     def function_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `@app.function` that are plain values."""

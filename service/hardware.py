@@ -173,6 +173,7 @@ def bound_port(host: str, port: int) -> socket.socket:
         raise PortInUseError(
             f"--host {host} is no address to listen on: {error.strerror}. Give one of this machine's, or none."
         ) from error
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # else another may bind as well until this one listens
     return bound
 
 

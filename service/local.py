@@ -24,7 +24,7 @@ from service.errors import EngineError, OpenDoorError
 from service.gateway.limits import Keyring, load_keyring
 from service.gateway.local_pool import Machine, digest, new_key
 from service.hardware import bound_port, claim_port, free_port, is_loopback
-from service.here import DRAIN_S, Here, Screen
+from service.here import Here, Screen
 from service.models import ModelSpec
 from service.settings import Settings
 
@@ -130,7 +130,6 @@ class _Run:
                 door,
                 address,
                 machine,
-                drain_s=DRAIN_S,
                 on_open=on_open,
                 on_drain=lambda: here.screen.phase("draining"),
             )

@@ -79,7 +79,7 @@ class Door:
         if client is None:
             raise unauthorized()
         account.key = client.name
-        if _reaches_an_engine(scope["method"], scope["path"]):
+        if _reaches_an_engine(scope):
             await self._inference.serve(scope, receive, send, client, account)
         else:
             await self._others(scope, receive, _noting(send, account))
@@ -142,13 +142,17 @@ def gateway(
         exception_handlers={HTTPException: _not_here},
         lifespan=lifespan,
     )
+    others.router.redirect_slashes = False
     return Door(keyring, inference, others, metrics)
 
 
-def _reaches_an_engine(method: str, path: str) -> bool:
+def _reaches_an_engine(scope: Message) -> bool:
+    method, path = scope["method"], scope["path"]
     if method == "POST":
         return path in INFERENCE or _RESPONSE_CANCEL.fullmatch(path) is not None
-    return method == "GET" and _RESPONSE.fullmatch(path) is not None
+    if method != "GET":
+        return False
+    return _RESPONSE.fullmatch(path) is not None or (path == "/metrics" and b"model=" in scope["query_string"])
 
 
 async def _unreached(_: Request) -> Response:

@@ -155,7 +155,7 @@ def _is_shape(name: str, raw: msgspec.Raw) -> bool:
 def _shape(name: str, raw: msgspec.Raw) -> bytes:
     limit = TOOLS_LIMIT if name == "tools" else SHAPE_LIMIT
     if (size := len(memoryview(raw))) > limit:
-        raise _refusal(name, f"{name} is {size} bytes long; at most {limit} are compiled. Make it smaller.")
+        raise _refusal(name, f"{name} is {size} bytes long; at most {limit} are compiled.", "invalid_grammar")
     return bytes(raw)
 
 

@@ -186,10 +186,10 @@ def _check_object(schema: Value, param: str) -> int:
     count, required = len(_dict(schema, "properties")), schema.get("required")
     optional = count - (len(required) if isinstance(required, list) else 0)
     if optional > OPTIONAL_PROPERTIES:
-        raise refusal(param, f"has an object with {optional} optional properties; at most {OPTIONAL_PROPERTIES} are")
-    most = max((n for n in (schema.get("minProperties"), schema.get("maxProperties")) if isinstance(n, int)), default=0)
-    if count * min(most, count) > COUNTED_PROPERTIES:
-        raise refusal(param, f"counts {most} of {count} properties; leave minProperties and maxProperties out")
+        raise refusal(param, f"has an object with {optional} optional properties; at most {OPTIONAL_PROPERTIES} may be")
+    most = schema.get("maxProperties", count if schema.get("minProperties") else 0)
+    if isinstance(most, int) and count * min(most, count) > COUNTED_PROPERTIES:
+        raise refusal(param, f"counts up to {most} of {count} properties; leave minProperties and maxProperties out")
     return count
 
 

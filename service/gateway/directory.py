@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import UnknownModelError
@@ -60,9 +60,11 @@ class Directory:
                 self._found[asked] = target
         return target
 
-    def own(self) -> Iterable[tuple[ModelSpec, Pool]]:
-        """Return every model with the pool that its bare name means."""
-        return [(spec, self._pool(spec, None)) for spec in self.registry.specs.values()]
+    def own(self) -> Sequence[Pool]:
+        """Return the pool that each model's bare name means, the default model's first."""
+        pools = [self._pool(spec, None) for spec in self.registry.specs.values()]
+        default = self.find(None).pool
+        return [default, *(pool for pool in pools if pool is not default)]
 
     def _look_up(self, asked: str) -> Target:
         choice, bare = self._choose(asked)

@@ -73,6 +73,10 @@ class Inference:
         account.model, account.pool = target.pool.spec.key, target.pool.place
         client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
         order = Order(scope["method"], path, query, scope["headers"], body, b"", streams=False)
+        if order.method == "GET" and await target.pool.observe() != "ready":  # it asks for what an engine holds
+            raise Refusal(
+                404, f"Model '{account.model}' has no engine now, so there is nothing of it to be had at {path}."
+            )
         if asked:
             await self._grammars.check(asked)
             order.streams = account.stream = bool(asked.stream) and path in STREAMING

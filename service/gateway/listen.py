@@ -20,7 +20,7 @@ from service.gateway.local_pool import Machine
 from service.models import ModelSpec, Registry
 from service.settings import Settings
 
-_GRACE_MARGIN_S = 2  # what the door takes to pass on the ends of the engines' streams
+_GRACE_S = 1  # what the door takes to pass on the ends of the engines' streams
 _BACKLOG = 2048
 
 
@@ -56,7 +56,6 @@ class Listener:
         door: The application.
         address: A socket that is bound, and that nobody listens on yet.
         machine: The engines behind the door.
-        drain_s: How long an engine's streams may go on at the end.
         on_open: Called when the door takes requests.
         on_drain: Called when the end begins.
     """
@@ -67,7 +66,6 @@ class Listener:
         address: socket.socket,
         machine: Machine,
         *,
-        drain_s: float,
         on_open: Callable[[], None],
         on_drain: Callable[[], None],
     ) -> None:
@@ -78,11 +76,12 @@ class Listener:
             ws="none",
             access_log=False,
             log_config=None,
+            log_level="critical",  # the door logs what fails in it; an answer that breaks off is no news here
             proxy_headers=False,
             server_header=False,
             date_header=False,
             backlog=_BACKLOG,
-            timeout_graceful_shutdown=round(drain_s) + _GRACE_MARGIN_S,
+            timeout_graceful_shutdown=_GRACE_S,
         )
         self._server = _Server(config, on_open)
         self._address, self._machine, self._on_drain = address, machine, on_drain
@@ -105,6 +104,7 @@ class Listener:
         for number in signals:
             loop.add_signal_handler(number, self._signalled)
         self._machine.begin()
+        self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else old connections keep the port
         try:
             await self._server.serve([self._address])
         finally:
@@ -121,8 +121,12 @@ class Listener:
             self._machine.kill()
 
     def _end(self, grace_s: float | None) -> None:
+        if not self._ending:
+            self._ending = asyncio.ensure_future(self._machine.close(grace_s))
+            self._ending.add_done_callback(lambda _: self._close())  # until then it says to whoever comes that it ends
+
+    def _close(self) -> None:
         self._server.should_exit = True
-        self._ending = self._ending or asyncio.ensure_future(self._machine.close(grace_s))
 
 
 class _Server(uvicorn.Server):

@@ -7,13 +7,13 @@ import html
 import json
 
 from service.gateway.directory import Directory
-from service.gateway.pools import Pool
+from service.gateway.pools import Pool, State
 from service.gateway.routes import INFERENCE, OPEN
-from service.models import ModelSpec
+from service.models import DEFAULT_ALIAS
 
 _OTHERS = {
     "/v1/models": "The models, with GPU, context, price and state; wakes nothing",
-    "/metrics": "Counters for Prometheus; wakes nothing",
+    "/metrics": "Counters for Prometheus; with ?model=<name> those of its engine; wakes nothing",
     "/health": "Whether the door is open; needs no key, wakes nothing",
     "/docs": "This page; needs no key",
     "/openapi.json": "The routes, for programs; needs no key",
@@ -37,16 +37,18 @@ async def models(directory: Directory) -> bytes:
 
     `state` is `cold`, `waking`, `ready` or `not_deployed`; `dollars_per_hour` is one replica's, null on this machine.
     """
-    own = directory.own()
-    states = await asyncio.gather(*(pool.observe() for _, pool in own))
-    entries = []
-    for (spec, pool), state in zip(own, states, strict=True):
-        entries.append(_entry(spec.key, spec, pool, state))
-        entries += [_entry(part.name, spec, pool, state) | {"parent": spec.key} for part in spec.adapters]
+    pools = directory.own()
+    states = await asyncio.gather(*(pool.observe() for pool in pools))
+    entries = [_entry(DEFAULT_ALIAS, pools[0], states[0])]
+    for pool, state in zip(pools, states, strict=True):
+        key = pool.spec.key
+        entries.append(_entry(key, pool, state))
+        entries += [_entry(part.name, pool, state) | {"parent": key} for part in pool.spec.adapters]
     return json.dumps({"object": "list", "data": entries}).encode()
 
 
-def _entry(name: str, spec: ModelSpec, pool: Pool, state: str) -> dict[str, object]:
+def _entry(name: str, pool: Pool, state: State) -> dict[str, object]:
+    spec = pool.spec
     return {
         "id": name,
         "object": "model",

@@ -19,6 +19,8 @@ from service.models import ModelSpec
 
 PLACE = "this machine"
 _POLL_S = 0.05
+_ANSWERS_S = 5.0
+_DEATH_S = 2.0  # from an engine's end to the word of it
 T = TypeVar("T")
 
 
@@ -71,6 +73,7 @@ class Machine:
         self.starting = asyncio.Lock()  # one at a time: each takes the room that it was promised
         self._retiring: asyncio.Task[None] | None = None
         self._ending: list[Engine] = []
+        self.closed = False
 
     def pool(self, spec: ModelSpec, gpu: Gpu | None = None) -> LocalPool:
         """Return the pool of a model; whatever GPU is asked for, it is this machine's."""
@@ -124,6 +127,7 @@ class Machine:
         """End all engines, ready or starting, with the same grace; nothing starts any more."""
         if self._retiring:
             self._retiring.cancel()
+        self.closed = True
         self._ending = [pool.engine for pool in self.live if pool.engine]
         stops = [pool.stop(grace_s) for pool in self.live]
         await asyncio.gather(*(pool.close() for pool in self._pools.values()), *stops)
@@ -151,6 +155,7 @@ class LocalPool(Pool):
         self._machine = machine
         self.engine: Engine | None = None
         self._address: Address | None = None
+        self._last: Address | None = None
         self._stopping = asyncio.Event()
         self._stopping.set()
         self.gpus: tuple[int, ...] = ()
@@ -158,20 +163,29 @@ class LocalPool(Pool):
     @property
     def idle_s(self) -> float:
         """How long it has had no request; 0 while it starts."""
-        return time.monotonic() - self.used_at if self._address and not self.in_use else 0.0
+        return time.monotonic() - self.used_at if not self.in_use and self.state != "waking" else 0.0
 
     def address(self) -> Address | None:
         """Return where its engine listens."""
         return self._address
 
+    def lost(self) -> None:
+        """Have the next request find out whether the engine still answers; its death may be told a moment later."""
+        self._address = None
+
     def adopt(self, engine: Engine, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
         """Take an engine that is ready already."""
         self.engine, self._address, self.gpus = engine, _address(port, key), gpus
+        self._last = self._address
         self.used_at = time.monotonic()
 
     async def wake(self) -> Address:
         """Fetch the weights, make room, start the engine."""
         await self._stopping.wait()
+        if self._machine.closed:
+            raise WakeError("The service is being stopped.")
+        if self.engine and self._last and await self._still_serves(self.engine, self._last):
+            return self._ready_at(self._last)
         port, key = free_port(), new_key()
         loop = asyncio.get_running_loop()
 
@@ -191,9 +205,25 @@ class LocalPool(Pool):
             self.engine = None
             self._machine.say(f"{self.spec.key} did not start: {error}")
             raise WakeError(str(error)) from error
-        self._address = _address(port, key)
+        return self._ready_at(_address(port, key))
+
+    def _ready_at(self, address: Address) -> Address:
+        self._address = self._last = address
         self.used_at = time.monotonic()
-        return self._address
+        return address
+
+    async def _still_serves(self, engine: Engine, address: Address) -> bool:
+        """Tell whether an engine that was lost is there after all; one that is not is ended."""
+        if await _answers(address):
+            return True
+        deadline = time.monotonic() + _DEATH_S
+        while self.engine is engine and time.monotonic() < deadline:  # noqa: ASYNC110 - any of several things ends it
+            await asyncio.sleep(_POLL_S)
+        if self.engine is engine:
+            self._machine.say(f"The engine of {self.spec.key} does not answer; another one is started.")
+            await in_thread(lambda: engine.stop(0))
+        self.engine = None
+        return False
 
     def _died(self, engine: Engine, error: EngineError) -> None:
         if engine is not self.engine:
@@ -252,6 +282,19 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="gateway-work", daemon=True).start()
     return await done
+
+
+async def _answers(address: Address) -> bool:
+    import aiohttp  # noqa: PLC0415 - slow to import, and the first engine is on its way before it is needed
+
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWERS_S)) as http,
+            http.get(f"{address.url}/health") as answer,
+        ):
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
 
 
 def _address(port: int, key: str) -> Address:

@@ -80,13 +80,14 @@ def test_start_without_a_tokenizer_names_it(start: Start, tmp_path: Path) -> Non
     assert "tokenizer" in service.err.splitlines()[-1]
 
 
-def test_start_whose_port_is_taken_meanwhile_names_the_port(start: Start) -> None:
-    """Somebody else takes the port while the engine imports: the error is about the port, and nobody says "Ready"."""
+def test_start_keeps_its_port_from_the_beginning(start: Start) -> None:
+    """Nobody else can take the port while the engine imports, and nobody is let in before it is ready."""
     service = start("tiny").wait_said("Starting the engine")
-    with socket.create_server(("127.0.0.1", service.port)):
-        said = last_words(service)
-    assert "Address already in use" in said
-    assert "SERVICE_PORT" in said
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(("127.0.0.1", service.port))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", service.port), 1)
+    service.wait_ready()
 
 
 def test_start_of_a_directory_that_is_no_model_starts_no_engine(start: Start, tmp_path: Path) -> None:

@@ -35,19 +35,23 @@ def test_curl_health_is_ok(tiny: Service) -> None:
 
 
 def test_curl_models_lists_them(tiny: Service) -> None:
-    """`/v1/models` has the key first, then `llm`."""
-    assert [model["id"] for model in json.loads(curl(f"{tiny.url}/v1/models"))["data"]] == ["tiny", "llm"]
+    """`/v1/models` has `llm` first and the model that it means, then all others; which of them is ready it says too."""
+    listed = json.loads(curl(f"{tiny.url}/v1/models"))["data"]
+    assert [(model["id"], model["state"]) for model in listed[:2]] == [("llm", "ready"), ("tiny", "ready")]
+    assert {"qwen3-8b", "qwen3-0.6b"} <= {model["id"] for model in listed if model["state"] == "cold"}
 
 
 def test_curl_docs_is_a_page(tiny: Service) -> None:
-    """`/docs` is the page for browsers, and the description that it loads is there."""
-    assert "swagger" in curl(f"{tiny.url}/docs").lower()
+    """`/docs` is a page for browsers, and `/openapi.json` one for programs."""
+    assert "/v1/chat/completions" in curl(f"{tiny.url}/docs")
     assert "/v1/chat/completions" in json.loads(curl(f"{tiny.url}/openapi.json"))["paths"]
 
 
 def test_curl_metrics_count(tiny: Service) -> None:
-    """`/metrics` has vLLM's own counters."""
-    assert "vllm:generation_tokens_total" in curl(f"{tiny.url}/metrics")
+    """`/metrics` has the door's counters, and with a model's name vLLM's own; that of a cold model wakes nothing."""
+    assert "gateway_requests_total" in curl(f"{tiny.url}/metrics")
+    assert "vllm:generation_tokens_total" in curl(f"{tiny.url}/metrics?model=tiny")
+    assert requests.get(f"{tiny.url}/metrics?model=qwen3-8b", timeout=30).status_code == 404
 
 
 def test_curl_chat_of_the_greeting_answers(tiny: Service) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from service.models import Registry
+
 from .dialogues import PLAIN, Dialogue, completion, dialogue
 from .running import Service
 
@@ -113,8 +115,8 @@ def test_chat_unknown_model_is_not_found(client: openai.OpenAI) -> None:
 
 
 def test_models_list_has_every_name(client: openai.OpenAI, tiny: Service) -> None:
-    """`client.models.list()` gives the names that requests may use."""
-    assert {model.id for model in client.models.list()} == {"tiny", "llm"}
+    """`client.models.list()` gives the names that requests may use: all of the registry."""
+    assert {model.id for model in client.models.list()} == {"llm", *Registry.load().specs}
 
 
 def test_chat_max_tokens_cuts_the_answer(client: openai.OpenAI) -> None:

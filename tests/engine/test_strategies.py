@@ -84,7 +84,8 @@ def test_stop_cuts_a_stream_with_an_error_event_and_refuses_new_requests(start: 
         def ask() -> None:
             wait_until(lambda: "Stopping" in service.err, 10, service)
             while not refused or refused[-1].status_code == 200:
-                refused.append(requests.get(f"{service.url}/v1/models", timeout=10))
+                short = {**body, "stream": False, "n": 1, "max_tokens": 1}
+                refused.append(requests.post(f"{service.url}{path}", json=short, timeout=10))
 
         asker = threading.Thread(target=ask)
         asker.start()

@@ -86,7 +86,8 @@ def test_models_are_listed_with_their_state_and_none_is_woken() -> None:
                 assert answer.status == 200
             async with door.http.get(door.url + "/v1/models") as answer:
                 entries = {entry["id"]: entry for entry in (await answer.json())["data"]}
-            assert {key: entry["state"] for key, entry in entries.items()} == {"tiny": "ready", "other": "cold"}
+            states = {key: entry["state"] for key, entry in entries.items()}
+            assert states == {"llm": "ready", "tiny": "ready", "other": "cold"}
             assert entries["other"]["gpu"] == "H100"
             assert entries["other"]["dollars_per_hour"] == 3.95
             assert door.pools["other"].wakes == 0

@@ -15,6 +15,7 @@ SERVICE = ROOT / "service"
 IN_ENGINE = SERVICE / "in_engine"
 MODULES = {path.stem: path for path in SERVICE.glob("*.py") if path.stem != "__init__"}
 INNER = sorted(IN_ENGINE.rglob("*.py"))
+GATEWAY = sorted((SERVICE / "gateway").glob("*.py"))
 LOCKS = sorted((SERVICE / "pins").glob("*.lock"))
 # design.md names these, and `service.pools.variant`, which is nothing but a call of Modal's.
 MAY_IMPORT_MODAL = {"image", "volumes", "server", "door", "control", "pools", "prefetch"}
@@ -111,6 +112,25 @@ def test_engines_part_imports_standard_library_and_vllm_only(path: Path) -> None
     assert packages(path) <= set(sys.stdlib_module_names) | inside
 
 
+@pytest.mark.parametrize("path", GATEWAY, ids=lambda path: path.stem)
+def test_gateway_needs_no_engine_and_only_its_modal_pools_need_modal(path: Path) -> None:
+    """The door is cheap: it runs on a CPU without vLLM; one program of it is run by the engine's own Python."""
+    assert siblings(path) <= {"errors", "settings", "models", "gpus", "keys", "hardware"}
+    if path.stem == "grammar_process":
+        assert packages(path) <= set(sys.stdlib_module_names) | {"torch", "xgrammar"}
+        return
+    assert not (ENGINES | {"vllm_service", "xgrammar"}) & packages(path)
+    assert ("modal" in packages(path)) == (path.stem == "modal_pool")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_gateway_is_wired_in_three_places(name: str) -> None:
+    """On this machine by `local` and `here`, on Modal by `door`."""
+    uses = any(part.startswith("service.gateway") for part in imported(MODULES[name]))
+
+    assert not uses or name in {"local", "here", "door"}
+
+
 def test_settings_are_read_in_one_place() -> None:
     """`SERVICE_` names stand in sentences elsewhere; only settings.py reads them."""
     reads = re.compile(r"""environ(?:\.get\(|\[)["']SERVICE_""")
@@ -121,7 +141,7 @@ def test_settings_are_read_in_one_place() -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_module_exits_only_at_the_command_line(name: str) -> None:
     """Library code raises."""
-    if name in {"cli", "server"}:  # Modal's client imports server.py and shows what it raises
+    if name in {"cli", "server", "door"}:  # Modal's client imports the last two and shows what they raise
         return
     code = ast.unparse(ast.parse(MODULES[name].read_text()))
 
@@ -134,7 +154,7 @@ def test_server_is_wiring_of_at_most_150_lines() -> None:
     assert len(MODULES["server"].read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *INNER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES.values(), *GATEWAY, *INNER], ids=lambda path: path.stem)
 def test_module_is_under_300_lines_and_says_what_it_owns(path: Path) -> None:
     """Modules aim for 100 to 200 lines; the first thing in each is a sentence."""
     text = path.read_text()
