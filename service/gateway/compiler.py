@@ -59,18 +59,29 @@ class Compiler:
         """
         async with self._turn:
             self._keep()
-            process = await self._running()
             try:
-                async with asyncio.timeout(self._compile_s * _PATIENCE):
-                    return await _exchange(process, job)
-            except (TimeoutError, OSError, ValueError) as error:
-                await self._end()
-                raise SilentCompilerError from error
-            except BaseException:  # cancelled: an answer to nobody would be taken for the next job's
-                _kill(process)
-                raise
+                for _ in range(2):
+                    if answer := await self._attempt(job):
+                        return answer
+                raise SilentCompilerError
             finally:
                 self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle)
+
+    async def _attempt(self, job: dict[str, str]) -> dict[str, str] | None:
+        """Return the answer; None when the process has ended, which no job makes it do."""
+        process = await self._running()
+        try:
+            async with asyncio.timeout(self._compile_s * _PATIENCE):
+                return await _exchange(process, job)
+        except TimeoutError:
+            await self._end()
+            raise SilentCompilerError from None
+        except (OSError, ValueError):
+            await self._end()
+            return None
+        except BaseException:  # cancelled: an answer to nobody would be taken for the next job's
+            _kill(process)
+            raise
 
     async def close(self) -> None:
         """End the process, and wait until it is gone."""
@@ -91,7 +102,7 @@ class Compiler:
                 await self._start()
             except (TimeoutError, OSError, ValueError) as error:
                 await self._end()
-                self._give_up(error)
+                self._complain(error)
                 raise NoCompilerError from error
         assert self._process is not None  # noqa: S101 - _start returns with one
         return self._process
@@ -110,12 +121,16 @@ class Compiler:
             env=_environment(),
             start_new_session=True,
         )
-        async with asyncio.timeout(self._start_s):
-            word = await _answer(self._process)
+        try:
+            async with asyncio.timeout(self._start_s):
+                word = await _answer(self._process)
+        except BaseException:
+            _kill(self._process)
+            raise
         if "ready" not in word:
             raise ValueError(word.get("failed"))
 
-    def _give_up(self, error: Exception) -> None:
+    def _complain(self, error: Exception) -> None:
         self._retry_at = asyncio.get_running_loop().time() + RETRY_S
         if not self._logged:
             self._logged = True

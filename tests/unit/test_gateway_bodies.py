@@ -1,0 +1,265 @@
+"""What the door reads of a body, what it refuses, and how it sets a field: without a copy, and as engines read it."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.gateway import bodies
+from service.gateway.bodies import GUIDED, N_LIMIT, NAME_LIMIT, SHAPE_LIMIT, TOOLS_LIMIT
+from service.gateway.openai import Refusal
+
+ROOT = Path(__file__).parents[2]
+IMAGE = b'{"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,' + b"iVBORw0K" * 1_310_720 + b'"}}]}],'
+IMAGE += b'"model":"gemma-3-12b","stream":true}'
+
+
+def refused(body: bytes) -> Refusal:
+    """Return what a body is refused with."""
+    with pytest.raises(Refusal) as caught:
+        bodies.read(body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_body_in_any_buffer_is_read(kind: Any) -> None:
+    """The fields that matter here, from bytes as they come."""
+    asked = bodies.read(kind(b' {"n": 2, "model": "qwen3-8b", "x": {"model": "no"}, "stream": true, "best_of": 3}\n'))
+
+    assert (asked.model, asked.stream, asked.n, asked.best_of) == ("qwen3-8b", True, 2, 3)
+    assert not asked.shapes
+    assert not asked.has_tools
+
+
+def test_body_without_the_fields_asks_for_nothing() -> None:
+    """Null is as good as absent."""
+    asked = bodies.read(b'{"model":null,"stream":null,"n":null,"tools":null,"response_format":null,"guided_json":null}')
+
+    assert asked == bodies.Asked()
+
+
+@pytest.mark.parametrize(
+    ("tools", "has_tools"), [("[]", False), ("[ \n ]", False), ("null", False), ('[{"a":1}]', True)]
+)
+def test_tools_are_there_when_one_is(tools: str, has_tools: bool) -> None:
+    """An empty list is none."""
+    assert bodies.read(f'{{"tools":{tools}}}'.encode()).has_tools is has_tools
+
+
+def test_fields_set_are_told_from_those_that_are_not() -> None:
+    """A temperature of 0 is set; null is not."""
+    asked = bodies.read(b'{"temperature":0,"tool_choice":null}')
+
+    assert asked.sets("temperature")
+    assert not asked.sets("tool_choice")
+
+
+def test_what_is_asked_keeps_no_body_alive() -> None:
+    """A body that is held for the length of a stream would be ten megabytes for each."""
+    body = bytearray(b'{"model":"x","response_format":{"type":"text"},"tools":[{"type":"function"}]}')
+    asked = bodies.read(body)
+    body.clear()  # a view would forbid it
+
+    assert asked.shapes == {"response_format": b'{"type":"text"}', "tools": b'[{"type":"function"}]'}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":5,"stream":7,"model":"last","stream":false}',
+        b'{"mod\\u0065l":"escaped"}',
+        b'{"model":"first","mod\\u0065l":"escaped"}',
+        b'{"\\u006d\\u006F\\u0064\\u0065\\u006C":"first","model":"last"}',
+        b'{"model\\u0000":"no","model ":"no","Model":"no"}',
+        b'{"a":{"model":"no"},"b":["model"],"model":"caf\\u00e9 \\ud83d\\ude00 \\"x\\" \\/"}',
+        '{"model":"日本"}'.encode(),
+        b'{"model":null,"stream":null}',
+        b'{"model":"x","model":null}',
+        b"{}",
+    ],
+)
+def test_body_with_any_keys_is_read_as_python_reads_it(body: bytes) -> None:
+    """The engine's reader is json.loads: what the door reads must be what the engine acts on."""
+    asked, read = bodies.read(body), json.loads(body)
+
+    assert (asked.model, asked.stream) == (read.get("model"), read.get("stream"))
+
+
+def test_bodies_at_random_are_read_as_python_reads_them() -> None:
+    """Duplicates, escapes and white space in any order, the last of each name counts."""
+    draw = random.Random(7)  # noqa: S311 - the same in every run
+    for _ in range(2000):
+        pairs = [pair(draw) for _ in range(draw.randint(0, 6))]
+        body = f"{space(draw)}{{{','.join(pairs)}{space(draw)}}}{space(draw)}".encode()
+        asked, read = bodies.read(body), json.loads(body)
+        assert (asked.model, asked.stream, asked.n) == tuple(map(read.get, ("model", "stream", "n")))
+
+
+def pair(draw: random.Random) -> str:
+    """Return a key and a value, the key with some letters escaped."""
+    name, value = draw.choice(
+        [("model", '"a\\u0062"'), ("model", '"\\n"'), ("stream", "true"), ("n", "3"), ("x", "[{}]")]
+    )
+    key = "".join(f"\\u{ord(letter):04x}" if draw.random() < 0.2 else letter for letter in name)
+    return f'{space(draw)}"{key}"{space(draw)}:{space(draw)}{value}{space(draw)}'
+
+
+def space(draw: random.Random) -> str:
+    """Return what JSON takes for nothing."""
+    return "".join(draw.choices(" \t\r\n", k=draw.randint(0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "too soon, after 0 bytes"),
+        (b'{"model":"x"', "too soon, after 12 bytes"),
+        (b"model=x", "byte 0"),
+        (b'{"a":1,}', "byte 7"),
+        (b'{"a":NaN}', "byte 5"),
+        (b'{"a":1}{', "byte 8"),
+        (b'{"a":"\\ud800"}', "second half"),
+        (b"[1]", "type array"),
+        (b'"text"', "type str"),
+        (b"null", "type null"),
+        (b'{"a":' + b"[" * 100_000, "too deeply"),
+        (b'{"a":' + b'{"a":' * 100_000, "too deeply"),
+    ],
+)
+def test_body_that_is_no_json_object_is_refused_with_the_place(body: bytes, words: str) -> None:
+    """Nothing that the engine would stumble over reaches it."""
+    refusal = refused(body)
+
+    assert words in refusal.message
+    assert refusal.code == "invalid_json"
+
+
+@pytest.mark.parametrize("value", ["5", "true", '["x"]', '{"a":"x"}', "1.5"])
+def test_model_that_is_no_string_is_refused(value: str) -> None:
+    """The value is in the sentence."""
+    refusal = refused(f'{{"model":{value}}}'.encode())
+
+    assert refusal.param == "model"
+    assert value in refusal.message
+
+
+def test_model_longer_than_any_name_is_refused_without_its_text() -> None:
+    """Nearest names of ten megabytes would take for ever."""
+    refusal = refused(b'{"model":"' + b"x" * NAME_LIMIT + b'"}')
+
+    assert "xxx" not in refusal.message
+
+
+@pytest.mark.parametrize("value", ["1", "0", '"true"', "[]"])
+def test_stream_that_is_no_boolean_is_refused(value: str) -> None:
+    """Whether an answer is streamed decides how it is relayed."""
+    assert refused(f'{{"stream":{value}}}'.encode()).param == "stream"
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("value", ["0", "-1", str(N_LIMIT + 1), "1.0", "1e1", '"2"', "true", "[2]", "9" * 100_000])
+def test_count_outside_its_bound_is_refused(name: str, value: str) -> None:
+    """One request would be thousands."""
+    refusal = refused(f'{{"{name}":{value}}}'.encode())
+
+    assert refusal.param == name
+    assert f"1 to {N_LIMIT}" in refusal.message
+    assert len(refusal.message) < 200
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("value", [1, N_LIMIT])
+def test_count_at_its_bound_passes(name: str, value: int) -> None:
+    """The bound itself is allowed."""
+    assert getattr(bodies.read(f'{{"{name}":{value}}}'.encode()), name) == value
+
+
+@pytest.mark.parametrize("name", sorted(GUIDED))
+def test_removed_field_is_refused_with_todays(name: str) -> None:
+    """The engine takes it without a word and ignores it."""
+    refusal = refused(f'{{"model":"x","{name}":{{"type":"object"}}}}'.encode())
+
+    assert (refusal.param, refusal.code) == (name, "unsupported_parameter")
+    assert "structured_outputs" in refusal.message or "Leave it out" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", '{"type":"' + "x" * SHAPE_LIMIT + '"}'),
+        ("structured_outputs", '{"regex":"' + "x" * SHAPE_LIMIT + '"}'),
+        ("tools", '["' + "x" * TOOLS_LIMIT + '"]'),
+    ],
+)
+def test_shape_over_its_size_is_refused(name: str, value: str) -> None:
+    """It would be copied and compiled."""
+    refusal = refused(f'{{"{name}":{value}}}'.encode())
+
+    assert (refusal.param, refusal.code) == (name, "invalid_grammar")
+
+
+@pytest.mark.parametrize("value", ['"text"', "3", "true"])
+def test_field_of_the_same_name_that_is_no_shape_is_left_to_the_engine(value: str) -> None:
+    """Other routes may have a text, of any length."""
+    assert not bodies.read(f'{{"text":{value},"tools":{value}}}'.encode()).shapes
+
+
+def test_body_with_a_large_image_is_read_in_no_memory() -> None:
+    """Ten megabytes of base64 are skipped: no Python object is made of them."""
+    tracemalloc.start()
+    asked = bodies.read(IMAGE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert (asked.model, asked.stream) == ("gemma-3-12b", True)
+    assert peak < 100_000
+
+
+def test_body_with_a_large_image_is_read_and_rewritten_where_no_copy_has_room() -> None:
+    """The same, with the kernel as a witness: a copy is a MemoryError here."""
+    program = """
+import resource
+from service.gateway import bodies
+from tests.unit.test_gateway_bodies import IMAGE
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4_000_000,) * 2)
+first, second = bodies.rewritten(IMAGE, {"model": bodies.read(IMAGE).model + "-h100"})
+try:
+    bytearray(IMAGE)
+except MemoryError:
+    print(len(first) - len(IMAGE), second.decode())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == '-1 ,"model":"gemma-3-12b-h100"}\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b" { \n } \n",
+        b'{"model":"old"}',
+        b'{"a":{}}',
+        b'{"a":{ } } \r\n\t ',
+        b'{"a":"}"}',
+        b'{"temperature":1,"model":"a","mod\\u0065l":"b"}',
+        b"{}" + b" " * 1_000_000,
+        b'{"a":1' + b" " * 1_000_000 + b"}",
+    ],
+)
+@pytest.mark.parametrize("changes", [{"model": 'né"w'}, {"temperature": 0.3, "tool_choice": "auto"}, {}])
+def test_rewritten_body_has_the_changes_and_everything_else(body: bytes, changes: dict[str, Any]) -> None:
+    """What is added at the end wins."""
+    for buffer in (body, bytearray(body)):
+        first, second = bodies.rewritten(buffer, changes)
+        assert json.loads(bytes(first) + second) == {**json.loads(body), **changes}
+        assert first.obj is buffer
