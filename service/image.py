@@ -1,5 +1,4 @@
-"""The container images: CUDA's compiler, Python, and the engine from the same lock as on a machine with a GPU; and, for
-what needs no engine, the light environment alone.
+"""The container images: the engine's, with CUDA's compiler, from the lock of machines with a GPU; and the light one.
 
 The deployer's settings are the last layer: every variant sees them, and a changed setting rebuilds nothing else. A
 models file of the user's and the lock file beside it are mounted, not built in.

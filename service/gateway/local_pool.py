@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 from service.errors import EngineError, ServiceError
-from service.gateway.pools import Address, Pool, State, WakeError
+from service.gateway.pools import Address, Pool, WakeError
 from service.gpus import Gpu
 from service.hardware import free_port
 from service.models import ModelSpec
@@ -241,10 +241,6 @@ class LocalPool(Pool):
             await in_thread(lambda: engine.stop(grace_s))
         finally:
             self._stopping.set()
-
-    async def observe(self) -> State:
-        """Return its state."""
-        return self.state
 
 
 def new_key() -> str:

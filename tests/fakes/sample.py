@@ -21,6 +21,7 @@ from .modal import ContainerRuntime, ModalPlane
 
 SAMPLE = Path(__file__).with_name("sample_app")
 REPOSITORY = Path(__file__).parents[2]
+ASGI_APP = ("sample-asgi", "web")
 BOOT_S = 15.0
 
 
@@ -36,6 +37,13 @@ def deploy(plane: ModalPlane, **environment: str) -> subprocess.CompletedProcess
     done = command(plane, "deploy", "-m", "sample.server", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def deploy_asgi(plane: ModalPlane, **environment: str) -> str:
+    """Deploy the sample's ASGI application; return its URL."""
+    done = command(plane, "deploy", "-m", "sample.asgi", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return plane.url_of(*ASGI_APP)
 
 
 def get(url: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> tuple[int, bytes]:
@@ -61,6 +69,11 @@ def events(plane: ModalPlane, model: str | None = None) -> list[dict[str, Any]]:
     tasks = [task for task in plane.tasks if model is None or task.parameters.get("model") == model]
     lines = [line for task in tasks for line in task.log.splitlines() if line.startswith("TRACE ")]
     return [json.loads(line.removeprefix("TRACE ")) for line in lines]
+
+
+def traced(plane: ModalPlane, name: str) -> list[dict[str, Any]]:
+    """Return the events of that name, in order, of all containers."""
+    return [event for event in events(plane) if event["event"] == name]
 
 
 def names(plane: ModalPlane, model: str) -> list[str]:

@@ -1,11 +1,12 @@
 """A Modal control plane on loopback, for the real client and the real container runtime, without an account.
 
 It speaks the protocol of the pinned `modal` client: `modal deploy`, `modal run`, look-ups, `.remote`, `.remote_gen`,
-`.spawn`, `.map`, the HTTP front door, checkpoints and restores run for real. A container is a subprocess of
-`modal._container_entrypoint` with its own network namespace (each can use port 8000), its own unix socket, and HOME
-at `<workdir>/<task>/root`, where mounts and volumes lie. The image is recorded, its ENV applied, nothing installed:
-what the image would install is what `ContainerRuntime.python` has. `ContainerRuntime(host_ports=(8123,))` lets
-containers reach a server of the test, such as a stand-in for the model hub, at 127.0.0.1:8123.
+`.spawn`, `.map`, the HTTP front door (`web_server`, `asgi_app`), checkpoints and restores run for real. A container is
+a subprocess of `modal._container_entrypoint` with its own network namespace (each can use port 8000), its own unix
+socket, and HOME at `<workdir>/<task>/root`, where mounts and volumes lie. The image is recorded, its ENV applied,
+nothing installed: what the image would install is what `ContainerRuntime.python` has.
+`ContainerRuntime(host_ports=(8123,))` lets containers reach a server of the test, such as a stand-in for the model hub,
+at 127.0.0.1:8123. The URLs of all apps' web functions are in their reach too.
 
     runtime = ContainerRuntime(python="/path/to/venv/bin/python", client_path=client_directory(tmp / "client"))
     with ModalPlane(tmp, container=runtime) as plane:
@@ -47,7 +48,8 @@ Refused: anything the plane does not know, loudly and by the call's name; websoc
 another Python version than the client directory's (compiled dependencies would not load).
 Not like Modal: `nvidia-smi` is a script that lists the GPUs which would be attached; a restore continues the process
 that was checkpointed (frozen, thawed, with a new task id, socket and environment); a second container of a pool boots
-from scratch, since a process cannot be copied.
+from scratch, since a process cannot be copied. Of a response 1 MiB waits here for a slow reader, of a request 64 MiB
+for its container, where Modal tells no figures; its client inside the container buffers more besides.
 """
 
 from .client_directory import client_directory

@@ -114,12 +114,14 @@ class Calls:
             retry_count=done.retry_count,
         )
         done.call.outputs.append(done.output)
+        done.call.data_out.bound(None)  # who ended it, such as a timeout, does not wait for its reader
         self.released(done)
         done.call.wake()
 
     def cancel(self, call: FunctionCall, *, terminate_containers: bool = False) -> None:
         """End what is queued, and tell the containers that work on the rest."""
         call.is_cancelled = True
+        call.data_out.bound(None)
         for item in call.inputs:
             if not item.is_done:
                 self.cancelled(item, terminate_containers)
@@ -200,6 +202,9 @@ class Calls:
     async def put_data_out(self, request: pb.FunctionCallPutDataRequest, task: Task | None) -> Empty:
         call = self.call(request.function_call_id)
         for chunk in request.data_chunks:
+            if chunk.data_blob_id:
+                raise GRPCError(Status.UNIMPLEMENTED, "The modal plane for tests takes no blobs in an output.")
+            await call.data_out.room()
             call.data_out.put(chunk)
         return Empty()
 

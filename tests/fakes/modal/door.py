@@ -1,23 +1,26 @@
-"""The HTTP front door: one loopback port per web method, as Modal gives each a URL of its own.
+"""The HTTP front door: one loopback port per web function or web method, as Modal gives each a URL of its own.
 
 Owns the way from a request to an input and back: parameters in the query choose the pool, proxy auth refuses before a
-container starts, bodies stream both ways, a client that leaves is passed on as `http.disconnect`, and a request without
-a first byte after `redirect_after_s` is answered 303 to a URL that waits on. Refused: websockets.
+container starts, bodies stream both ways with no more than a bound of either lying here, a client that leaves is passed
+on as `http.disconnect`, and a request without a first byte after `redirect_after_s` is answered 303 to a URL that waits
+on. Refused: websockets, domains of one's own.
+
+The first sites get ports that are reserved from the start, so that every container, however early it booted, reaches
+the web functions of other apps under the URLs that the plane tells.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
+from grpclib import GRPCError, Status
 from modal._serialization import (
     apply_defaults,
-    deserialize_data_format,
     serialize,
     serialize_proto_params,
     validate_parameter_values,
@@ -27,13 +30,15 @@ from modal_proto import api_pb2 as pb
 
 from .calls import Calls, FunctionCall
 from .proxy_tokens import ProxyTokens
+from .web import Exchange, pass_on, responses, scope, send_body, send_disconnect
 
 if TYPE_CHECKING:
     from .functions import Function, Functions
 
 CALL_QUERY = "__modal_function_call_id"
-CLIENT_LEFT = 499
-HOP_BY_HOP = (b"transfer-encoding", b"connection", b"keep-alive")
+RESERVED_SITES = 8  # as many web endpoints as Modal's free plan gives a workspace
+REQUEST_AHEAD_BYTES = 64 * 2**20  # of a body that no container takes; a client that leaves is noticed within them only
+RESPONSE_AHEAD_BYTES = 2**20
 _COERCIONS: dict[int, Callable[[str], object]] = {
     pb.PARAM_TYPE_STRING: str,
     pb.PARAM_TYPE_INT: int,
@@ -51,14 +56,6 @@ class Site:
     runner: web.AppRunner | None = None
 
 
-@dataclass
-class Exchange:
-    """A request and the status of its answer, CLIENT_LEFT while that is not out."""
-
-    request: web.Request
-    status: int = CLIENT_LEFT
-
-
 class Door:
     """All sites. `requests` keeps (method, path with query, status) of every answer."""
 
@@ -67,6 +64,7 @@ class Door:
         self.redirect_after_s = 150.0
         self.requests: list[tuple[str, str, int]] = []
         self._sites: dict[tuple[str, str], Site] = {}
+        self._reserved = [_bound_socket() for _ in range(RESERVED_SITES)]
         self.functions: Functions
         self.calls: Calls
 
@@ -77,13 +75,20 @@ class Door:
     def _site(self, function_id: str, method: str) -> Site:
         key = (function_id, method)
         if key not in self._sites:
-            bound = socket.socket()
-            bound.bind(("127.0.0.1", 0))
+            bound = self._reserved.pop(0) if self._reserved else _bound_socket()
             self._sites[key] = Site(bound, f"http://127.0.0.1:{bound.getsockname()[1]}")
         return self._sites[key]
 
-    async def open(self, function_id: str, method: str) -> str:
+    @property
+    def ports(self) -> list[int]:
+        """Where sites are and will be; beyond the reserved ones a later site is out of reach of earlier containers."""
+        sockets = [*(site.socket for site in self._sites.values()), *self._reserved]
+        return [bound.getsockname()[1] for bound in sockets]
+
+    async def open(self, function_id: str, method: str, webhook: pb.WebhookConfig) -> str:
         """Serve the web method; return its URL."""
+        if webhook.custom_domains:
+            raise GRPCError(Status.UNIMPLEMENTED, "The modal plane for tests has no domains of one's own.")
         site = self._site(function_id, method)
         if site.runner is None:
 
@@ -102,6 +107,8 @@ class Door:
             if site.runner is not None:
                 await site.runner.cleanup()
             site.socket.close()
+        for bound in self._reserved:
+            bound.close()
 
     async def _handle(self, request: web.Request, function_id: str, method: str) -> web.StreamResponse:
         exchange = Exchange(request)
@@ -128,13 +135,15 @@ class Door:
         except (InvalidError, ValueError) as error:
             return _refusal(400, str(error))
         call = self.calls.create(pool, pb.FUNCTION_CALL_INVOCATION_TYPE_SYNC)
-        args = serialize(((_scope(request),), {}))
+        call.data_in.bound(REQUEST_AHEAD_BYTES)
+        call.data_out.bound(RESPONSE_AHEAD_BYTES)
+        args = serialize(((scope(request),), {}))
         item = pb.FunctionInput(args=args, data_format=pb.DATA_FORMAT_PICKLE, method_name=method)
-        upload = asyncio.ensure_future(_send_body(request, call))
+        upload = asyncio.ensure_future(send_body(request, call))
         upload.add_done_callback(_forget)
         self.calls.submit(call, item, is_web=True)
         try:
-            return await self._relay(exchange, call)
+            return await self._relay(exchange, call, upload)
         finally:
             upload.cancel()
 
@@ -157,24 +166,34 @@ class Door:
         params = serialize_proto_params(values)
         return self.functions.bind(pb.FunctionBindParamsRequest(function_id=function.id, serialized_params=params))
 
-    async def _relay(self, exchange: Exchange, call: FunctionCall) -> web.StreamResponse:
-        messages = _responses(call)
+    async def _relay(
+        self, exchange: Exchange, call: FunctionCall, upload: asyncio.Future[None] | None = None
+    ) -> web.StreamResponse:
+        messages = responses(call)
         try:
-            async with asyncio.timeout(self.redirect_after_s):
-                first = await anext(messages, None)
-        except TimeoutError:
-            location = exchange.request.url.update_query({CALL_QUERY: call.id})
-            return web.Response(status=303, headers={"Location": str(location)})
-        except asyncio.CancelledError:
-            self._leave(call)
-            raise
-        if first is None:
-            return _refusal(500, call.outputs[0].result.exception or "the function returned no response")
-        try:
-            return await _pass_on(exchange, _start(first, call), messages)
+            try:
+                async with asyncio.timeout(self.redirect_after_s):
+                    first = await anext(messages, None)
+            except TimeoutError:
+                return await self._redirect(exchange, call, upload)
+            if first is None:
+                return _refusal(500, call.outputs[0].result.exception or "the function returned no response")
+            response = await pass_on(exchange, call, first, messages)
         except (asyncio.CancelledError, ConnectionResetError):
             self._leave(call)
             raise
+        call.data_in.discard()
+        call.data_out.discard()
+        return response
+
+    async def _redirect(
+        self, exchange: Exchange, call: FunctionCall, upload: asyncio.Future[None] | None
+    ) -> web.StreamResponse:
+        if upload is not None:  # the connection ends with the answer: what is left of the body has to come before
+            call.data_in.bound(None)
+            await asyncio.wait([upload])
+        location = exchange.request.url.update_query({CALL_QUERY: call.id})
+        return web.Response(status=303, headers={"Location": str(location)})
 
     def _leave(self, call: FunctionCall) -> None:
         """The client is gone: tell the container, or forget an input that no container took."""
@@ -182,29 +201,13 @@ class Door:
         if queued.task is None:
             self.calls.cancel(call)
         elif not queued.is_done:
-            call.data_in.put(_chunk(pb.Asgi(http_disconnect=pb.Asgi.HttpDisconnect())))
+            send_disconnect(call)
 
 
-async def _pass_on(
-    exchange: Exchange, response: web.StreamResponse, messages: AsyncIterator[dict[str, Any]]
-) -> web.StreamResponse:
-    """Stream the response. A client may close once it has everything, so the status is noted before the last byte."""
-    await response.prepare(exchange.request)
-    left = response.content_length
-    async for message in messages:
-        body = message.get("body", b"")
-        left = None if left is None else left - len(body)
-        is_last = not message.get("more_body")
-        if is_last or left == 0:
-            exchange.status = response.status
-        if body:
-            await response.write(body)
-        if is_last:
-            await response.write_eof()
-            return response
-    if exchange.request.transport is not None:  # the container died: the client must not take it for the end
-        exchange.request.transport.abort()
-    return response
+def _bound_socket() -> socket.socket:
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 def _refusal(status: int, text: str) -> web.Response:
@@ -219,65 +222,7 @@ def _coerce(parameter: pb.ClassParameterSpec, text: str) -> object:
     return _COERCIONS[parameter.type](text)
 
 
-def _scope(request: web.Request) -> dict[str, object]:
-    headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
-    return {
-        "type": "http",
-        "http_version": "1.1",
-        "method": request.method,
-        "scheme": "http",
-        "path": request.path,
-        "query_string": request.query_string.encode(),
-        "headers": [(name, value) for name, value in headers if name not in HOP_BY_HOP],
-        "client": ("127.0.0.1", 1),
-    }
-
-
-def _chunk(message: pb.Asgi) -> pb.DataChunk:
-    return pb.DataChunk(data_format=pb.DATA_FORMAT_ASGI, data=message.SerializeToString())
-
-
 def _forget(upload: asyncio.Future[None]) -> None:
     """Take note of a body that broke off: the client left, which the relay notices too."""
     if not upload.cancelled():
         upload.exception()
-
-
-async def _send_body(request: web.Request, call: FunctionCall) -> None:
-    """Pass the body on as it comes; the container waits 5 s for the first message, so an empty one leads."""
-    if request.can_read_body:
-        call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=True))))
-        async for piece in request.content.iter_any():
-            call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=piece, more_body=True))))
-    call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=False))))
-
-
-async def _responses(call: FunctionCall) -> AsyncIterator[dict[str, Any]]:
-    """Yield the ASGI messages of the response until the container says the last one, or dies."""
-    chunks = call.data_out.after()
-    while True:
-        following = asyncio.ensure_future(anext(chunks))
-        finished = asyncio.ensure_future(_settled(call))
-        try:
-            await asyncio.wait([following, finished], return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                return
-            yield deserialize_data_format(following.result().data, pb.DATA_FORMAT_ASGI, None)
-        finally:
-            for waiting in (following, finished):
-                waiting.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                    await waiting
-
-
-async def _settled(call: FunctionCall) -> None:
-    while not call.outputs:
-        await call.changed.wait()
-
-
-def _start(message: dict[str, Any], call: FunctionCall) -> web.StreamResponse:
-    response = web.StreamResponse(status=message["status"], headers={"Modal-Function-Call-Id": call.id})
-    for name, value in message.get("headers", []):
-        if name.lower() not in HOP_BY_HOP:
-            response.headers.add(name.decode(), value.decode())
-    return response

@@ -190,10 +190,10 @@ class Functions:
 
     async def _open_sites(self, function_id: str, definition: pb.Function) -> None:
         if definition.webhook_config.type:
-            definition.web_url = await self._door.open(function_id, "")
+            definition.web_url = await self._door.open(function_id, "", definition.webhook_config)
         for name, method in definition.method_definitions.items():
             if method.webhook_config.type:
-                method.web_url = await self._door.open(function_id, name)
+                method.web_url = await self._door.open(function_id, name, method.webhook_config)
 
     def _check_gpu(self, config: pb.GPUConfig) -> None:
         if config.gpu_type and config.gpu_type not in GPU_TYPES:

@@ -71,7 +71,12 @@ async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, por
     except OSError:  # nobody listens on the host: the container sees the connection closed
         return
     try:
-        await asyncio.gather(_pipe(reader, far_writer), _pipe(far_reader, writer), return_exceptions=True)
+        async with asyncio.TaskGroup() as both:
+            both.create_task(_pipe(reader, far_writer))
+            both.create_task(_pipe(far_reader, writer))
+    except* OSError:  # one side broke off: the other must not take it for an end, nor wait for ever
+        writer.transport.abort()
+        far_writer.transport.abort()
     finally:
         far_writer.close()
 

@@ -10,6 +10,7 @@ import grpclib.server
 from modal_proto import api_pb2 as pb
 
 from .apps import Apps
+from .door import Door
 from .functions import Function
 from .gpus import lay_out_gpus
 from .ids import Ids
@@ -34,6 +35,7 @@ class Launcher:
     secrets: Secrets
     volumes: Volumes
     storage: Storage
+    door: Door
     transcript: Transcript
     snapshots_enabled: bool = True
     handlers: Handlers = field(init=False)
@@ -61,7 +63,7 @@ class Launcher:
         arguments = self._arguments(task)
         task.arguments_path.write_bytes(arguments.SerializeToString())
         socket = await self.listen(task)
-        ports = [*self.runtime.host_ports, self.storage.port]
+        ports = [*self.runtime.host_ports, self.storage.port, *self.door.ports]
         await task.boot(self.runtime, self._environment(task, socket), ports)
 
     async def listen(self, task: Task) -> Path:

@@ -91,6 +91,7 @@ class ModalPlane:
             secrets=self.secrets,
             volumes=self.volumes,
             storage=self._storage,
+            door=self.door,
             transcript=self._record,
         )
         self._scheduler = Scheduler(self._functions, calls, launcher)

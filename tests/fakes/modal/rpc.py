@@ -7,6 +7,7 @@ mistake of the plane shows at once instead of after a minute of back-off.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,15 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpclib.const
 import grpclib.exceptions
+import grpclib.protocol
 import grpclib.server
 from google.protobuf.message import Message
 from grpclib import GRPCError, Status
+from h2.settings import SettingCodes
 from modal._utils.grpc_utils import custom_detail_codec
 from modal_proto import api_grpc
 
 if TYPE_CHECKING:
     from .sandbox import Task
 
+STREAMS_PER_CONNECTION = 10_000  # h2's 100 end a container's concurrency there: each input has a stream for its body
 F = TypeVar("F", bound=Callable[..., Any])
 UnaryHandler = Callable[[Any, "Task | None"], Awaitable[Message]]
 StreamHandler = Callable[[Any, "Task | None"], AsyncIterator[Message]]
@@ -103,6 +107,19 @@ def _template() -> dict[str, grpclib.const.Handler]:
 TEMPLATE = _template()
 
 
+class _Protocol(grpclib.protocol.H2Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_PER_CONNECTION})
+        self.connection.flush()
+
+
+class _Server(grpclib.server.Server):
+    def _protocol_factory(self) -> grpclib.protocol.H2Protocol:
+        made = super()._protocol_factory()
+        return _Protocol(made.handler, made.config, made.h2_config)
+
+
 class Endpoint:
     """One address of the plane: the client's, or one container's, since container calls carry no task id."""
 
@@ -110,7 +127,7 @@ class Endpoint:
         self._handlers, self._transcript, self._task = handlers, transcript, task
 
     def server(self) -> grpclib.server.Server:
-        return grpclib.server.Server([self], status_details_codec=custom_detail_codec)
+        return _Server([self], status_details_codec=custom_detail_codec)
 
     def __mapping__(self) -> dict[str, grpclib.const.Handler]:
         return {

@@ -1,4 +1,7 @@
-"""Data streams of a call: chunks in order, kept, so that a reader may come late or come again."""
+"""Data streams of a call: chunks in order, kept, so that a reader may come late or come again.
+
+A bounded stream makes its writer wait while more than the bound lies unread; one that is discarded keeps nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,41 @@ class DataStream:
 
     def __init__(self) -> None:
         self._chunks: list[pb.DataChunk] = []
+        self._count = 0
+        self._taken = 0  # of the chunks: those that a reader has dealt with
+        self._unread_bytes = 0
+        self._bound: int | None = None
+        self._discards = False
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return self._count
 
     def put(self, chunk: pb.DataChunk) -> None:
         if not chunk.index:
-            chunk.index = len(self._chunks) + 1
-        if chunk.index == len(self._chunks) + 1:
-            self._chunks.append(chunk)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            chunk.index = self._count + 1
+        if chunk.index == self._count + 1:
+            self._count += 1
+            if not self._discards:
+                self._chunks.append(chunk)
+                self._unread_bytes += len(chunk.data)
+                self._wake()
+
+    def bound(self, unread_bytes: int | None) -> None:
+        """Let `room` wait while more than that lies unread; None: never."""
+        self._bound = unread_bytes
+        self._wake()
+
+    async def room(self) -> None:
+        """Wait until another chunk may be put."""
+        while self._bound is not None and self._unread_bytes > self._bound:
+            await self._changed.wait()
+
+    def discard(self) -> None:
+        """Forget all chunks, those to come too: nobody reads them any more."""
+        self._discards, self._bound = True, None
+        self._chunks, self._unread_bytes = [], 0
+        self._wake()
 
     async def after(self, index: int = 0) -> AsyncIterator[pb.DataChunk]:
         """Yield the chunks numbered above `index` for ever; the reader leaves when it has what it wants."""
@@ -33,4 +59,15 @@ class DataStream:
             while position < len(self._chunks):
                 position += 1
                 yield self._chunks[position - 1]
+                self._take(position)
             await self._changed.wait()
+
+    def _take(self, position: int) -> None:
+        if position > self._taken and not self._discards:
+            self._unread_bytes -= sum(len(chunk.data) for chunk in self._chunks[self._taken : position])
+            self._taken = position
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

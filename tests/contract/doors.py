@@ -1,0 +1,25 @@
+"""The door on the control plane: deployed, and what the workspace must have for it."""
+
+from __future__ import annotations
+
+from tests.contract.conftest import modal_cli
+from tests.fakes.modal import ModalPlane
+
+APP, TAG = "vllm-gateway", "serve"
+KEY = {"Authorization": "Bearer sk-alice"}
+
+
+def deploy_door(plane: ModalPlane, **environment: str) -> str:
+    """Deploy the door and insist that it worked without a warning; return its URL."""
+    done = modal_cli(plane, "deploy", "-m", "service.door", **environment)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said.lower(), said
+    return plane.url_of(f"{environment['SERVICE_APP']}-gateway" if "SERVICE_APP" in environment else APP, TAG)
+
+
+def put_secrets(plane: ModalPlane) -> None:
+    """Give the workspace what the door needs: clients' keys, and a proxy token for the tiers."""
+    token = plane.proxy_tokens.create()
+    plane.secrets.put("vllm-api-key", {"API_KEYS": "alice=sk-alice,bob=sk-bob"})
+    plane.secrets.put("vllm-proxy-token", {"MODAL_KEY": token.key, "MODAL_SECRET": token.secret})

@@ -1,0 +1,123 @@
+"""What `modal deploy -m service.door` publishes, and what its container needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import engine_env
+from tests.contract.conftest import call, modal_cli
+from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
+from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+
+def test_door_is_published_without_a_gpu_as_one_container_for_all(plane: ModalPlane) -> None:
+    """A plain function with a CPU snapshot; what the settings say of replicas is not said of it."""
+    put_secrets(plane)
+    deploy_door(
+        plane,
+        SERVICE_MIN_CONTAINERS="2",
+        SERVICE_MAX_CONTAINERS="5",
+        SERVICE_MAX_INPUTS="8",
+        SERVICE_SNAPSHOT="off",
+        SERVICE_REQUEST_TIMEOUT_S="7200",
+    )
+    function = plane.function(APP, TAG)
+    assert not function.resources.gpu_config.gpu_type
+    assert (function.max_concurrent_inputs, function.warm_pool_size, function.concurrency_limit) == (1000, 0, 1)
+    assert function.checkpointing_enabled
+    assert function.timeout_secs == 7200
+    assert not function.webhook_config.requires_proxy_auth
+    assert not function.volume_mounts
+    assert len(function.secret_ids) == 2
+    asked = [request for request in plane.calls("SecretGetOrCreate") if request.deployment_name == "vllm-proxy-token"]
+    assert list(asked[-1].required_keys) == ["MODAL_KEY", "MODAL_SECRET"]
+    layers = plane.images.layers(function.image_id)
+    assert any("--require-hashes" in layer and "light.lock" in layer for layer in layers), layers
+    assert layers[-1].startswith("ENV ")
+    assert plane.images.env(function.image_id)["SERVICE_MAX_INPUTS"] == "8"
+    assert plane.tasks == []
+
+
+def test_door_carries_the_users_models_file(plane: ModalPlane, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It knows the models that its tiers were deployed with."""
+    file = tmp_path_factory.mktemp("own") / "models.toml"
+    file.write_text('[models.mine]\nhub_id = "me/mine"\ngpu = "L4"\n')
+    put_secrets(plane)
+    url = deploy_door(plane, SERVICE_MODELS_FILE=str(file), SERVICE_MODEL="mine")
+    status, body = call(f"{url}/v1/models", headers=KEY)
+    assert status == 200, body
+    assert {"mine", "tiny"} <= {model["id"] for model in json.loads(body)["data"]}
+
+
+def test_door_beside_an_app_of_another_name_is_named_after_it(plane: ModalPlane) -> None:
+    """`SERVICE_APP` names the tier; the door stands beside it, and with keys of their own it needs no proxy token."""
+    plane.secrets.put("team-keys", {"API_KEY": "k"})
+    deploy_door(plane, SERVICE_APP="team", SERVICE_KEYS_SECRET="team-keys", SERVICE_DIRECT_AUTH="keys")
+    assert set(plane.apps) == {"team-gateway"}
+    assert len(plane.function("team-gateway", TAG).secret_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "token", "words"),
+    [
+        ({"SERVICE_MODEL": "qwen3-8"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "Did you mean 'qwen3-8b'?"),
+        ({"SERVICE_HOLD_S": "2m"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "write 120"),
+        ({}, {"MODAL_KEY": "a"}, "MODAL_SECRET"),
+        ({"SERVICE_KEYS_SECRET": "nobody-made-this"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "nobody-made-this"),
+    ],
+)
+def test_door_with_wrong_input_publishes_nothing(
+    plane: ModalPlane, environment: dict[str, str], token: dict[str, str], words: str
+) -> None:
+    """Wrong settings and secrets without what they must have end the deploy with the reason."""
+    plane.secrets.put("vllm-api-key", {"API_KEY": "k"})
+    plane.secrets.put("vllm-proxy-token", token)
+    done = modal_cli(plane, "deploy", "-m", "service.door", **environment)
+    assert done.returncode != 0
+    assert words in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert not [app for app in plane.apps.values() if app.versions]
+
+
+def test_door_without_a_key_refuses_to_start(plane: ModalPlane) -> None:
+    """A secret without a key opens the door to nobody, and the log has the sentence."""
+    plane.secrets.put("vllm-api-key", {"OTHER": "x"})
+    plane.secrets.put("vllm-proxy-token", {"MODAL_KEY": "a", "MODAL_SECRET": "b"})
+    status, _ = call(f"{deploy_door(plane)}/health")
+    assert status == 500
+    assert "Secret 'vllm-api-key' has neither API_KEY nor API_KEYS" in plane.tasks[0].log
+    assert plane.tasks[0].state is not TaskState.READY
+
+
+def test_door_in_its_own_image_has_all_that_it_imports(
+    tmp_path: Path, client_mount: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With nothing but the light lock installed it starts, from a snapshot that holds its imports, and answers."""
+    venv = tmp_path_factory.mktemp("light") / "venv"
+    lock = str(engine_env.PINS / "light.lock")
+    python = str(venv / "bin/python")
+    for arguments in (
+        ["venv", "--python", sys.executable, str(venv)],
+        ["pip", "install", "--python", python, "--require-hashes", "--no-deps", "-r", lock],
+    ):
+        subprocess.run([sys.executable, "-m", "uv", "--quiet", *arguments], check=True, timeout=120)
+    with ModalPlane(tmp_path, container=ContainerRuntime(python=python, client_path=client_mount)) as plane:
+        put_secrets(plane)
+        imported: list[bool] = []
+        plane.snapshots.before_restore.append(lambda task: imported.append(_has_mapped(task, "msgspec")))
+        url = deploy_door(plane)
+        assert call(f"{url}/health") == (200, b'{"status":"ok"}')
+        assert call(f"{url}/v1/models", headers=KEY)[0] == 200
+        assert plane.tasks[0].restored
+        assert imported == [True]
+        assert plane.failures == []
+
+
+def _has_mapped(task: Any, package: str) -> bool:
+    """Return whether a container's process has a compiled module of the package in its memory."""
+    return f"/{package}/" in Path(f"/proc/{task.pid}/maps").read_text()

@@ -1,0 +1,256 @@
+"""Requests through the deployed door to real engines in real containers.
+
+Each test that wants a cold pool has a GPU tier of its own: `tiny-t4` is the tiny model on app `vllm-t4`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import modal
+import pytest
+
+from tests.contract.conftest import call, modal_cli
+from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
+from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+COUNTING = {
+    "messages": [{"role": "user", "content": "Count from one to one hundred."}],
+    "stream": True,
+    "max_tokens": 1500,
+    "ignore_eos": True,
+}
+BOOT_S = 150
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with the door deployed, and no tier yet; the real engine is in its containers."""
+    with ModalPlane(tmp_path_factory.mktemp("plane"), container=engine_runtime) as plane:
+        put_secrets(plane)
+        deploy_door(plane, SERVICE_MODEL="tiny")
+        yield plane
+        assert plane.failures == []
+        assert plane.unknown_calls == []
+
+
+@pytest.fixture
+def url(door: ModalPlane) -> str:
+    """Where clients send their requests."""
+    return door.url_of(APP, TAG)
+
+
+@pytest.fixture
+def tier(door: ModalPlane) -> Iterator[Callable[..., str]]:
+    """A function that deploys the tier of a GPU and returns the name of the tiny model there; its engines end after."""
+    before = len(door.tasks)
+
+    def deployed(gpu: str, **environment: str) -> str:
+        settings = {"SERVICE_MODEL": "tiny", "SERVICE_GPU": gpu, "SERVICE_MAX_INPUTS": "200", **environment}
+        done = modal_cli(door, "deploy", "-m", "service.server", **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return f"tiny-{gpu.lower()}"
+
+    yield deployed
+    for task in door.tasks[before:]:
+        if task.tag == "Server" and task.state is not TaskState.DEAD:
+            task.kill()
+
+
+def replicas(plane: ModalPlane, model: str) -> list[Any]:
+    """Return the containers of a tier, by the name of its model, oldest first."""
+    return [task for task in plane.tasks if task.app == f"vllm-{model.removeprefix('tiny-')}"]
+
+
+def content(body: bytes) -> str:
+    """Return what an answer, or all chunks of a stream, say."""
+    events = [line.removeprefix(b"data: ") for line in body.splitlines() if line.startswith(b"data: {")]
+    choices = [json.loads(event)["choices"] for event in events] or [json.loads(body)["choices"]]
+    parts = [choice["delta"] if "delta" in choice else choice["message"] for listed in choices for choice in listed]
+    return "".join(part.get("content") or "" for part in parts)
+
+
+@contextmanager
+def posted(url: str, body: Any) -> Iterator[http.client.HTTPResponse]:
+    """Send a chat request; the answer is open, and leaving the block leaves the stream."""
+    parts = urlsplit(url)
+    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=BOOT_S)) as connection:
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json", **KEY}
+        )
+        with closing(connection.getresponse()) as answer:
+            yield answer
+
+
+def test_door_refuses_strangers_and_wakes_nothing(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
+    """Without a key, or with a wrong one, 401 and no container of a tier."""
+    model = tier("A10")
+    for headers in ({}, {"Authorization": "Bearer sk-nobody"}, {"x-api-key": "sk-nobody"}):
+        status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, headers)
+        assert status == 401
+        assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    assert replicas(door, model) == []
+
+
+def test_door_refuses_before_the_body_is_there(url: str) -> None:
+    """Who announces a body gets its 401 or 413 without having sent a byte of it."""
+    parts = urlsplit(url)
+    for key, size, status in (("sk-nobody", 100, 401), ("sk-alice", 32 * 2**20 + 1, 413)):
+        with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=10)) as connection:
+            connection.putrequest("POST", "/v1/chat/completions")
+            connection.putheader("Authorization", f"Bearer {key}")
+            connection.putheader("Content-Length", str(size))
+            connection.endheaders()
+            with closing(connection.getresponse()) as answer:
+                assert answer.status == status
+                assert answer.getheader("WWW-Authenticate") == ("Bearer" if status == 401 else None)
+
+
+def test_door_lists_models_with_their_states_and_wakes_nothing(
+    door: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
+    """Not deployed, cold, waking, ready; neither this nor the other routes about the door start a container."""
+    assert _state(url, "qwen3-235b") == "not_deployed"
+    tier("L4")
+    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen")  # it may have been missing before
+    entry = _entry(url, "tiny")
+    assert (entry["gpu"], entry["max_model_len"]) == ("L4", 2048)
+    assert entry["dollars_per_hour"] > 0
+    assert [call(f"{url}{path}", headers=KEY)[0] for path in ("/health", "/docs", "/metrics")] == [200, 200, 200]
+    assert replicas(door, "tiny-l4") == []
+
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(call, f"{url}/v1/chat/completions", {"model": "llm", **QUESTION}, KEY)
+        door.wait_until(lambda: _state(url, "tiny") == "waking", 20, "the wake")
+        assert asked.result()[0] == 200
+    assert _state(url, "tiny") == "ready"
+
+
+def _entry(url: str, model: str) -> Any:
+    listed = json.loads(call(f"{url}/v1/models", headers=KEY)[1])["data"]
+    return next(entry for entry in listed if entry["id"] == model)
+
+
+def _state(url: str, model: str) -> str:
+    return str(_entry(url, model)["state"])
+
+
+def test_door_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None:
+    """Which deploy is missing is in the answer."""
+    status, body = call(f"{url}/v1/chat/completions", {"model": "tiny-b200", **QUESTION}, KEY)
+    assert status == 503
+    assert "SERVICE_GPU=B200 modal deploy -m service.server" in json.loads(body)["error"]["message"]
+    status, body = call(f"{url}/v1/chat/completions", {"model": "tini", **QUESTION}, KEY)
+    assert (status, json.loads(body)["error"]["code"]) == (404, "model_not_found")
+    assert "'tiny'" in json.loads(body)["error"]["message"]
+
+
+def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
+    """Comments come until the engine answers, across Modal's redirects; then the engine's chunks, to the last one."""
+    model = tier("T4")
+    door.door.redirect_after_s = 3.5
+    try:
+        with posted(url, {"model": model, "stream": True, **QUESTION}) as answer:
+            assert answer.status == 200
+            assert answer.getheader("Content-Type", "").startswith("text/event-stream")
+            assert answer.readline().startswith(b": waking tiny on T4, ")
+            assert replicas(door, model)[0].state is TaskState.STARTING
+            body = answer.read()
+    finally:
+        door.door.redirect_after_s = 150.0
+    assert "Paris" in content(body)
+    assert body.rstrip().endswith(b"data: [DONE]")
+    assert 303 in [status for _, path, status in door.door.requests if path.startswith("/health?model=tiny")]
+
+    status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)
+    assert status == 200, body
+    assert "Paris" in content(body)
+    assert len(replicas(door, model)) == 1
+
+
+def test_door_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
+    door: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
+    """All are served by the one engine that their first request woke, streams and others alike."""
+    model, before = tier("A100"), _asked_for_health(door)
+
+    def ask(number: int) -> tuple[int, str]:
+        with posted(url, {"model": model, "stream": bool(number % 2), **QUESTION}) as answer:
+            return answer.status, content(answer.read())
+
+    with ThreadPoolExecutor(100) as threads:
+        answers = list(threads.map(ask, range(100)))
+    assert [status for status, _ in answers] == [200] * 100
+    assert all("Paris" in said for _, said in answers)
+    assert len(replicas(door, model)) == 1
+    assert _asked_for_health(door) - before == 1
+
+
+def _asked_for_health(plane: ModalPlane) -> int:
+    """Return how many requests have waked, or would have."""
+    return sum(path.startswith("/health?") for _, path, _ in plane.door.requests)
+
+
+def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(
+    door: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
+    """The client is told, in the stream; the next request is served by a new container."""
+    model = tier("H100")
+    assert call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)[0] == 200
+    first = replicas(door, model)[-1]
+    with posted(url, {"model": model, **COUNTING}) as answer:
+        assert answer.readline().startswith(b"data: ")
+        first.kill()
+        rest = answer.read()
+    events = [line.removeprefix(b"data: ") for line in rest.splitlines() if b'"error"' in line]
+    assert [json.loads(event)["error"]["code"] for event in events] == ["engine_lost"]
+
+    status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)
+    assert status == 200, body
+    assert replicas(door, model)[-1] is not first
+
+
+def test_door_whose_client_leaves_stops_the_generation_within_a_second(
+    door: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
+    """Through both containers, the engine runs no request any more."""
+    model = tier("L40S")
+    pool = modal.Cls.from_name("vllm-l40s", "Server", client=door.client())(model="tiny")
+    with posted(url, {"model": model, **COUNTING}) as answer:
+        while not answer.readline().startswith(b"data: "):
+            pass
+        door.wait_until(lambda: _running(pool) == 1.0, 10, "the generation to run")
+    left_at = time.monotonic()
+    door.wait_until(lambda: _running(pool) == 0.0, 5, "the generation to stop")
+    assert time.monotonic() - left_at < 1.0 + ASKING_S
+
+
+ASKING_S = 0.3  # of a call to the engine's metrics, on two cores
+
+
+def _running(pool: Any) -> float:
+    """Return how many requests the engine works on, by its own metrics."""
+    _, metrics = pool.complete.remote("/metrics")
+    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
+    return float(line.rpartition(" ")[2])
+
+
+def test_door_passes_the_clients_key_on_where_engines_check_it(door: ModalPlane, tier: Callable[..., str]) -> None:
+    """With `SERVICE_DIRECT_AUTH=keys` the tier wants no proxy token, and the engine knows the key."""
+    environment = {"SERVICE_APP": "team", "SERVICE_DIRECT_AUTH": "keys"}
+    tier("L4", **environment)
+    url = deploy_door(door, SERVICE_MODEL="tiny", SERVICE_GPU="L4", **environment)
+    status, body = call(f"{url}/v1/chat/completions", {"model": "tiny", **QUESTION}, KEY)
+    assert status == 200, body
+    assert "Paris" in content(body)
+    direct = door.url_of("team", "Server", "serve")
+    assert call(f"{direct}/v1/models?model=tiny")[0] == 401
+    assert call(f"{direct}/v1/models?model=tiny", headers=KEY)[0] == 200
