@@ -45,6 +45,7 @@ locks: $(VENV)/light
 	$(COMPILE) --extra install pyproject.toml -o $(PINS)/light.lock
 	$(COMPILE) --extra install --extra dev pyproject.toml -o $(PINS)/dev.lock
 	$(COMPILE) $(PINS)/engine-cuda.in -o $(PINS)/engine-cuda.lock
+	$(COMPILE) tests/gateway/clients.in -o tests/gateway/clients.lock
 	$(COMPILE) --override $(PINS)/engine-cpu-overrides.txt $(PINS)/engine-cpu.in -o $(PINS)/engine-cpu.lock
 
 clean:

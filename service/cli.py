@@ -131,6 +131,36 @@ def boots(
     boots_screen.print_boots(found, f"No boots are recorded yet in {place}.", as_json)
 
 
+@app.command()
+def litellm(
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="VLLM_GATEWAY_URL", help="Of the gateway; else that of 'up'. os.environ/NAME: from there."),
+    ] = None,
+    gpus: Annotated[
+        list[str] | None, typer.Option("--gpu", metavar="GPU", help="A further tier, such as H200; repeatable.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="<key>-local too, tuned for tool calls.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, not YAML.")] = False,
+) -> None:
+    """Print the configuration of a LiteLLM proxy: every model as <key> and <key>-<gpu>, one URL, one key."""
+    from service import litellm, revisions
+    from service.settings import Settings
+
+    settings = Settings.load()
+    registry = revisions.registry(settings.models_file)
+    config = litellm.config(registry, url or f"http://127.0.0.1:{settings.port}", settings, gpus or (), local=local)
+    if left_out := litellm.too_large(registry, gpus or ()):
+        typer.echo(f"Left out, the weights alone are larger than the GPU: {', '.join(left_out)}", err=True)
+    text = litellm.as_json(config) if as_json else litellm.as_yaml(config)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    litellm.write(text, output)
+    typer.echo(f"Wrote {output}: {len(config['model_list'])} names", err=True)
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0 ok, 1 failed, 2 wrong usage, 130 interrupted."""
     from service.errors import ServiceError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -119,14 +120,16 @@ class Service:
 
     def leader(self) -> psutil.Process:
         """Return the engine's first process, which leads its session and its group."""
-        (child,) = psutil.Process(self.pid).children()
-        self._session = child.pid
-        return child
+        leaders = (child for child in psutil.Process(self.pid).children() if "vllm_service.main" in child.cmdline())
+        leader = min(leaders, key=lambda process: process.create_time())  # others serve further models
+        self._session = leader.pid
+        return leader
 
     def engine(self) -> list[psutil.Process]:
         """Return every process of the engine that runs: the members of its leader's session."""
-        if self._session < 0 and not self.ended and psutil.Process(self.pid).children():
-            self.leader()
+        if self._session < 0 and not self.ended:
+            with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # there is none yet, or none any more
+                self.leader()
         return session_members(self._session) if self._session > 0 else []
 
     def wait_gone(self, deadline: float) -> None:

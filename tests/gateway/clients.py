@@ -1,0 +1,234 @@
+"""Clients as their users run them: scripts in the environment of `client_env`, and LiteLLM's proxy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import requests
+import yaml
+
+from tests.engine.dialogues import TINY, TOOLS, completion, dialogue
+from tests.engine.running import POLL_S, REPOSITORY, Service, free_port
+
+from . import client_env
+
+SCRIPTS = client_env.HERE / "scripts"
+EXAMPLE = REPOSITORY / "examples" / "litellm"
+KEY = "sk-of-the-clients-3f9a"
+CAPITAL = dialogue("capital")
+PROMPT, CONTINUATION = completion("capital-raw")
+CHOICES = ["Positive", "Negative", "Neutral"]
+UNKNOWN = "tinny"  # nearest: tiny
+COLD, GIANT = "cold", "giant"  # models of `models_file`
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+JOHN = json.loads(dialogue("json").content)
+CALL = dialogue("weather-call").tool_calls[0]
+_ASKED = {
+    "messages": CAPITAL.request["messages"],
+    "prompt": PROMPT,
+    "messages_for_schema": dialogue("json").request["messages"],
+    "schema": PERSON,
+    "messages_for_choice": [{"role": "user", "content": "Classify: vLLM is wonderful!"}],
+    "choices": CHOICES,
+    "messages_for_tools": dialogue("weather-call").request["messages"],
+    "tools": list(TOOLS.values()),
+    "unknown": UNKNOWN,
+}
+_OURS = ("SERVICE_", "API_KEY", "VLLM_", "LITELLM_", "OPENAI_", "ANTHROPIC_", "LANGCHAIN_", "LANGSMITH_", "HF_")
+_PROXY_START_S = 120  # about 10 s on two idle cores; the machine of a test is not always idle
+_SCRIPT_S = 150
+
+
+def models_file(directory: Path) -> Path:
+    """Write models of one's own: one that nobody has asked for yet, and one that no machine has room for."""
+    file = directory / "models.toml"
+    entry = f'path = "{TINY}"\nmax_model_len = 2048\ntool_call_parser = "hermes"\nreasoning_parser = "qwen3"\n'
+    file.write_text(f"[models.{COLD}]\n{entry}weights_gb = 0.004\n[models.{GIANT}]\n{entry}weights_gb = 1000000.0\n")
+    return file
+
+
+class Outcomes(dict[str, dict[str, Any]]):
+    """What became of a client's cases: what each returned, or what it raised."""
+
+    def value(self, case: str) -> Any:
+        """Return what a case returned; one that raised fails the test with the client's own words."""
+        assert "value" in self[case], f"{case}: {self[case]}"
+        return self[case]["value"]
+
+    def raised(self, case: str) -> tuple[str, int | None, str]:
+        """Return class, HTTP status and words of what a case raised."""
+        assert "raised" in self[case], f"{case} raised nothing: {self[case]}"
+        return self[case]["raised"], self[case]["status"], self[case]["message"]
+
+
+class Client:
+    """A script of a client, in a process of its own, which has imported all it needs and waits for what to ask."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._name, pipe = command[-1], subprocess.PIPE
+        self._process = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert self._process.stderr is not None
+        while (line := self._process.stderr.readline()) != "ready\n":
+            assert line, f"{self._name} ended before it was ready"
+
+    def ask(self, url: str, key: str, model: str, cases: list[str] | None = None) -> None:
+        """Tell it what to ask, all cases by default."""
+        assert self._process.stdin is not None
+        asked = _ASKED | {"url": url, "key": key, "model": model, "cases": cases}
+        self._process.stdin.write(json.dumps(asked))
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def outcomes(self) -> Outcomes:
+        """Return what became of the cases."""
+        try:
+            out, err = self._process.communicate(timeout=_SCRIPT_S)
+        finally:
+            self._process.kill()
+        assert self._process.returncode == 0, f"{self._name} ended with {self._process.returncode}:\n{err}"
+        return Outcomes(json.loads(out))
+
+
+def python(script: str) -> Client:
+    """Start a script for Python."""
+    return Client([str(client_env.bin_directory() / "python"), str(SCRIPTS / script)])
+
+
+def javascript(directory: Path, script: str) -> Client:
+    """Start a script for Node, from a directory in which it finds its packages."""
+    return Client([client_env.node(), str(beside_packages(directory, (SCRIPTS / script).read_text()))])
+
+
+def outcomes(client: Client, url: str, key: str = KEY, model: str = "tiny", cases: list[str] | None = None) -> Outcomes:
+    """Have a client ask, and return what became of it."""
+    client.ask(url, key, model, cases)
+    return client.outcomes()
+
+
+def beside_packages(directory: Path, program: str) -> Path:
+    """Put a program for Node where it finds its packages: Node looks for them beside the file."""
+    packages = directory / "node_modules"
+    if not packages.exists():
+        packages.symlink_to(client_env.node_modules(), target_is_directory=True)
+    file = directory / "program.mjs"
+    file.write_text(program)
+    return file
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the test's own environment less all that could tell a client something."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OURS)} | more
+
+
+def bearer(key: str) -> dict[str, str]:
+    """Return the header that carries a key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def counted(served: Service, metric: str, **labels: str) -> float:
+    """Return what the gateway's `/metrics` has for a metric with exactly these labels; 0 when it is not there yet."""
+    text = requests.get(f"{served.url}/metrics", headers=bearer(KEY), timeout=30).text
+    written = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
+    found = re.search(rf"^{metric}\{{{re.escape(written)}\}} (\S+)$", text, re.M)
+    return float(found[1]) if found else 0.0
+
+
+class LiteLLM:
+    """LiteLLM's proxy, started as the example's compose file has it: its command, its environment.
+
+    Args:
+        directory: Where its configuration and its output go.
+        gateway: URL of the gateway.
+        models: The models file of the gateway.
+        more: Variables set beside those of the compose file.
+    """
+
+    MASTER_KEY = "sk-of-litellm-71c2"
+
+    def __init__(self, directory: Path, gateway: str, models: Path, **more: str) -> None:
+        self._file, self._log = directory / "config.yaml", directory / "litellm.log"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        service = yaml.safe_load((EXAMPLE / "compose.yaml").read_text())["services"]["litellm"]
+        given = {"VLLM_GATEWAY_URL": gateway, "VLLM_API_KEY": KEY, "LITELLM_MASTER_KEY": self.MASTER_KEY}
+        self._environment = environment(**compose_environment(service, given), **more)
+        replaced = {"/app/config.yaml": str(self._file), "4000": str(self.port), "0.0.0.0": "127.0.0.1"}
+        arguments = [replaced.get(word, word) for word in service["command"]]
+        self._command = [str(client_env.bin_directory() / "litellm"), *arguments]
+        self._models = str(models)
+        self.started_after_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Write the configuration, start the proxy and wait until it listens."""
+        write = [sys.executable, "-m", "service.cli", "litellm", "--url", "os.environ/VLLM_API_BASE", "--local"]
+        own = environment(SERVICE_MODELS_FILE=self._models)
+        subprocess.run([*write, "--output", str(self._file)], cwd=REPOSITORY, env=own, check=True)
+        began = time.monotonic()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, cwd=self._file.parent, stdout=log, stderr=log
+            )
+        try:
+            while not self._listens():
+                assert self._process.poll() is None, self.story
+                assert time.monotonic() - began < _PROXY_START_S, self.story
+                time.sleep(POLL_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.started_after_s = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it; it has no children."""
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def story(self) -> str:
+        """What it said, for the message of a failed test."""
+        return f"LiteLLM's proxy, {' '.join(self._command)}:\n{self._log.read_text(errors='replace')[-6000:]}"
+
+    @property
+    def config(self) -> str:
+        """The file that it was started with."""
+        return self._file.read_text()
+
+    @property
+    def memory_mb(self) -> float:
+        """Its resident memory."""
+        return float(psutil.Process(self._process.pid).memory_info().rss / 1e6)
+
+    def _listens(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health/liveliness", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+
+def compose_environment(service: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Return a service's environment with `${NAME:?…}` filled in as compose does."""
+
+    def filled(match: re.Match[str]) -> str:
+        assert given.get(match[1]), f"compose would stop: {match[1]} is not set"
+        return given[match[1]]
+
+    return {name: re.sub(r"\$\{(\w+):\?[^}]*\}", filled, value) for name, value in service["environment"].items()}

@@ -1,0 +1,68 @@
+"""The blocks of docs/clients.md, pasted as they stand: only the environment says where the gateway is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.engine.running import REPOSITORY, Service
+
+from . import client_env
+from .clients import KEY, LiteLLM, beside_packages, environment
+
+# What each block must print, in the order of the page; the words are those of the built-in model.
+EXPECTED = [
+    ("bash", ["Paris", "[DONE]"]),
+    ("bash", [" Paris."]),
+    ("bash", ['"id": "tiny"']),
+    ("python", ["The capital of France is Paris. 25", "The capital of France is Paris."]),
+    ("python", ["John", "tive"]),
+    ("python", ["get_weather", "Paris", "Did you mean 'gemma-3-12b'?"]),
+    ("javascript", ["The capital of France is Paris.\n", "tive"]),
+    ("python", ["The capital of France is Paris.\n", "15\n"]),
+    ("python", ["The capital of France is Paris.\n", "John"]),
+    ("python", ["The capital of France is Paris.\n"]),
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the page."""
+
+    language: str
+    text: str
+
+    def command(self, directory: Path) -> list[str]:
+        """Return what runs it."""
+        if self.language == "javascript":
+            return [client_env.node(), str(beside_packages(directory, self.text))]
+        if self.language == "python":
+            return [str(client_env.bin_directory() / "python"), "-c", self.text]
+        return ["bash", "-euo", "pipefail", "-c", self.text]
+
+
+_FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", (REPOSITORY / "docs/clients.md").read_text(), re.M | re.S)
+BLOCKS = [Block(language, text) for language, text in _FENCES if language != "console"]
+
+
+def test_docs_blocks_are_the_expected_ones() -> None:
+    """Every block that is no console line is run."""
+    assert [block.language for block in BLOCKS] == [language for language, _ in EXPECTED]
+
+
+@pytest.mark.parametrize("number", range(len(EXPECTED)), ids=lambda number: f"{number + 1}-{EXPECTED[number][0]}")
+def test_docs_block_prints_what_it_should(number: int, served: Service, litellm: LiteLLM, tmp_path: Path) -> None:
+    """It ends well, and the answers are in what it printed."""
+    given = {"VLLM_GATEWAY_URL": served.url, "VLLM_API_KEY": KEY}
+    given |= {"LITELLM_URL": litellm.url, "LITELLM_MASTER_KEY": litellm.MASTER_KEY}
+    done = subprocess.run(
+        BLOCKS[number].command(tmp_path), env=environment(**given), cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in EXPECTED[number][1]:
+        assert words in done.stdout, done.stdout
