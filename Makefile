@@ -12,8 +12,10 @@ serve: $(VENV)/light
 
 install: $(VENV)/light
 
+# The containers of the contract tests wait more than they work, so two files of theirs run at a time.
 test: $(VENV)/dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/contract tests/fakes
+	@$(BIN)/python -m pytest --ignore tests/contract --ignore tests/fakes
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

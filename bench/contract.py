@@ -14,7 +14,7 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = 3
-SUITE = ["tests/contract", "tests/fakes"]
+SUITE = ["-n", "2", "--dist", "loadfile", "tests/contract", "tests/fakes"]  # as `make test` runs it
 
 
 def main() -> int:

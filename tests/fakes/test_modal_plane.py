@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import modal
 import pytest
 
 from .modal import ContainerRuntime, ContainerRuntimeError, ModalPlane, NotDeployed, PlaneTimeout, TaskState
@@ -127,8 +128,9 @@ def test_cli_listing_shows_what_there_is(shared: ModalPlane, arguments: tuple[st
     assert expected in done.stdout
 
 
-def test_transcript_tells_who_called(shared: ModalPlane) -> None:
+def test_transcript_tells_who_called(shared: ModalPlane, client: modal.Client) -> None:
     """Calls of the client and of containers are told apart."""
+    assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
     callers = {call.name: call.caller for call in shared.transcript}
     assert callers["FunctionCreate"] == "client"
     assert callers["ContainerHello"].startswith("ta-")
