@@ -1,7 +1,7 @@
 """Wiring of the public door to Modal: `modal deploy -m service.door` publishes function `serve` of app `vllm-gateway`.
 
 It has no GPU and starts none for a stranger. One container has all requests: limits of a key are counted, and the one
-wake of a pool is shared, in its process. Keys are read after a restore, so that no snapshot holds them.
+wake of a pool is shared, in its process. Keys are read after a restore: the application of a snapshot has none.
 """
 
 from __future__ import annotations

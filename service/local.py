@@ -68,7 +68,7 @@ def serve(
     with _signals_interrupt(), bound_port(host, settings.port) as address, claim_port(settings.port):
         here = Here(settings, screen, environ)
         spec = here.choose(model)
-        run = _Run(here, spec, load_keyring(environ, digests, here.registry))
+        run = _Run(here, spec, load_keyring(environ, digests, here.registry, spec.key))
         ready = Ready(spec, _base_url(host, settings.port), 0.0, asks_for_key=bool(digests))
         run.serve(address, lambda seconds: on_ready(replace(ready, seconds=seconds)))
 

@@ -147,10 +147,11 @@ class ModelSpec(_Entry):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a name stands for: a model, and a GPU when the name ended in one."""
+    """What a name stands for: a model, a GPU when the name ended in one, and the name without it, in lower case."""
 
     spec: ModelSpec
     gpu: Gpu | None = None
+    name: str = ""
 
 
 class Registry:
@@ -199,13 +200,13 @@ class Registry:
         if lowered == DEFAULT_ALIAS and default:
             return self.find(default)
         if spec := self._by_name.get(lowered):
-            return Choice(spec)
+            return Choice(spec, name=lowered)
         for gpu in GPUS.values():
             bare = lowered.removesuffix(f"-{gpu.slug}")
             if bare == DEFAULT_ALIAS and default:
                 return Choice(self.find(default).spec, gpu)
             if spec := self._by_name.get(bare):
-                return Choice(spec, gpu)
+                return Choice(spec, gpu, bare)
         raise UnknownModelError(
             f"Unknown model '{name}'.{did_you_mean(name, self._by_name)} "
             f"Registered: {', '.join(self.specs)} (vllm-service models). "

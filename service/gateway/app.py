@@ -21,11 +21,13 @@ from service.gateway.inference import Inference
 from service.gateway.limits import Keyring
 from service.gateway.metrics import Account, Metrics
 from service.gateway.openai import JSON, Refusal, unauthorized
-from service.gateway.relay import HEARTBEAT_S, Message, Receive, Send, session
+from service.gateway.relay import HEARTBEAT_S, Message, Receive, Send
 from service.gateway.routes import INFERENCE, OPEN
+from service.gateway.upstream import session
 
-_RESPONSE = re.compile(r"/v1/responses/[\w-]+")
-_RESPONSE_CANCEL = re.compile(r"/v1/responses/[\w-]+/cancel")
+_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]+")
+_RESPONSE_CANCEL = re.compile(r"/v1/responses/[A-Za-z0-9_-]+/cancel")
+_MODEL = re.compile(rb"(?:^|&)model=.")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ def _reaches_an_engine(scope: Message) -> bool:
         return path in INFERENCE or _RESPONSE_CANCEL.fullmatch(path) is not None
     if method != "GET":
         return False
-    return _RESPONSE.fullmatch(path) is not None or (path == "/metrics" and b"model=" in scope["query_string"])
+    return _RESPONSE.fullmatch(path) is not None or bool(path == "/metrics" and _MODEL.search(scope["query_string"]))
 
 
 async def _unreached(_: Request) -> Response:

@@ -23,6 +23,7 @@ OPTIONAL_PROPERTIES = 1000  # of one object: 1.2 s, and 16 s for twice as many
 COUNTED_PROPERTIES = 10_000  # properties times maxProperties of one object: 1 s
 VALUES = 10_000  # in all enums of a schema: 0.5 s
 CHOICES = 10_000
+TOOLS = 512
 REGEX_LIMIT = 32 * 1024  # bytes
 GRAMMAR_LIMIT = 128 * 1024
 _TAG_LIMIT = 512 * 1024  # a field of 256 KiB, with its letters outside ASCII written as escapes
@@ -93,6 +94,8 @@ def _structured_outputs(value: Value) -> Iterator[Constraint]:
 
 
 def _tools(value: list[Any]) -> Iterator[Constraint]:
+    if len(value) > TOOLS:
+        raise refusal("tools", f"has {len(value)} tools; at most {TOOLS} are compiled")
     """Yield the arguments' schemas: vLLM constrains calls by them (`--tool-strict-level parameter`)."""
     for position, tool in enumerate(value):
         if isinstance(tool, dict):

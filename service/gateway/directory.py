@@ -70,8 +70,7 @@ class Directory:
         choice, bare = self._choose(asked)
         spec = choice.spec
         names = (*spec.names, *(adapter.name for adapter in spec.adapters))
-        lowered = bare.lower()
-        adapter = next((part.name for part in spec.adapters if part.name.lower() == lowered), None)
+        adapter = next((part.name for part in spec.adapters if part.name.lower() == choice.name), None)
         pool = self._pool(spec, choice.gpu)
         pool.on_woke = self.on_woke
         return Target(pool, adapter or spec.key, known=asked in names, tuned=bare != asked)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 import aiohttp
 
@@ -17,9 +17,12 @@ from service.gateway.grammars import Grammars
 from service.gateway.limits import Client
 from service.gateway.metrics import Account
 from service.gateway.openai import Refusal
-from service.gateway.relay import HEARTBEAT_S, Message, Order, Receive, Relay, Send
-from service.gateway.routes import MIB, STREAMING, body_limit
+from service.gateway.relay import HEARTBEAT_S, Message, Receive, Relay, Send
+from service.gateway.routes import INFERENCE, MIB, STREAMING, body_limit
+from service.gateway.upstream import Order
 
+_PIECE_S = 30.0
+_QUERY = {"stream", "starting_after"}  # of GET /v1/responses/<id>
 _TUNED: dict[str, str | float] = {"temperature": 0.3, "tool_choice": "auto"}  # what `-local` stands for
 
 
@@ -67,13 +70,14 @@ class Inference:
     async def _order(
         self, scope: Message, body: bytes | bytearray, client: Client, account: Account
     ) -> tuple[Target, Order]:
-        path, query = scope["path"], scope["query_string"].decode("latin-1")
-        asked = bodies.read(body) if scope["method"] == "POST" and body else None
-        target = self._directory.find(asked.model if asked else _model_of(query))
+        path, query = scope["path"], dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        asked = bodies.read(body) if path in INFERENCE else None
+        target = self._directory.find(asked.model if asked else query.get("model"))
         account.model, account.pool = target.pool.spec.key, target.pool.place
         client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
-        order = Order(scope["method"], path, query, scope["headers"], body, b"", streams=False)
-        if order.method == "GET" and await target.pool.observe() != "ready":  # it asks for what an engine holds
+        passed = {name: value for name, value in query.items() if name in _QUERY and not asked}
+        order = Order(scope["method"], path, passed, scope["headers"], body, b"", streams=False)
+        if not asked and target.pool.address() is None:  # it asks for what an engine holds
             raise Refusal(
                 404, f"Model '{account.model}' has no engine now, so there is nothing of it to be had at {path}."
             )
@@ -92,10 +96,6 @@ def _changes(asked: Asked, target: Target) -> dict[str, str | float]:
     return changes
 
 
-def _model_of(query: str) -> str | None:
-    return next(iter(parse_qs(query).get("model", ())), None)
-
-
 async def _body(scope: Message, receive: Receive, account: Account) -> bytes | bytearray:
     """Read a body of a bounded size, into one buffer."""
     limit = body_limit(scope["path"])
@@ -106,21 +106,25 @@ async def _body(scope: Message, receive: Receive, account: Account) -> bytes | b
     message = await receive()
     body: bytes | bytearray = message.get("body", b"")
     if message.get("more_body"):
-        body, size = bytearray(body), len(body)
-        body.extend(bytes(max(0, length - size)))  # at once: a buffer that grows is copied again and again
+        body = bytearray(body)  # it grows with what comes: what a client declares costs nothing
         while message.get("more_body"):
-            message = await receive()
-            chunk = message.get("body", b"")
-            if size + len(chunk) > limit:
+            message = await _more(receive)
+            body += message.get("body", b"")
+            if len(body) > limit:
                 raise _too_large(limit)
-            body[size : size + len(chunk)] = chunk
-            size += len(chunk)
-        del body[size:]
     if message["type"] == "http.disconnect":
         account.left = True
         raise Refusal(499, "The client left before its body was here.", code="client_left")
     account.bytes_in = len(body)
     return body
+
+
+async def _more(receive: Receive) -> Message:
+    try:
+        async with asyncio.timeout(_PIECE_S):
+            return await receive()
+    except TimeoutError:
+        raise Refusal(408, f"Nothing more of the body came for {_PIECE_S:.0f} s.", code="body_too_slow") from None
 
 
 def _too_large(limit: int) -> Refusal:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import UsageError, did_you_mean
+from service.errors import UnknownModelError, UsageError, did_you_mean
 from service.gateway.openai import Refusal
 from service.models import Registry
 
@@ -171,7 +171,7 @@ def load_limits(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, K
     return found
 
 
-def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registry: Registry) -> Keyring:
+def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registry: Registry, default: str) -> Keyring:
     """Return the keyring that the environment describes.
 
     Raises:
@@ -179,11 +179,24 @@ def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registr
     """
     limits = load_limits(environ, digests.values())
     models = {
-        name: frozenset(registry.find(model).spec.key for model in limit.models)
+        name: frozenset(_model(name, model, registry, default) for model in limit.models)
         for name, limit in limits.items()
         if limit.models is not None
     }
     return Keyring(digests, limits, models)
+
+
+def _model(name: str, model: str, registry: Registry, default: str) -> str:
+    try:
+        choice = registry.find(model, default)
+    except UnknownModelError as error:
+        raise UsageError(f"API_LIMITS of '{name}': {error}") from error
+    if choice.gpu:
+        raise UsageError(
+            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, on whatever GPU. "
+            f"Write '{choice.spec.key}'."
+        )
+    return choice.spec.key
 
 
 def _key(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

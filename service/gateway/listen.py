@@ -11,17 +11,20 @@ from contextlib import contextmanager
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.gateway.app import Door, gateway
 from service.gateway.directory import Directory
 from service.gateway.grammars import Grammars
 from service.gateway.limits import Keyring
 from service.gateway.local_pool import Machine
+from service.gateway.routes import BODY_LIMIT
 from service.models import ModelSpec, Registry
 from service.settings import Settings
 
 _GRACE_S = 1  # what the door takes to pass on the ends of the engines' streams
 _BACKLOG = 2048
+HEAD_LIMIT = 128 * 1024
 
 
 def door(
@@ -71,7 +74,7 @@ class Listener:
     ) -> None:
         config = uvicorn.Config(
             door,
-            http="httptools",
+            http=_Protocol,
             lifespan="on",
             ws="none",
             access_log=False,
@@ -87,6 +90,7 @@ class Listener:
         self._address, self._machine, self._on_drain = address, machine, on_drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._given_up = False
 
     def run(self, signals: tuple[signal.Signals, ...]) -> None:
         """Serve; the first of the signals drains, the second ends everything at once. Blocks; in the main thread."""
@@ -95,6 +99,7 @@ class Listener:
 
     def end(self) -> None:
         """Give up at once, from any thread: an engine that all depends on is dead."""
+        self._given_up = True
         if self._loop:
             with contextlib.suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._end, 0.0)
@@ -105,6 +110,8 @@ class Listener:
             loop.add_signal_handler(number, self._signalled)
         self._machine.begin()
         self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else old connections keep the port
+        if self._given_up:
+            self._end(0.0)
         try:
             await self._server.serve([self._address])
         finally:
@@ -127,6 +134,29 @@ class Listener:
 
     def _close(self) -> None:
         self._server.should_exit = True
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds a request's head, which httptools does not."""
+
+    _head = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Close the connection of a head that has no end."""
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > HEAD_LIMIT:
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """Stop counting: what follows is the body."""
+        self._head = -BODY_LIMIT - HEAD_LIMIT
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Count anew."""
+        self._head = 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

@@ -9,19 +9,18 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from service.errors import EngineError, ServiceError
+from service.errors import EngineError
 from service.gateway.pools import Address, Pool, WakeError
+from service.gateway.threads import in_thread
 from service.gpus import Gpu
 from service.hardware import free_port
 from service.models import ModelSpec
 
 PLACE = "this machine"
 _POLL_S = 0.05
-_ANSWERS_S = 5.0
 _DEATH_S = 2.0  # from an engine's end to the word of it
-T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -72,7 +71,7 @@ class Machine:
         self._pools: dict[str, LocalPool] = {}
         self.starting = asyncio.Lock()  # one at a time: each takes the room that it was promised
         self._retiring: asyncio.Task[None] | None = None
-        self._ending: list[Engine] = []
+        self.ending: set[Engine] = set()
         self.closed = False
 
     def pool(self, spec: ModelSpec, gpu: Gpu | None = None) -> LocalPool:
@@ -87,27 +86,39 @@ class Machine:
         """The pools that have an engine, least recently used first."""
         return sorted((pool for pool in self._pools.values() if pool.engine), key=lambda pool: pool.used_at)
 
-    async def make_room(self, pool: LocalPool) -> tuple[int, ...]:
-        """End idle engines, least recently used first, until this one fits; return the GPUs that it gets.
+    async def make_room(self, pool: LocalPool) -> tuple[int, ...] | None:
+        """Return the GPUs that a pool's engine gets, once idle engines have made room; None: busy ones are in the way.
 
-        Where all are busy it waits for one of them. An engine that nothing stands in the way of may always try.
+        Least recently used ones end first, and none does in vain. What nothing is in the way of may always try.
         """
-        while True:
-            others = [other for other in self.live if other is not pool]
-            gpus = self._free_gpus(pool.spec, others)
-            fits = gpus is not None if self._gpus else self._free_memory() >= self._needs_memory(pool.spec)
-            if fits or not others:
-                return gpus or ()
-            if idle := [other for other in others if not other.in_use]:
-                self.say(f"{idle[0].spec.key} is stopped to make room for {pool.spec.key}.")
-                await idle[0].stop()
-            else:
-                await asyncio.sleep(_POLL_S)
+        others = [other for other in self.live if other is not pool]
+        if not self._fits(pool.spec, others, ended=[]):
+            idle = [other for other in others if not other.in_use]
+            if len(idle) < len(others) and not self._fits(pool.spec, others, ended=idle):
+                return None
+            for other in idle:
+                if self._fits(pool.spec, others, ended=[]):
+                    break
+                if other.in_use:
+                    return None
+                self.say(f"{other.spec.key} is stopped to make room for {pool.spec.key}.")
+                await other.stop()
+                others.remove(other)
+        free = self._free_gpus(others)
+        return tuple(free[: self._n_gpu(pool.spec)])
 
-    def _free_gpus(self, spec: ModelSpec, others: list[LocalPool]) -> tuple[int, ...] | None:
+    def _fits(self, spec: ModelSpec, others: list[LocalPool], ended: list[LocalPool]) -> bool:
+        """Tell whether a model fits beside the others, when some of them have ended."""
+        if not others or len(ended) == len(others):
+            return True
+        if self._gpus:
+            return len(self._free_gpus([other for other in others if other not in ended])) >= self._n_gpu(spec)
+        freed = sum(self._needs_memory(other.spec) for other in ended)
+        return self._free_memory() + freed >= self._needs_memory(spec)
+
+    def _free_gpus(self, others: list[LocalPool]) -> list[int]:
         taken = {gpu for other in others for gpu in other.gpus}
-        free = [gpu for gpu in self._gpus if gpu not in taken]
-        return tuple(free[: self._n_gpu(spec)]) if len(free) >= self._n_gpu(spec) else None
+        return [gpu for gpu in self._gpus if gpu not in taken]
 
     def begin(self) -> None:
         """Begin to end engines that are idle; needs a running loop."""
@@ -115,26 +126,25 @@ class Machine:
 
     async def _retire(self) -> None:
         while True:
-            due = [pool for pool in self.live if not pool.in_use and pool.idle_s >= self._idle_s]
-            for pool in due:
-                self.say(
-                    f"{pool.spec.key} is stopped after {pool.idle_s:.0f} s without a request; the next one wakes it."
-                )
-                await pool.stop()
+            for pool in self.live:
+                if not pool.in_use and (idle_s := pool.idle_s) >= self._idle_s:
+                    self.say(
+                        f"{pool.spec.key} is stopped after {idle_s:.0f} s without a request; the next one wakes it."
+                    )
+                    await pool.stop()
             await asyncio.sleep(min(1.0, self._idle_s / 4))
 
     async def close(self, grace_s: float | None = None) -> None:
-        """End all engines, ready or starting, with the same grace; nothing starts any more."""
+        """End all engines, ready, starting or ending already, with the same grace; nothing starts any more."""
+        self.closed = True
         if self._retiring:
             self._retiring.cancel()
-        self.closed = True
-        self._ending = [pool.engine for pool in self.live if pool.engine]
-        stops = [pool.stop(grace_s) for pool in self.live]
+        stops = [pool.stop(grace_s) for pool in self._pools.values()]
         await asyncio.gather(*(pool.close() for pool in self._pools.values()), *stops)
 
     def kill(self) -> None:
         """End at once what `close` is waiting for."""
-        for engine in self._ending:
+        for engine in self.ending:
             threading.Thread(target=engine.stop, args=(0,), name="gateway-kill", daemon=True).start()
 
 
@@ -186,26 +196,32 @@ class LocalPool(Pool):
             raise WakeError("The service is being stopped.")
         if self.engine and self._last and await self._still_serves(self.engine, self._last):
             return self._ready_at(self._last)
-        port, key = free_port(), new_key()
+        try:
+            await in_thread(lambda: self._machine.fetch(self.spec))
+            while True:
+                async with self._machine.starting:
+                    gpus = await self._machine.make_room(self)
+                    if gpus is not None:
+                        return self._ready_at(await self._start(gpus))
+                await asyncio.sleep(_POLL_S)  # others may start meanwhile
+        except Exception as error:
+            self.engine = None
+            self._machine.say(f"{self.spec.key} did not start: {error}")
+            raise WakeError(str(error) or type(error).__name__) from error
+
+    async def _start(self, gpus: tuple[int, ...]) -> Address:
+        self.gpus, port, key = gpus, free_port(), new_key()
         loop = asyncio.get_running_loop()
 
         def died(error: EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._died, engine, error)
 
-        try:
-            await in_thread(lambda: self._machine.fetch(self.spec))
-            async with self._machine.starting:
-                self.gpus = await self._machine.make_room(self)
-                engine = await in_thread(lambda: self._machine.make(self.spec, port, self.gpus, died))
-                self.engine = engine
-                await in_thread(engine.prepare)
-                await in_thread(lambda: engine.start({digest(key): "gateway"}))
-        except ServiceError as error:
-            self.engine = None
-            self._machine.say(f"{self.spec.key} did not start: {error}")
-            raise WakeError(str(error)) from error
-        return self._ready_at(_address(port, key))
+        engine = await in_thread(lambda: self._machine.make(self.spec, port, gpus, died))
+        self.engine = engine
+        await in_thread(engine.prepare)
+        await in_thread(lambda: engine.start({digest(key): "gateway"}))
+        return _address(port, key)
 
     def _ready_at(self, address: Address) -> Address:
         self._address = self._last = address
@@ -214,7 +230,7 @@ class LocalPool(Pool):
 
     async def _still_serves(self, engine: Engine, address: Address) -> bool:
         """Tell whether an engine that was lost is there after all; one that is not is ended."""
-        if await _answers(address):
+        if await _listens(address):
             return True
         deadline = time.monotonic() + _DEATH_S
         while self.engine is engine and time.monotonic() < deadline:  # noqa: ASYNC110 - any of several things ends it
@@ -232,15 +248,21 @@ class LocalPool(Pool):
         self._machine.say(f"The engine of {self.spec.key} died; the next request starts another. {error}")
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """End its engine; a request that comes meanwhile waits, and wakes another."""
+        """End its engine, or wait for the end that is under way; a request that comes meanwhile wakes another then."""
         engine, self.engine, self._address = self.engine, None, None
         if engine is None:
+            await self._stopping.wait()
             return
         self._stopping.clear()
-        try:
-            await in_thread(lambda: engine.stop(grace_s))
-        finally:
+        self._machine.ending.add(engine)
+
+        def ended(_: object) -> None:
+            self._machine.ending.discard(engine)
             self._stopping.set()
+
+        ending = asyncio.ensure_future(in_thread(lambda: engine.stop(grace_s)))
+        ending.add_done_callback(ended)
+        await asyncio.shield(ending)
 
 
 def new_key() -> str:
@@ -253,44 +275,17 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Do blocking work in a thread of its own, which does not keep the process from ending as a pool's would."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: T | None = None
-        failure: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(finish, result, failure)
-
-    threading.Thread(target=run, name="gateway-work", daemon=True).start()
-    return await done
-
-
-async def _answers(address: Address) -> bool:
-    import aiohttp  # noqa: PLC0415 - slow to import, and the first engine is on its way before it is needed
-
+async def _listens(address: Address) -> bool:
+    """Tell whether anybody takes connections there: one who is only slow is watched by others."""
+    host, _, port = address.url.removeprefix("http://").partition(":")
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWERS_S)) as http,
-            http.get(f"{address.url}/health") as answer,
-        ):
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError, OSError):
+        _, writer = await asyncio.open_connection(host, int(port))
+    except OSError:
         return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 def _address(port: int, key: str) -> Address:

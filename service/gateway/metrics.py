@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 NO_MODEL = "-"  # of requests that were refused before one was known
 _TTFB_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _HELD_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 90, 120, 300, 600)
+_PATH = 256  # characters of a path in a line
 _TAIL = 1024  # bytes of an answer's end in which its usage stands
 _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d+)')
 _COMPLETION = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d+)')
@@ -145,7 +146,7 @@ def _line(account: Account, tokens: tuple[int, int] | None) -> str:
             "id": account.id,
             "key": account.key,
             "method": account.method,
-            "path": account.path,
+            "path": account.path[:_PATH],
             "model": account.model,
             "pool": account.pool,
             "status": account.status,

@@ -21,8 +21,8 @@ from service.gateway.directory import Directory
 from service.gateway.limits import load_keyring
 from service.gateway.openai import Refusal
 from service.gateway.pools import Address, Pool, State, WakeError
-from service.gateway.relay import session
-from service.gpus import Gpu, check_count, find_gpu, tier
+from service.gateway.upstream import session
+from service.gpus import Gpu, find_gpu, tier
 from service.keys import digests
 from service.models import ModelSpec, Registry
 from service.settings import Settings
@@ -30,7 +30,7 @@ from service.settings import Settings
 PROXY_SECRET = "vllm-proxy-token"  # noqa: S105 - the name of a secret, not its value
 _FRESH_S = 30.0  # how long an answer is taken for a sign that the next one comes too
 _LOOKED_UP_S = 10.0  # how long a tier that was not there is not asked for again
-_ASK_AGAIN_S = 0.05
+_ASK_AGAIN_S, _ASK_AGAIN_AT_MOST_S = 0.05, 2.0
 _STATE_S = 5.0
 _OBSERVED_WITHIN_S = 2.0
 
@@ -115,10 +115,11 @@ class ModalPool(Pool):
         self._asked_at, self._known = -_STATE_S, "cold"
 
     def address(self) -> Address | None:
-        """Return where it is, when it is in use or was a moment ago."""
-        if self._address and (self.in_use > 1 or time.monotonic() - self.used_at < self._fresh_s):
-            return self._address
-        return None
+        """Return where it is, when it answers somebody or did a moment ago."""
+        if self._address is None or self._waking or self.answered_at is None:
+            return None
+        fresh = self.answering or time.monotonic() - self.answered_at < self._fresh_s
+        return self._address if fresh else None
 
     def lost(self) -> None:
         """Have the next request ask for its health."""
@@ -127,18 +128,21 @@ class ModalPool(Pool):
 
     async def wake(self) -> Address:
         """Ask for its health until it has it; Modal starts a container for the first time it is asked."""
+        self._address = None
         address = Address(await self._tier.url(), {"model": self.spec.key}, self._headers, passes_key=not self._headers)
         url = URL(address.url + "/health").with_query(address.query)
+        pause_s = _ASK_AGAIN_S
         try:
             async with asyncio.timeout(self._timeout_s), session() as http:
-                while not await self._is_healthy(http, url):  # noqa: ASYNC110 - another machine has no event
-                    await asyncio.sleep(_ASK_AGAIN_S)
-        except TimeoutError:
-            raise WakeError(f"It gave no answer within {self._timeout_s:.0f} s (SERVICE_STARTUP_TIMEOUT_S).") from None
-        except aiohttp.ClientError as error:
+                while not await self._is_healthy(http, url):
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _ASK_AGAIN_AT_MOST_S)
+        except aiohttp.ClientError as error:  # first: some of them are time-outs too
             self._tier.forget()
             raise WakeError(f"Its address does not answer: {_said(error)}.") from error
-        self._address, self.used_at = address, time.monotonic()
+        except TimeoutError:
+            raise WakeError(f"It was not ready within {self._timeout_s:.0f} s (SERVICE_STARTUP_TIMEOUT_S).") from None
+        self._address, self.answered_at = address, time.monotonic()
         return address
 
     async def _is_healthy(self, http: aiohttp.ClientSession, url: URL) -> bool:
@@ -150,6 +154,7 @@ class ModalPool(Pool):
                     where = answer.url.join(URL(answer.headers.get("Location", ""), encoded=True))
                     if where.origin() != url.origin():
                         raise WakeError("Modal sent the question for its health elsewhere.")
+                    await asyncio.sleep(_ASK_AGAIN_S)
                     continue
                 if answer.status == 200:
                     return True
@@ -205,7 +210,7 @@ class Tiers:
         settings = self._settings
         chosen = gpu or (find_gpu(settings.gpu) if settings.gpu else spec.gpu_tier)
         n_gpu = (None if gpu else settings.n_gpu) or (spec.n_gpu if chosen == spec.gpu_tier else 1)
-        check_count(chosen, n_gpu)
+        n_gpu = min(n_gpu, chosen.max_count)  # SERVICE_N_GPU speaks of the default tier
         name = tier(chosen, n_gpu)
         app = self._tiers.setdefault(name, Tier(chosen, n_gpu, settings.app or f"vllm-{name}"))
         if (pool := self._pools.get((spec.key, name))) is None:
@@ -229,7 +234,9 @@ def modal_gateway(settings: Settings, registry: Registry, environ: Mapping[str, 
         )
     tiers = Tiers(settings, _proxy_token(settings, environ))
     directory = Directory(registry, settings.model, tiers.pool)
-    return gateway(directory, load_keyring(environ, found, registry), hold_s=settings.hold_s, access=_write)
+    return gateway(
+        directory, load_keyring(environ, found, registry, settings.model), hold_s=settings.hold_s, access=_write
+    )
 
 
 def _proxy_token(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -55,6 +55,8 @@ class Pool(ABC):
         self.on_woke: Callable[[Pool, bool], None] = lambda _pool, _well: None
         self.in_use = 0
         self.used_at = time.monotonic()
+        self.answering = 0
+        self.answered_at: float | None = None
         self.wake_s: float | None = None  # what the last one took
         self._waking: asyncio.Task[Address] | None = None
         self._woken_at = 0.0
@@ -93,14 +95,26 @@ class Pool(ABC):
         return self.state
 
     @contextmanager
-    def use(self) -> Iterator[None]:
-        """Count a request, from before the wake to the end of its answer."""
+    def use(self, *, looks: bool = False) -> Iterator[None]:
+        """Count a request, from before the wake to the end of its answer; one that only `looks` keeps nothing awake."""
         self.in_use += 1
         try:
             yield
         finally:
             self.in_use -= 1
-            self.used_at = time.monotonic()
+            if not looks:
+                self.used_at = time.monotonic()
+
+    @contextmanager
+    def answers(self) -> Iterator[None]:
+        """Take note that it answers, for as long as that lasts."""
+        self.answering += 1
+        self.answered_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.answering -= 1
+            self.answered_at = time.monotonic()
 
     async def ready(self) -> Address:
         """Return where it takes requests, once it does: at once, or after the one wake that all wait for.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import aiohttp
@@ -19,15 +19,15 @@ from yarl import URL
 from service.gateway.metrics import Account
 from service.gateway.openai import JSON, Refusal
 from service.gateway.pools import Address, Pool
+from service.gateway.upstream import Order, Sent, data_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 HEARTBEAT_S = 3.0
-_PIECE = 256 * 1024  # of a large body, written as the engine takes it
 _TRIES = 2  # a pool that was believed to be ready may be gone: then the next try wakes it
-_CONNECT_S = 10.0
+_FOLLOW_S = 0.05
 _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"expect",
@@ -37,37 +37,9 @@ _KEYS = {b"authorization", b"x-api-key"}
 _NOT_PASSED_BACK = {name.decode() for name in _HOP_BY_HOP} | {"server", "date", "x-engine-pid", "x-request-id"}
 
 
-@dataclass
-class Order:
-    """A request as it is to reach an engine.
-
-    Attributes:
-        method: HTTP method.
-        path: Path, and the client's own query behind it.
-        headers: The client's, as they came.
-        body: The client's bytes, or most of them; let go of once the engine has them.
-        suffix: What stands at their end instead of the rest.
-        streams: The client asked for server-sent events.
-    """
-
-    method: str
-    path: str
-    query: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes | bytearray | memoryview
-    suffix: bytes
-    streams: bool
-
-
-def session() -> aiohttp.ClientSession:
-    """Return the connections to all engines: as many as clients need, none decoded, none timed out."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, ttl_dns_cache=60),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
+def _close(opening: asyncio.Future[aiohttp.ClientResponse]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 class Relay:
@@ -107,11 +79,12 @@ class Relay:
             ConnectionError: The answer broke off where no sentence can be put: the client's connection must end.
         """
         try:
-            with self._pool.use():
+            with self._pool.use(looks=self._order.method == "GET"):
                 answer = await (self._opened_beating() if self._order.streams else self._open())
                 self._order.body = b""
                 try:
-                    await self._pass_back(answer)
+                    with self._pool.answers() if answer.status < 500 else nullcontext():
+                        await self._pass_back(answer)
                 finally:
                     answer.close()
         except Refusal as refusal:
@@ -127,11 +100,11 @@ class Relay:
         try:
             while not (await asyncio.wait((opening,), timeout=self._heartbeat_s))[0]:
                 await self._beat()
-            return opening.result()
-        finally:
-            if not opening.done():
-                opening.cancel()
-                await asyncio.gather(opening, return_exceptions=True)
+        except BaseException:  # the client left, perhaps in the moment in which the answer came
+            opening.cancel()
+            opening.add_done_callback(_close)
+            raise
+        return opening.result()
 
     async def _beat(self) -> None:
         if not self._started:
@@ -143,16 +116,15 @@ class Relay:
 
     async def _open(self) -> aiohttp.ClientResponse:
         """Return the answer, its headers read; its pool is woken when it is not there."""
-        for _ in range(_TRIES - 1):
+        for tries_left in reversed(range(_TRIES)):
+            sent = Sent()
             try:
-                return await self._ask(await self._address())
-            except (aiohttp.ClientConnectionError, ConnectionError):
+                return await self._ask(await self._address(), sent)
+            except (aiohttp.ClientError, ConnectionError) as error:
                 self._pool.lost()
-        try:
-            return await self._ask(await self._address())
-        except (aiohttp.ClientConnectionError, ConnectionError) as error:
-            self._pool.lost()
-            raise self._lost() from error
+                if not tries_left or not sent.in_vain(error):  # an engine that this request killed is not given another
+                    raise self._lost() from error
+        raise AssertionError("the last try returns or raises")
 
     async def _address(self) -> Address:
         if address := self._pool.address():
@@ -169,13 +141,16 @@ class Relay:
         finally:
             self._account.held_s += time.monotonic() - began
 
-    async def _ask(self, address: Address) -> aiohttp.ClientResponse:
+    async def _ask(self, address: Address, sent: Sent) -> aiohttp.ClientResponse:
         order = self._order
-        url = URL(address.url + order.path, encoded=True)
-        if order.query or address.query:
-            url = URL(address.url + order.path + "?" + order.query, encoded=True).update_query(address.query)
+        url = URL(address.url + order.path, encoded=True).with_query({**order.query, **address.query})
         answer = await self._http.request(
-            order.method, url, data=_data(order), headers=self._headers(address), allow_redirects=False
+            order.method,
+            url,
+            data=data_of(order),
+            headers=self._headers(address),
+            allow_redirects=False,
+            trace_request_ctx=sent,
         )
         while answer.status == 303:  # Modal's word for: it takes longer than 150 s, ask here
             answer = await self._follow(answer, address)
@@ -186,6 +161,7 @@ class Relay:
         answer.release()
         if target.origin() != URL(address.url).origin():
             raise Refusal(502, f"The pool of '{self._pool.spec.key}' sent this request elsewhere.", kind="server_error")
+        await asyncio.sleep(_FOLLOW_S)
         return await self._http.get(target, headers=address.headers, allow_redirects=False)
 
     def _headers(self, address: Address) -> CIMultiDict[str]:
@@ -259,7 +235,10 @@ class Relay:
 
 async def _as_refusal(answer: aiohttp.ClientResponse) -> Refusal:
     """Return an engine's error as one that can be told inside a stream."""
-    text = await answer.text(errors="replace")
+    try:
+        text = await answer.text(errors="replace")
+    except aiohttp.ClientError:
+        text = ""
     kind, message, code, param = "server_error", text[:1000] or answer.reason or "no reason given", None, None
     if answer.content_type == JSON:
         try:
@@ -269,19 +248,3 @@ async def _as_refusal(answer: aiohttp.ClientResponse) -> Refusal:
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
     return Refusal(answer.status, message, kind=kind, code=None if code is None else str(code), param=param)
-
-
-def _data(order: Order) -> bytes | AsyncIterator[bytes | memoryview] | None:
-    if order.method == "GET":
-        return None
-    if len(order.body) <= _PIECE:
-        return bytes(order.body) + order.suffix if order.suffix else bytes(order.body)
-    return _pieces(order.body, order.suffix)
-
-
-async def _pieces(body: bytes | bytearray | memoryview, suffix: bytes) -> AsyncIterator[bytes | memoryview]:
-    view = memoryview(body)
-    for begin in range(0, len(view), _PIECE):
-        yield view[begin : begin + _PIECE]
-    if suffix:
-        yield suffix

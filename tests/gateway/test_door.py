@@ -9,9 +9,10 @@ import json
 import pytest
 
 from service.errors import UsageError
+from service.gateway.directory import Directory
 from service.gateway.limits import KeyLimits, Keyring, load_keyring, load_limits
-from service.models import Registry
-from tests.gateway.upstream import SPECS, Engine, answers, eventually, house, streams
+from service.models import Adapter, ModelSpec, Registry
+from tests.gateway.upstream import SPECS, Engine, TestPool, answers, eventually, house, streams
 
 ASK = {"model": "tiny", "messages": []}
 KEYS = {hashlib.sha256(key.encode()).hexdigest(): name for key, name in (("a-key", "alice"), ("b-key", "bob"))}
@@ -204,13 +205,14 @@ def test_limits_of_a_minute_slide() -> None:
         ('{"alice": {"rpm": 1}}', "field 'rpm'"),
         ('{"alice": {"concurrency": 0}}', "field 'concurrency' is 0"),
         ('{"alcie": {}}', "Did you mean 'alice'"),
-        ('{"alice": {"models": ["tinny"]}}', "Did you mean 'tiny'"),
+        ('{"alice": {"models": ["tinny"]}}', "API_LIMITS of 'alice'.*Did you mean 'tiny'"),
+        ('{"alice": {"models": ["tiny-h200"]}}', "on whatever GPU. Write 'tiny'"),
     ],
 )
 def test_limits_that_are_wrong_are_refused_in_words(text: str, match: str) -> None:
     """A limit that nobody applies is worse than none."""
     with pytest.raises(UsageError, match=match):
-        load_keyring({"API_LIMITS": text}, KEYS, Registry(SPECS))
+        load_keyring({"API_LIMITS": text}, KEYS, Registry(SPECS), "tiny")
 
 
 def test_limits_unset_are_none() -> None:
@@ -269,6 +271,39 @@ def test_request_id_that_is_no_id_is_replaced() -> None:
             assert engine.requests[0].headers["x-request-id"] == answer.headers["x-request-id"]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/chat/completions", 400),
+        ("POST", "/v1/responses/resp_1/cancel", 404),
+        ("GET", "/v1/responses/resp_1", 404),
+        ("GET", "/metrics?model=tiny", 404),
+        ("GET", "/v1/responses/%C3%A9", 404),
+        ("GET", "/v1/chat/completions/", 404),
+    ],
+)
+def test_request_that_needs_no_engine_wakes_none(method: str, path: str, status: int) -> None:
+    """An empty body, and what only an engine that runs could answer."""
+
+    async def run() -> None:
+        async with house() as door:
+            async with door.http.request(method, door.url + path) as answer:
+                assert answer.status == status
+                assert "error" in await answer.json()
+            assert all(pool.wakes == 0 for pool in door.pools.values())
+
+    asyncio.run(run())
+
+
+def test_adapter_on_a_gpu_is_that_adapter() -> None:
+    """A GPU behind its name changes where it runs, not what it is."""
+    spec = ModelSpec(key="base", path="x", adapters=(Adapter(name="SQL", path="y"),))
+    directory = Directory(Registry({"base": spec}), "base", lambda spec, _: TestPool(spec))
+
+    assert [directory.find(name).name for name in ("sql", "sql-h200", "SQL-h200-local")] == ["SQL", "SQL", "SQL"]
+    assert directory.find("base-h200").name == "base"
 
 
 def test_websocket_is_turned_away() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -15,7 +16,10 @@ from service.models import ModelSpec
 from tests.gateway.upstream import eventually
 
 GB = 10**9
-SPECS = {name: ModelSpec(key=name, path="x", weights_gb=size) for name, size in (("a", 4.0), ("b", 4.0), ("c", 4.0))}
+SPECS = {
+    name: ModelSpec(key=name, path="x", weights_gb=size)
+    for name, size in (("a", 4.0), ("b", 4.0), ("c", 4.0), ("d", 4.0))
+}
 
 
 class Engine:
@@ -26,6 +30,7 @@ class Engine:
         self.may_start = threading.Event()
         self.may_start.set()
         self.running = False
+        self.stop_s = 0.0
         self.stops: list[float | None] = []
         self.digests: Mapping[str, str] = {}
 
@@ -43,6 +48,7 @@ class Engine:
         """End."""
         self.stops.append(grace_s)
         self.may_start.set()
+        time.sleep(self.stop_s)
         self.running = False
 
 
@@ -134,6 +140,80 @@ def test_pool_waits_for_a_busy_one_and_never_ends_it() -> None:
         await waiting
         assert len(house.running) == 2
         assert "c" in house.running
+        await house.machine.close(0)
+
+    asyncio.run(run())
+
+
+def test_pool_that_waits_for_a_busy_one_ends_nobody_in_vain_and_keeps_nobody_waiting() -> None:
+    """A model for two GPUs, of which one is busy, ends no idle one yet; a third model starts meanwhile."""
+
+    async def run() -> None:
+        house = House(gpus=(0, 1, 2))
+        house.machine._n_gpu = lambda spec: 3 if spec.key == "c" else 1
+        await house.pool("b").ready()
+        with house.pool("a").use():
+            await house.pool("a").ready()
+            waiting = asyncio.ensure_future(house.pool("c").ready())
+            await asyncio.sleep(0.2)
+            assert house.running == ["b", "a"]
+            await house.pool("d").ready()
+            assert house.running == ["b", "a", "d"]
+        await waiting
+        assert house.running == ["c"]
+        await house.machine.close(0)
+
+    asyncio.run(run())
+
+
+def test_pool_in_use_again_is_not_ended_for_having_been_idle() -> None:
+    """Two are idle; while the first one ends, a request comes for the second."""
+
+    async def run() -> None:
+        house = House(idle_s=0.3)
+        for name in ("a", "b"):
+            await house.pool(name).ready()
+        house.engines[0].stop_s = 1.0
+        house.machine.begin()
+        await eventually(lambda: bool(house.engines[0].stops))
+        with house.pool("b").use():
+            await asyncio.sleep(1.5)
+            assert house.running == ["b"]
+        await house.machine.close(0)
+
+    asyncio.run(run())
+
+
+def test_machine_closed_waits_for_an_end_that_is_under_way() -> None:
+    """An engine that was being ended for another reason is ended when the machine is closed."""
+
+    async def run() -> None:
+        house = House()
+        await house.pool("a").ready()
+        house.engines[0].stop_s = 0.5
+        ending = asyncio.ensure_future(house.pool("a").stop())
+        await asyncio.sleep(0.1)
+        ending.cancel()
+        await house.machine.close(None)
+        assert house.running == []
+
+    asyncio.run(run())
+
+
+def test_pool_lost_by_one_client_keeps_the_engine_that_still_listens() -> None:
+    """One broken connection is no reason to end everybody's streams."""
+
+    async def run() -> None:
+        house = House()
+        first = await house.pool("a").ready()
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", house.engines[0].port)
+        async with server:
+            house.pool("a").lost()
+            assert await house.pool("a").ready() == first
+            assert len(house.engines) == 1
+        house.pool("a").lost()
+        await house.pool("a").ready()
+        assert len(house.engines) == 2
         await house.machine.close(0)
 
     asyncio.run(run())

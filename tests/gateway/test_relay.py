@@ -216,7 +216,7 @@ def test_relay_connection_that_the_engine_closed_meanwhile_is_replaced() -> None
     """An engine that was restarted is asked again before anybody is told."""
 
     async def closes(request: Request, writer: asyncio.StreamWriter) -> None:
-        if len(engine.requests) == 1:
+        if len(engine.requests) == 2:
             writer.transport.abort()
         else:
             await answers(request, writer)
@@ -224,8 +224,41 @@ def test_relay_connection_that_the_engine_closed_meanwhile_is_replaced() -> None
     engine = Engine(closes)
 
     async def run() -> None:
-        async with engine.serving(), house(url=engine.url) as door, door.post(ASK) as answer:
-            assert answer.status == 200
+        async with engine.serving(), house(url=engine.url) as door:
+            for _ in range(2):
+                async with door.post(ASK) as answer:
+                    assert answer.status == 200
+            assert len(engine.requests) == 3
+
+    asyncio.run(run())
+
+
+def test_relay_request_that_kills_its_engine_is_not_sent_to_another() -> None:
+    """On a connection of its own the engine may have read it all: the client hears of it, and decides."""
+
+    async def dies(request: Request, writer: asyncio.StreamWriter) -> None:
+        del request
+        writer.transport.abort()
+
+    async def run() -> None:
+        async with Engine(dies).serving() as engine, house(url=engine.url) as door:
+            async with door.post(ASK) as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (502, "engine_lost")
+            assert len(engine.requests) == 1
+
+    asyncio.run(run())
+
+
+def test_relay_clients_query_reaches_no_engine() -> None:
+    """On Modal a query chooses the container: `n_gpu` in it would be another pool."""
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
+            async with door.post(
+                ASK, "/v1/chat/completions?n_gpu=7&model=other&__modal_function_call_id=fc-1"
+            ) as answer:
+                assert answer.status == 200
+            assert engine.requests[0].line == "POST /v1/chat/completions?model=tiny HTTP/1.1"
 
     asyncio.run(run())
 
