@@ -20,7 +20,7 @@ from service.models import ModelSpec
 
 PLACE = "this machine"
 _POLL_S = 0.05
-_DEATH_S = 2.0  # from an engine's end to the word of it
+_ANSWERS_S = 5.0
 
 
 class Engine(Protocol):
@@ -229,12 +229,16 @@ class LocalPool(Pool):
         return address
 
     async def _still_serves(self, engine: Engine, address: Address) -> bool:
-        """Tell whether an engine that was lost is there after all; one that is not is ended."""
-        if await _listens(address):
+        """Tell whether an engine that was lost is there after all; one that is not is ended.
+
+        One that is only slow is: whether it hangs is for others to find out.
+        """
+        asking = asyncio.ensure_future(_answers(address))
+        while self.engine is engine and not asking.done():
+            await asyncio.wait((asking,), timeout=_POLL_S)
+        if self.engine is engine and await asking:
             return True
-        deadline = time.monotonic() + _DEATH_S
-        while self.engine is engine and time.monotonic() < deadline:  # noqa: ASYNC110 - any of several things ends it
-            await asyncio.sleep(_POLL_S)
+        asking.cancel()
         if self.engine is engine:
             self._machine.say(f"The engine of {self.spec.key} does not answer; another one is started.")
             await in_thread(lambda: engine.stop(0))
@@ -275,17 +279,20 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-async def _listens(address: Address) -> bool:
-    """Tell whether anybody takes connections there: one who is only slow is watched by others."""
-    host, _, port = address.url.removeprefix("http://").partition(":")
+async def _answers(address: Address) -> bool:
+    """Tell whether anybody answers there, or takes his time; nobody does where a connection is refused or broken."""
+    import aiohttp  # noqa: PLC0415 - slow to import, and the first engine is on its way before it is needed
+
     try:
-        _, writer = await asyncio.open_connection(host, int(port))
-    except OSError:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWERS_S)) as http,
+            http.get(f"{address.url}/health"),
+        ):
+            return True
+    except TimeoutError:
+        return True
+    except (aiohttp.ClientError, OSError):
         return False
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return True
 
 
 def _address(port: int, key: str) -> Address:

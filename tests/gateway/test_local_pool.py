@@ -206,7 +206,13 @@ def test_pool_lost_by_one_client_keeps_the_engine_that_still_listens() -> None:
     async def run() -> None:
         house = House()
         first = await house.pool("a").ready()
-        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", house.engines[0].port)
+
+        async def healthy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(healthy, "127.0.0.1", house.engines[0].port)
         async with server:
             house.pool("a").lost()
             assert await house.pool("a").ready() == first

@@ -70,7 +70,7 @@ def state(service: Service, model: str) -> str:
 
 def test_hundred_clients_of_a_cold_model_start_one_engine_and_are_all_answered(service: Service) -> None:
     """A stream hears meanwhile what it waits for."""
-    before = len(engines(service))
+    before = engines(service)
     assert state(service, "second") == "cold"
     with post(service, {"model": "second", "stream": True, **QUESTION}, stream=True) as stream:
         lines = stream.iter_lines()
@@ -81,14 +81,14 @@ def test_hundred_clients_of_a_cold_model_start_one_engine_and_are_all_answered(s
         assert b"data: [DONE]" in list(lines)
     assert {answer.status_code for answer in answers} == {200}
     assert all("Paris" in answer.json()["choices"][0]["message"]["content"] for answer in answers)
-    assert len(engines(service)) == before + 1
+    assert len([engine for engine in engines(service) if engine not in before]) == 1
 
 
 def test_client_that_leaves_stops_the_real_generation(service: Service) -> None:
     """Within a second the engine has no request."""
     with post(service, {"model": "second", **COUNTING}, stream=True) as stream:
         next(stream.iter_lines())
-        assert running(service) == 1
+        wait_until(lambda: running(service) == 1, 10, service)
     left = time.monotonic()
     wait_until(lambda: running(service) == 0, 2, service)
     assert time.monotonic() - left < 1
