@@ -20,7 +20,7 @@ from service.models import ModelSpec
 
 PLACE = "this machine"
 _POLL_S = 0.05
-_ANSWERS_S = 5.0
+_ANSWERS_S, _TOLD_S = 5.0, 1.0  # the second: until its death is told, with the reason
 
 
 class Engine(Protocol):
@@ -104,8 +104,7 @@ class Machine:
                 self.say(f"{other.spec.key} is stopped to make room for {pool.spec.key}.")
                 await other.stop()
                 others.remove(other)
-        free = self._free_gpus(others)
-        return tuple(free[: self._n_gpu(pool.spec)])
+        return tuple(self._free_gpus(others)[: self._n_gpu(pool.spec)])
 
     def _fits(self, spec: ModelSpec, others: list[LocalPool], ended: list[LocalPool]) -> bool:
         """Tell whether a model fits beside the others, when some of them have ended."""
@@ -292,6 +291,7 @@ async def _answers(address: Address) -> bool:
     except TimeoutError:
         return True
     except (aiohttp.ClientError, OSError):
+        await asyncio.sleep(_TOLD_S)
         return False
 
 
