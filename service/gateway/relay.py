@@ -26,13 +26,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 HEARTBEAT_S = 3.0
-_TRIES = 2  # a pool that was believed to be ready may be gone: then the next try wakes it
+_TRIES = 5  # of connections that had been closed meanwhile; a pool that is gone is woken by the next try
 _FOLLOW_S = 0.05
 _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"expect",
 }  # fmt: skip
-_NOT_PASSED_ON = _HOP_BY_HOP | {b"host", b"content-length", b"cookie", b"modal-key", b"modal-secret", b"x-request-id"}
+_OURS = {b"host", b"content-length", b"x-request-id", b"accept-encoding"}  # a stream that began has no encoding
+_NOT_PASSED_ON = _HOP_BY_HOP | _OURS | {b"cookie", b"modal-key", b"modal-secret"}
 _KEYS = {b"authorization", b"x-api-key"}
 _NOT_PASSED_BACK = {name.decode() for name in _HOP_BY_HOP} | {"server", "date", "x-engine-pid", "x-request-id"}
 

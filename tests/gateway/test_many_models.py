@@ -87,7 +87,8 @@ def test_hundred_clients_of_a_cold_model_start_one_engine_and_are_all_answered(s
 def test_client_that_leaves_stops_the_real_generation(service: Service) -> None:
     """Within a second the engine has no request."""
     with post(service, {"model": "second", **COUNTING}, stream=True) as stream:
-        next(stream.iter_lines())
+        assert stream.status_code == 200, stream.text + service.err
+        assert next(stream.iter_lines()).startswith(b"data: ")
         wait_until(lambda: running(service) == 1, 10, service)
     left = time.monotonic()
     wait_until(lambda: running(service) == 0, 2, service)
@@ -97,8 +98,9 @@ def test_client_that_leaves_stops_the_real_generation(service: Service) -> None:
 def running(service: Service) -> int:
     """Return how many requests the second model's engine has."""
     headers = {"Authorization": "Bearer my-key"}
-    text = requests.get(f"{service.url}/metrics?model=second", headers=headers, timeout=30).text
-    line = next(line for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
+    answer = requests.get(f"{service.url}/metrics?model=second", headers=headers, timeout=30)
+    assert answer.status_code == 200, answer.text + service.err
+    line = next(line for line in answer.text.splitlines() if line.startswith("vllm:num_requests_running"))
     return round(float(line.split()[-1]))
 
 
@@ -128,7 +130,7 @@ def test_engine_killed_under_streams_ends_each_with_an_error_and_is_replaced(ser
         errors = [json.loads(line[6:]) for line in lines if line.startswith(b'data: {"error"')]
         assert len(errors) == 1, lines[-30:]
     answer = post(service, {"model": "second", **QUESTION})
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == 200, answer.text + service.err
     assert "The engine of second died; the next request starts another." in service.err
 
 

@@ -56,9 +56,18 @@ def jobs(python: str) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+BEFORE: list[psutil.Process] = []
+
+
+@pytest.fixture(autouse=True)
+def before() -> None:
+    """Remember the processes of services that other tests go on to use."""
+    BEFORE[:] = psutil.Process().children(recursive=True)
+
+
 def children() -> list[psutil.Process]:
-    """Return the processes that this one has started and not ended."""
-    return psutil.Process().children(recursive=True)
+    """Return the processes that this test has started and not ended."""
+    return [child for child in psutil.Process().children(recursive=True) if child not in BEFORE]
 
 
 async def until(condition: Callable[[], bool]) -> None:
