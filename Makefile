@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve install test check bench bench-boot bench-cycles bench-gpu bench-readahead bench-weights bench-contract locks clean
+.PHONY: serve install test check bench bench-boot bench-cycles bench-gateway bench-gpu bench-readahead bench-weights bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
@@ -20,13 +20,16 @@ test: $(VENV)/dev
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: bench-boot bench-cycles bench-readahead bench-weights bench-contract
+bench: bench-boot bench-cycles bench-gateway bench-readahead bench-weights bench-contract
 
 bench-boot: $(VENV)/dev
 	@$(BIN)/python -m bench.boot
 
 bench-cycles: $(VENV)/dev
 	@$(BIN)/python -m bench.cycles
+
+bench-gateway: $(VENV)/dev
+	@$(BIN)/python -m bench.gateway
 
 # on a machine with an NVIDIA GPU
 bench-gpu: $(VENV)/dev

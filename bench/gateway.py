@@ -1,0 +1,154 @@
+"""The gateway: what it adds, passes and holds, against LiteLLM's proxy and nginx. `make bench-gateway`.
+
+Upstream is a stub that is never the limit; the load is a process of its own; what is compared takes turns in one run.
+The last part has a real engine, asked directly and through `vllm-service up`. On a machine where all of them share two
+cores, the stub and the clients take of what the gateway could have: its throughput is a lower bound there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from bench.gateway_doors import GATEWAY, KEY, UPSTREAM_KEY, Doors, forget_peak, leave_core_to_engine, peak, running
+from bench.gateway_figures import Figures
+from bench.gateway_load import Load, Work
+from bench.gateway_proxies import Proxies, at, warm
+from bench.gateway_server import ENGINE_KEY, MODEL
+from bench.gateway_stub import order
+from bench.processes import free_port
+
+IDLE_STREAMS, IDLE_FIRST = 1000, 200
+BODIES, BODY_BYTES, BODY_REQUESTS = 8, 10_000_000, 24
+ANSWER_MS = 300  # long enough for all bodies to be there at once
+TOKENS, STREAMS, GENERATIONS = 128, 16, 64
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts share.
+
+    Attributes:
+        load: The clients.
+        directory: For files.
+    """
+
+    load: Load
+    figures: Figures
+    directory: Path
+    rounds: int
+
+    def proxies(self) -> None:
+        """Compare latency and throughput."""
+        with Doors(self.directory) as doors:
+            Proxies(doors, self.load, self.figures).run(self.rounds)
+
+    def idle(self) -> None:
+        """Weigh streams that are open and silent, on top of some that are open already."""
+        with Doors(self.directory) as doors:
+            gateway = doors.open(GATEWAY)
+            warm(gateway, self.load)
+            work = at(gateway, Work(0, "", "", order("idle"), stream=True))
+            self.load.hold(replace(work, clients=IDLE_FIRST))
+            before = gateway.memory
+            self.load.hold(replace(work, clients=IDLE_STREAMS))
+            after = gateway.memory
+            self.load.release()
+        for kind, first, then in zip(("resident", "proportional"), before, after, strict=True):
+            each = (then - first) / IDLE_STREAMS / 1000
+            self.figures.at_most(f"memory of each of {IDLE_STREAMS} idle streams, {kind}", [each], 40, "KB")
+        print(f"idle streams: {before[0] / 1e6:.1f} MB with {IDLE_FIRST}, {after[0] / 1e6:.1f} MB with all", flush=True)
+
+    def images(self) -> None:
+        """Find the most memory that large bodies take, all of them there at once."""
+        work = Work(0, "", "", order("answer", 1024, ANSWER_MS), image_bytes=BODY_BYTES)
+        with Doors(self.directory) as doors:
+            gateway = doors.open(GATEWAY)
+            warm(gateway, self.load)
+            before = gateway.memory[0]
+            forget_peak(gateway.pid)
+            self.load.run(at(gateway, replace(work, clients=BODIES, requests=BODY_REQUESTS)))
+            most, kept = peak(gateway.pid) - before, gateway.memory[0] - before
+        name = f"memory of {BODIES} bodies of {BODY_BYTES / 1e6:.0f} MB"
+        self.figures.at_most(f"{name}, at most, bodies each", [most / BODIES / BODY_BYTES], 3)
+        self.figures.at_most(f"{name}, kept afterwards, bodies each", [kept / BODIES / BODY_BYTES], None)
+        print(f"images: {before / 1e6:.1f} MB, {most / 1e6:.1f} MB more at most, {kept / 1e6:.1f} MB kept", flush=True)
+
+    def engine(self) -> None:
+        """Compare the tokens of a real engine, directly and through the gateway that started it.
+
+        What is to hold is with the model on a core of its own, where it is fastest: with a thread on each of two cores
+        these wait for each other and for whoever else is running, so that all that runs beside them counts twice.
+        """
+        alone = self._turns("on a core of its own", ["--core", "0"])
+        shared = self._turns("on all cores")
+        self.figures.at_least("real engine, tokens/s through the gateway of direct", alone, 0.97)
+        self.figures.at_most("the same, engine, gateway and clients on all cores", shared, None)
+
+    def _turns(self, where: str, options: Sequence[str] = ()) -> list[float]:
+        engine, port = free_port(), free_port()
+        command = [sys.executable, "-m", "bench.gateway_server", "up", str(engine), *options]
+        environment = {"API_KEY": KEY, ENGINE_KEY: UPSTREAM_KEY, "SERVICE_PORT": str(port)}
+        environment |= {"XDG_STATE_HOME": str(self.directory)}
+        direct = Work(engine, UPSTREAM_KEY, MODEL, "Hello!", stream=True, clients=STREAMS, requests=GENERATIONS)
+        direct = replace(direct, extra={"max_tokens": TOKENS, "ignore_eos": True, "temperature": 0})
+        ways = {"direct": direct, "gateway": replace(direct, port=port, key=KEY)}
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        log = self.directory / "up.log"
+        with running("up", command, log, f"http://127.0.0.1:{port}/health", **environment) as pid:
+            leave_core_to_engine(pid)
+            for work in ways.values():
+                self.load.run(work)
+            for number in range(2 * self.rounds):
+                for name in list(ways)[:: -1 if number % 2 else 1]:
+                    done = self.load.run(ways[name])
+                    speeds[name].append(done.requests * TOKENS / done.seconds)
+                said = ", ".join(f"{name} {found[-1]:.0f}" for name, found in speeds.items())
+                print(f"engine {where}, turn {number + 1}: {said} tokens/s", flush=True)
+        for name, found in speeds.items():
+            self.figures.series(f"engine {where}, {name}: tokens/s", found)
+        return [ours / plain for ours, plain in zip(speeds["gateway"], speeds["direct"], strict=True)]
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "proxies": Bench.proxies,
+    "idle": Bench.idle,
+    "images": Bench.images,
+    "engine": Bench.engine,
+}
+
+
+def main() -> int:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; the results are not kept")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    figures, began = Figures(), time.monotonic()
+    try:
+        with TemporaryDirectory(prefix="bench-gateway-") as name, Load.started() as load:
+            bench = Bench(load, figures, Path(name), arguments.rounds)
+            for part in arguments.only:
+                PARTS[part](bench)
+    except KeyboardInterrupt:
+        return 130
+    print(f"{time.monotonic() - began:.0f} s on {os.cpu_count()} cores\n")
+    return figures.finish(keep=set(arguments.only) == set(PARTS))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""What stands between clients and the stub, each in a process of its own: nothing, our gateway, LiteLLM, nginx."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bench.gateway_server import ENGINE_KEY, MODEL
+from bench.processes import free_port
+from tests.gateway import client_env
+
+KEY = "sk-of-the-benchmark"
+UPSTREAM_KEY = "sk-of-the-upstream"
+DIRECT, GATEWAY, LITELLM, NGINX = "direct", "gateway", "LiteLLM", "nginx"
+HOW_TO_GET_NGINX = "apt-get install -y nginx-light"
+START_S, END_S = 150.0, 20.0
+_POLL_S = 0.05
+_OURS = ("SERVICE_", "API_KEY", "VLLM_", "LITELLM_", "OPENAI_")
+_LITELLM_SETTINGS = {
+    "litellm_settings": {"num_retries": 0, "request_timeout": 600, "set_verbose": False, "callbacks": []},
+    "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY"},
+}
+_LITELLM_VERSION = "from importlib.metadata import version; print(version('litellm'))"
+# As a proxy before an engine has to be: nothing buffered, connections kept, one process as all others here.
+_NGINX_CONF = """\
+daemon off; worker_processes 1; pid nginx.pid; error_log stderr warn;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off; client_max_body_size 64m; keepalive_requests 1000000000; tcp_nodelay on;
+  upstream engine {{ server 127.0.0.1:{upstream}; keepalive 256; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+      proxy_read_timeout 600s;
+    }}
+  }}
+}}
+"""
+
+
+class NotMeasuredError(Exception):
+    """Something is not here; the sentence says how to get it."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where clients ask.
+
+    Attributes:
+        pid: Of the process; 0 where there is none in between.
+    """
+
+    name: str
+    port: int
+    key: str
+    model: str
+    pid: int = 0
+
+    @property
+    def memory(self) -> tuple[float, float]:
+        """Resident and proportional memory of the process and its children, in bytes."""
+        sizes = [member.memory_full_info() for member in family(self.pid)]
+        return sum(size.rss for size in sizes), sum(size.pss for size in sizes)
+
+
+class Doors:
+    """Starts them, and ends them with its context.
+
+    Args:
+        directory: For their files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self.upstream = free_port()
+
+    def __enter__(self) -> Doors:
+        """Start the stub."""
+        self._start("stub", [sys.executable, "-m", "bench.gateway_stub", str(self.upstream)], self.upstream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all processes."""
+        self._stack.close()
+
+    def open(self, name: str) -> Door:
+        """Start what has this name.
+
+        Raises:
+            NotMeasuredError: It is not installed here.
+        """
+        if name == DIRECT:
+            return Door(name, self.upstream, UPSTREAM_KEY, MODEL)
+        start = {GATEWAY: self._gateway, LITELLM: self._litellm, NGINX: self._nginx}[name]
+        return start(free_port())
+
+    def _gateway(self, port: int) -> Door:
+        command = [sys.executable, "-m", "bench.gateway_server", "port", str(port), str(self.upstream)]
+        pid = self._start(GATEWAY, command, port, API_KEY=KEY, **{ENGINE_KEY: UPSTREAM_KEY})
+        return Door(GATEWAY, port, KEY, MODEL, pid)
+
+    def _litellm(self, port: int) -> Door:
+        upstream = {"api_base": f"http://127.0.0.1:{self.upstream}/v1", "api_key": UPSTREAM_KEY}
+        models = [{"model_name": MODEL, "litellm_params": {"model": f"openai/{MODEL}", **upstream}}]
+        file = self._directory / "litellm.yaml"  # every JSON is YAML
+        file.write_text(json.dumps({"model_list": models, **_LITELLM_SETTINGS}))
+        program = client_env.bin_directory() / "litellm"
+        command = [str(program), "--config", str(file), "--host", "127.0.0.1", "--port", str(port)]
+        quiet = {"LITELLM_LOG": "ERROR", "LITELLM_MODE": "PRODUCTION", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        pid = self._start(
+            LITELLM,
+            [*command, "--num_workers", "1", "--telemetry", "False"],
+            port,
+            "/health/liveliness",
+            LITELLM_MASTER_KEY=KEY,
+            **quiet,
+        )
+        return Door(LITELLM, port, KEY, MODEL, pid)
+
+    def _nginx(self, port: int) -> Door:
+        program = _nginx_program()
+        if not program:
+            raise NotMeasuredError(f"nginx is not installed: {HOW_TO_GET_NGINX}")
+        file = self._directory / "nginx.conf"
+        file.write_text(_NGINX_CONF.format(port=port, upstream=self.upstream))
+        pid = self._start(NGINX, [program, "-p", str(self._directory), "-c", str(file)], port)
+        return Door(NGINX, port, UPSTREAM_KEY, MODEL, pid)
+
+    def _start(self, name: str, command: list[str], port: int, path: str = "/health", **environment: str) -> int:
+        log = self._directory / f"{name}.log"
+        return self._stack.enter_context(running(name, command, log, f"http://127.0.0.1:{port}{path}", **environment))
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of what our gateway is compared with."""
+    commands = {LITELLM: [str(client_env.bin_directory() / "python"), "-c", _LITELLM_VERSION]}
+    if program := _nginx_program():
+        commands[NGINX] = [program, "-v"]
+    return {name: _last_word(command) for name, command in commands.items()}
+
+
+def _last_word(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout.split()[-1].rpartition("/")[2]
+
+
+def _nginx_program() -> str | None:
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
+@contextmanager
+def running(name: str, command: list[str], log: Path, health: str, **environment: str) -> Iterator[int]:
+    """Run a server, wait until it is healthy, give its process id, and end it and its children.
+
+    Raises:
+        SystemExit: It ended, or it was not healthy in time.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**kept, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not _healthy(health):
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace")[-2000:]
+                raise SystemExit(f"{name} was not healthy (exit code {process.returncode}). It said:\n{said}")
+            time.sleep(_POLL_S)
+        yield process.pid
+    finally:
+        _end(process)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all below it."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def leave_core_to_engine(pid: int) -> None:
+    """Let all threads of a service run anywhere, but those that run the model."""
+    everywhere = os.sched_getaffinity(0)
+    for member in family(pid):
+        if not member.name().startswith("VLLM::"):  # EngineCore, Worker
+            for thread in member.threads():
+                os.sched_setaffinity(thread.id, everywhere)
+
+
+def forget_peak(pid: int) -> None:
+    """Have the peak of a process' memory begin anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak(pid: int) -> float:
+    """Return the most bytes that were resident since `forget_peak`."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024.0 if found else 0.0
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    members = family(process.pid)[1:] if process.poll() is None else []
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(members, timeout=10)

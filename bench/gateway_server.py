@@ -1,0 +1,104 @@
+"""Our gateway as `vllm-service up` serves it, with what is measured behind it.
+
+`python -m bench.gateway_server port <port> <engine's port>` has the same listener, keyring, access log and local pool,
+in front of an engine that is there. `… up <engine's port>` is the command itself with the tiny model, its engine's port
+and key known outside; with `--core` all of it begins on one core.
+
+The environment has the gateway's key as `API_KEY`, the engine's as `ENGINE_KEY`, and for `up` the `SERVICE_PORT`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+from service import keys, local
+from service.gateway import listen
+from service.gateway.limits import load_keyring
+from service.gateway.local_pool import Engine, Machine
+from service.hardware import bound_port
+from service.models import ModelSpec, Registry
+from service.settings import Settings
+
+MODEL = "tiny"
+ENGINE_KEY = "ENGINE_KEY"
+
+
+class Upstream:
+    """An engine that somebody else starts and ends."""
+
+    def prepare(self) -> None:
+        """Fetch nothing."""
+
+    def start(self, digests: Mapping[str, str]) -> None:
+        """Be there already."""
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Leave it to its owner."""
+
+
+def serve(port: int, upstream: int) -> None:
+    """Serve until SIGTERM."""
+    registry = Registry.load()
+    spec = registry.find(MODEL).spec
+    machine = Machine(_nothing, _never, free_memory=lambda: 0, needs_memory=lambda _: 0, idle_s=86_400)
+    machine.pool(spec).adopt(Upstream(), upstream, os.environ[ENGINE_KEY])
+    keyring = load_keyring(os.environ, keys.digests(os.environ), registry, MODEL)
+    with (
+        bound_port("127.0.0.1", port) as address,
+        local._lines(Path(os.devnull)) as access,
+    ):
+        door = listen.door(
+            registry, spec, machine, keyring, python=sys.executable, settings=Settings.load(), access=access
+        )
+        listener = listen.Listener(door, address, machine, on_open=_ready, on_drain=lambda: None)
+        listener.run((signal.SIGTERM,))
+
+
+def up(engine: int) -> None:
+    """Run `vllm-service up tiny`, its engine on this port and with the key of the environment."""
+    from service import cli  # noqa: PLC0415 - the other half of this program is measured for its memory
+
+    known = {"free_port": mock.Mock(return_value=engine), "new_key": mock.Mock(return_value=os.environ.pop(ENGINE_KEY))}
+    with mock.patch.multiple(local, **known), mock.patch.object(sys, "argv", ["vllm-service", "up", MODEL]):
+        cli.main()
+
+
+def _nothing(_: ModelSpec) -> None:
+    pass
+
+
+def _ready() -> None:
+    pass
+
+
+def _never(*_: object) -> Engine:
+    raise AssertionError("the one engine is there")
+
+
+def main() -> None:
+    """Serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    port = commands.add_parser("port")
+    port.add_argument("port", type=int)
+    port.add_argument("upstream", type=int)
+    command = commands.add_parser("up")
+    command.add_argument("engine", type=int)
+    command.add_argument("--core", type=int)
+    arguments = parser.parse_args()
+    if arguments.command == "port":
+        serve(arguments.port, arguments.upstream)
+        return
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
+    up(arguments.engine)
+
+
+if __name__ == "__main__":
+    main()
