@@ -59,7 +59,7 @@ class Door:
 
     async def _counted(self, scope: Message, receive: Receive, send: Send) -> None:
         account = Account(_request_id(scope), scope["method"], scope["path"])
-        self._metrics.begin(account)
+        self._metrics.begin()
         try:
             await self._admitted(scope, receive, send, account)
         except Refusal as refusal:

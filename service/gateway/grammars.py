@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from service.gateway.bodies import Asked
 from service.gateway.compiler import COMPILE_S, IDLE_S, START_S, Compiler, NoCompilerError, SilentCompilerError
 from service.gateway.constraints import Constraint, constraints, refusal
-from service.gateway.openai import Refusal
+from service.gateway.openai import Refusal, unavailable
 
 REMEMBERED = 1024
 WAITING = 64  # different grammars at a time
@@ -141,13 +141,7 @@ class Grammars:
 
 
 def _later(why: str) -> Refusal:
-    return Refusal(
-        503,
-        f"{why}. Send the request again in {_BUSY_S} s.",
-        kind="server_error",
-        code="grammars_busy",
-        headers={"Retry-After": str(_BUSY_S)},
-    )
+    return unavailable(f"{why}. Send the request again in {_BUSY_S} s.", "grammars_busy", _BUSY_S)
 
 
 def _digest(*parts: bytes) -> bytes:

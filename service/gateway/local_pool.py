@@ -184,9 +184,8 @@ class LocalPool(Pool):
 
     def adopt(self, engine: Engine, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
         """Take an engine that is ready already."""
-        self.engine, self._address, self.gpus = engine, _address(port, key), gpus
-        self._last = self._address
-        self.used_at = time.monotonic()
+        self.engine, self.gpus = engine, gpus
+        self._ready_at(_address(port, key))
 
     async def wake(self) -> Address:
         """Fetch the weights, make room, start the engine."""

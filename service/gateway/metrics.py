@@ -102,9 +102,8 @@ class Metrics:
         self._bytes = Counter("gateway_bytes", "Bytes of bodies", ["direction"], registry=registry)
         self._left = Counter("gateway_clients_left", "Clients that went before the end", ["model"], registry=registry)
 
-    def begin(self, account: Account) -> None:
+    def begin(self) -> None:
         """Count a request that has come."""
-        del account
         self._running.inc()
 
     def end(self, account: Account) -> None:

@@ -19,7 +19,7 @@ from service.errors import SettingsError, UsageError
 from service.gateway.app import Door, gateway
 from service.gateway.directory import Directory
 from service.gateway.limits import load_keyring
-from service.gateway.openai import Refusal
+from service.gateway.openai import Refusal, unavailable
 from service.gateway.pools import Address, Pool, State, WakeError
 from service.gateway.upstream import session
 from service.gpus import Gpu, find_gpu, tier
@@ -81,13 +81,8 @@ class Tier:
         self._url = None
 
     def _not_deployed(self) -> Refusal:
-        return Refusal(
-            503,
-            f"No app '{self.app}' is deployed for {self.name}. Deploy it: {self._command()}.",
-            kind="server_error",
-            code="tier_not_deployed",
-            headers={"Retry-After": str(round(_LOOKED_UP_S))},
-        )
+        sentence = f"No app '{self.app}' is deployed for {self.name}. Deploy it: {self._command()}."
+        return unavailable(sentence, "tier_not_deployed", _LOOKED_UP_S)
 
     def _command(self) -> str:
         count = "" if self.n_gpu == 1 else f" SERVICE_N_GPU={self.n_gpu}"

@@ -60,3 +60,9 @@ def unauthorized() -> Refusal:
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
+
+
+def unavailable(message: str, code: str, retry_after_s: float) -> Refusal:
+    """Return the answer to a request that cannot be served now: 503, and when to come again."""
+    headers = {"Retry-After": str(round(retry_after_s))}
+    return Refusal(503, message, kind="server_error", code=code, headers=headers)

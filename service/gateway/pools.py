@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.gateway.openai import Refusal
+from service.gateway.openai import Refusal, unavailable
 from service.models import ModelSpec
 
 State = Literal["cold", "waking", "ready", "not_deployed"]
@@ -166,13 +166,8 @@ class Pool(ABC):
         self._failure = None
 
     def _refusal(self, reason: str) -> Refusal:
-        return Refusal(
-            503,
-            f"Model '{self.spec.key}' on {self.place} did not start. {reason}",
-            kind="server_error",
-            code="model_failed",
-            headers={"Retry-After": str(round(FAILED_FOR_S))},
-        )
+        sentence = f"Model '{self.spec.key}' on {self.place} did not start. {reason}"
+        return unavailable(sentence, "model_failed", FAILED_FOR_S)
 
     async def close(self) -> None:
         """Wake nothing any more; a wake under way is given up."""

@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from service.gateway.metrics import Account
-from service.gateway.openai import JSON, Refusal
+from service.gateway.openai import JSON, Refusal, unavailable
 from service.gateway.pools import Address, Pool
 from service.gateway.upstream import Order, Sent, data_of
 
@@ -223,14 +223,12 @@ class Relay:
 
     def _still_waking(self) -> Refusal:
         pool, wait_s = self._pool, self._pool.retry_after_s
-        return Refusal(
-            503,
+        return unavailable(
             f"Model '{pool.spec.key}' on {pool.place} has been waking for {pool.waking_s:.0f} s, and was waited for as "
             f"long as a request is held ({self._hold_s:g} s, SERVICE_HOLD_S). Try again in {wait_s} s, or ask for a "
             "stream: those are held until it is there.",
-            kind="server_error",
-            code="model_waking",
-            headers={"Retry-After": str(wait_s)},
+            "model_waking",
+            wait_s,
         )
 
 
