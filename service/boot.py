@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
 import time
@@ -24,6 +23,7 @@ from service.caches import machine
 from service.engine import EngineProcess, Hold, State
 from service.engine_args import engine_command
 from service.errors import EngineError, EngineTimeoutError, ServiceError
+from service.keys import digest
 from service.phases import Phases
 from service.plan import Plan, Snapshot
 from service.readahead import Readahead
@@ -193,7 +193,7 @@ class Replica:
         if not digests:
             return []
         self.own_key = secrets.token_urlsafe(32)
-        return [*digests, hashlib.sha256(self.own_key.encode()).hexdigest()]
+        return [*digests, digest(self.own_key.encode())]
 
     def _choose_machine(self) -> None:
         """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""

@@ -38,4 +38,9 @@ def _digest(name: str, key: str) -> str:
         return match[1].lower()
     if key.lower().startswith("sha256:"):
         raise UsageError(f"The key '{name}' is sha256: without 64 hexadecimal digits behind it. Copy the digest whole.")
-    return hashlib.sha256(key.encode()).hexdigest()
+    return digest(key.encode())
+
+
+def digest(key: bytes) -> str:
+    """Return a key's SHA-256 in hexadecimal: the only form in which keys are kept."""
+    return hashlib.sha256(key).hexdigest()

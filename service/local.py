@@ -22,7 +22,7 @@ from service import keys, records
 from service.boot import Replica
 from service.errors import EngineError, OpenDoorError
 from service.gateway.limits import Keyring, load_keyring
-from service.gateway.local_pool import Machine, digest, new_key
+from service.gateway.local_pool import Machine, new_key
 from service.hardware import bound_port, claim_port, free_port, is_loopback
 from service.here import Here, Screen
 from service.models import ModelSpec
@@ -103,7 +103,7 @@ class _Run:
             replica.prepare()
             screen.phase("spawned")
             threading.Thread(target=import_module, args=(_LISTEN,), name="imports", daemon=True).start()
-            replica.start({digest(key): "gateway"})
+            replica.start({keys.digest(key.encode()): "gateway"})
             machine = here.machine()
             machine.pool(self._spec).adopt(replica, port, key, gpus)
             self._listen(machine, address, plan.python, lambda: on_open(replica.ready_after_s or 0.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import time
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import UnknownModelError, UsageError, did_you_mean
 from service.gateway.openai import Refusal
+from service.keys import digest
 from service.models import Registry
 
 ANONYMOUS = "anonymous"  # whom requests are counted under where no key is asked for
@@ -129,10 +129,10 @@ class Keyring:
         """Return whose key the headers carry, or None. Takes as long whichever key it is, and for none of them."""
         if self._anonymous:
             return self._anonymous
-        digest = hashlib.sha256(_key(headers)).hexdigest()
+        shown = digest(_key(headers))
         found = None
         for known, client in self._clients:
-            if hmac.compare_digest(digest, known):
+            if hmac.compare_digest(shown, known):
                 found = client
         return found
 

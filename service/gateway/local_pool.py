@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import secrets
 import threading
 import time
@@ -16,6 +15,7 @@ from service.gateway.pools import Address, Pool, WakeError
 from service.gateway.threads import in_thread
 from service.gpus import Gpu
 from service.hardware import free_port
+from service.keys import digest
 from service.models import ModelSpec
 
 PLACE = "this machine"
@@ -218,7 +218,7 @@ class LocalPool(Pool):
         engine = await in_thread(lambda: self._machine.make(self.spec, port, gpus, died))
         self.engine = engine
         await in_thread(engine.prepare)
-        await in_thread(lambda: engine.start({digest(key): "gateway"}))
+        await in_thread(lambda: engine.start({digest(key.encode()): "gateway"}))
         return _address(port, key)
 
     def _ready_at(self, address: Address) -> Address:
@@ -270,11 +270,6 @@ class LocalPool(Pool):
 def new_key() -> str:
     """Return a key that only this process and one engine know: others on this machine cannot pass by the door."""
     return secrets.token_urlsafe(32)
-
-
-def digest(key: str) -> str:
-    """Return a key's SHA-256 in hexadecimal."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 async def _answers(address: Address) -> bool:

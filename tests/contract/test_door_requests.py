@@ -19,15 +19,9 @@ import pytest
 
 from tests.contract.conftest import call, modal_cli
 from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
+from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-COUNTING = {
-    "messages": [{"role": "user", "content": "Count from one to one hundred."}],
-    "stream": True,
-    "max_tokens": 1500,
-    "ignore_eos": True,
-}
 BOOT_S = 150
 
 

@@ -13,19 +13,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.contract.conftest import REPOSITORY, call, deploy, engine_leader, pool_of, tasks_of
+from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 BOOT_S = 150
 REVISION = "a" * 40
 TINY = REPOSITORY / "service/assets/tiny"
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-COUNTING = {
-    "messages": [{"role": "user", "content": "Count from one to one hundred."}],
-    "stream": True,
-    "max_tokens": 1500,
-    "ignore_eos": True,
-}
 MODELS = f"""
 [models.from-hub]
 hub_id = "me/tiny"

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.contract.conftest import call, deploy, modal_cli
+from tests.engine.dialogues import QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 BOOT_S = 150
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 from service.records import BootRecord
 from tests.contract.conftest import call, deploy, engine_leader, pool_of, tasks_of
 from tests.contract.memory import overwrite
+from tests.engine.dialogues import QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 CHAT = "/v1/chat/completions"
 BOOT_S = 150
 

@@ -15,16 +15,10 @@ import pytest
 import requests
 
 from service import engine_env
+from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import Service, wait_until
 
 TINY = Path(__file__).parents[2] / "service/assets/tiny"
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-COUNTING = {
-    "messages": [{"role": "user", "content": "Count from one to one hundred."}],
-    "stream": True,
-    "max_tokens": 1500,
-    "ignore_eos": True,
-}
 IDLE_S = 8
 
 
