@@ -82,7 +82,7 @@ def engine_command(
         *_adapters(spec, adapters or {}),
         *spec.extra_args,
     ]
-    return EngineCommand(tuple(argv), _environment(parent_env or {}, device, sleeps), host, port)
+    return EngineCommand(tuple(argv), _environment(parent_env or {}, device, fast_boot, sleeps), host, port)
 
 
 def cpu_memory_bytes(spec: ModelSpec) -> int:
@@ -189,7 +189,7 @@ def _adapters(spec: ModelSpec, adapters: Mapping[str, Path]) -> list[str]:
     return ["--enable-lora", *limits, "--lora-modules", *modules]
 
 
-def _environment(parent_env: Mapping[str, str], device: str, sleeps: bool) -> dict[str, str]:
+def _environment(parent_env: Mapping[str, str], device: str, fast_boot: bool, sleeps: bool) -> dict[str, str]:
     env = {name: value for name, value in parent_env.items() if not name.startswith(_WITHHELD_PREFIXES)}
     env |= {
         "PYTHONPATH": str(IN_ENGINE),
@@ -204,6 +204,8 @@ def _environment(parent_env: Mapping[str, str], device: str, sleeps: bool) -> di
     }
     if device == "cpu":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if fast_boot:  # else logprobs compile C++: 17 s at first, and where no compiler is, the engine ends
+            env["TORCHDYNAMO_DISABLE"] = "1"
     else:  # as vLLM sets it, for torch is imported first: a look for GPUs must not keep the engine's core from forking
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if sleeps:  # no shared memory of NCCL's and no address of this network in a snapshot. Source: llm-d's own script

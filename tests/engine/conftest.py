@@ -39,8 +39,8 @@ def engine_python(engine_env_: engine_env.EngineEnv) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The tiny model, served without keys; Ctrl-C ends it, and then nothing of it is left."""
-    with Service(tmp_path_factory.mktemp("tiny"), "tiny") as service:
+    """The tiny model, served without keys, where no C++ is compiled; Ctrl-C ends it, and then nothing of it is left."""
+    with Service(tmp_path_factory.mktemp("tiny"), "tiny", CXX="/nowhere/c++") as service:
         yield service.wait_ready()
         assert service.engine(), service.story
         asked = service.signal(signal.SIGINT)

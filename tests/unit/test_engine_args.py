@@ -267,6 +267,13 @@ def test_env_on_cpu_asks_for_one_process() -> None:
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in command("tiny").env
 
 
+def test_env_on_cpu_compiles_nothing_but_the_model() -> None:
+    """A small function that vLLM compiles on its own would need a C++ compiler, and seconds of a request."""
+    assert command("tiny", device="cpu").env["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in command("tiny", device="cpu", fast_boot=False).env
+    assert "TORCHDYNAMO_DISABLE" not in command("tiny").env
+
+
 def test_command_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads no environment: the same arguments give the same command anywhere."""
     before = command("gpt-oss-20b")

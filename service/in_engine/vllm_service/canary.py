@@ -38,7 +38,7 @@ async def sing(engine: Any, *, with_logprobs: bool) -> Canary:
 
     Args:
         engine: vLLM's.
-        with_logprobs: To compare it later. The first time, vLLM compiles a kernel for them: 1.7 s on a CPU.
+        with_logprobs: To compare it later. The first time, vLLM compiles a kernel for them.
     """
     if "generate" not in await engine.get_supported_tasks():
         return Canary()

@@ -11,15 +11,12 @@ import gc
 import importlib
 import os
 import sys
-from typing import Any
 
-from vllm_service import control
+from vllm_service import control, forks
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
 HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a pulse
 IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported before the hold?
-
-START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 
 # What vLLM imports of others. None of these asks torch for a GPU (a test listens). xgrammar does, while it is imported,
 # and torch.utils.cpp_extension, where torch is built for CUDA and a toolkit is installed.
@@ -90,30 +87,13 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    os.environ.setdefault(START_METHOD_VARIABLE, "fork")  # the engine core inherits the imports: 6 s less than "spawn"
+    forks.prefer()
     cli_env_setup()
-    _keep_fork_on_cpu()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
     validate_parsed_serve_args(args)
     if link := control.current():
         link.tell("building")
     uvloop.run(run_server(args))
-
-
-def _keep_fork_on_cpu() -> None:
-    """Undo that vLLM's CPU platform insists on "spawn"; a process that has computed nothing yet may fork."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    platform = type(current_platform)
-    insist = platform.check_and_update_config
-
-    def check_and_update_config(vllm_config: Any) -> None:
-        insist(vllm_config)
-        os.environ[START_METHOD_VARIABLE] = "fork"
-
-    platform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Forks in place of fresh interpreters, which would import again what this process has: 6 s each.
+
+Sound for as long as this process has computed nothing and asked for no GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
+LIMIT_S = 60.0  # of a look at a model's class, which imports its module
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def prefer() -> None:
+    """Let vLLM fork its engine's core, and look at models in forks; not where the environment says "spawn"."""
+    if os.environ.setdefault(START_METHOD_VARIABLE, "fork") == "fork":
+        _fork_core_on_cpu()
+        _inspect_in_forks()
+
+
+def _fork_core_on_cpu() -> None:
+    """Undo that vLLM's CPU platform insists on "spawn"."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    platform = type(current_platform)
+    insist = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        insist(vllm_config)
+        os.environ[START_METHOD_VARIABLE] = "fork"
+
+    platform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[method-assign]
+
+
+def _inspect_in_forks() -> None:
+    """Have vLLM look at the class of a model that it has not met before in a fork; where that fails, as it does."""
+    from vllm.model_executor.models import registry
+
+    fresh = registry._run_in_subprocess
+
+    def run(look: Callable[[], Any]) -> Any:
+        try:
+            return in_fork(look, LIMIT_S)
+        except Exception:  # noqa: BLE001 - whatever it was, vLLM's own way tells it better
+            return fresh(look)
+
+    registry._run_in_subprocess = run
+
+
+def in_fork(call: Callable[[], Any], limit_s: float) -> Any:
+    """Return what `call` returns in a fork of this process.
+
+    Args:
+        call: What it returns must be picklable.
+        limit_s: The fork is killed after so long.
+
+    Raises:
+        EOFError: The fork ended without a result; what was raised there is on stderr.
+        TimeoutError: It took longer.
+    """
+    reading, writing = _CONTEXT.Pipe(duplex=False)
+    with reading:
+        with writing:
+            child = _CONTEXT.Process(target=_send, args=(call, writing), daemon=True)
+            child.start()
+        try:
+            if not reading.poll(limit_s):
+                raise TimeoutError(f"A fork gave no result within {limit_s:g} s.")
+            return reading.recv()
+        finally:
+            child.kill()
+            child.join()
+
+
+def _send(call: Callable[[], Any], to: Connection) -> None:
+    to.send(call())

@@ -1,0 +1,38 @@
+"""A call in a fork of this process: its result, or that there is none."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+from vllm_service import forks
+
+
+def test_fork_returns_what_the_call_returns() -> None:
+    """It is another process, and what it changes is its own."""
+    changed: list[int] = []
+
+    def call() -> tuple[int, list[int]]:
+        changed.append(1)
+        return os.getpid(), changed
+
+    pid, there = forks.in_fork(call, 10)
+    assert pid != os.getpid()
+    assert (there, changed) == ([1], [])
+    assert multiprocessing.active_children() == []
+
+
+def test_fork_that_raises_has_no_result(capfd: pytest.CaptureFixture[str]) -> None:
+    """What was raised is told on stderr, where the engine's log is."""
+    with pytest.raises(EOFError):
+        forks.in_fork(lambda: 1 / 0, 10)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_fork_that_hangs_is_killed() -> None:
+    """Nothing is left of it."""
+    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+        forks.in_fork(lambda: time.sleep(60), 0.1)
+    assert multiprocessing.active_children() == []
