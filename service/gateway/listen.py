@@ -18,6 +18,7 @@ from service.gateway.directory import Directory
 from service.gateway.grammars import Grammars
 from service.gateway.limits import Keyring
 from service.gateway.local_pool import Machine
+from service.gateway.process import for_many_streams
 from service.gateway.routes import BODY_LIMIT
 from service.models import ModelSpec, Registry
 from service.settings import Settings
@@ -94,7 +95,7 @@ class Listener:
 
     def run(self, signals: tuple[signal.Signals, ...]) -> None:
         """Serve; the first of the signals drains, the second ends everything at once. Blocks; in the main thread."""
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with for_many_streams(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(signals))
 
     def end(self) -> None:
