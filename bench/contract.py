@@ -1,32 +1,54 @@
-"""The Modal contract suite three times in a row, and the control plane's own speed. Run by `make bench-contract`."""
+"""The Modal contract suite three times in a row, the control plane's own speed, and Modal's newest patch release.
+
+Run by `make bench-contract`; with `--client VERSION` only the last part, with that release.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.report import Report
+from service.engine_env import PINS
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = 3
 SUITE = ["-n", "2", "--dist", "loadfile", "tests/contract", "tests/fakes"]  # as `make test` runs it
+OF_A_CLIENT = ["tests/fakes", "tests/contract/test_deploy.py"]
 
 
 def main() -> int:
     """Measure, print, keep; a failing run ends it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--client", metavar="VERSION", help="run the plane's own tests with this release of modal only")
+    asked = parser.parse_args().client
+    if asked:
+        _with_client(asked)
+        return 0
     report = Report("contract")
+    report.versions["commit"] = _said(["git", "rev-parse", "--short", "HEAD"])
     with TemporaryDirectory() as directory:
         starts, deploys = _plane(Path(directory))
     report.add("the plane starts, median", report.sample("plane start", starts), 0.5, "s")
     report.add("a deploy against it, median", report.sample("deploy", deploys), 3.0, "s")
-    suites = [_suite(number) for number in range(1, RUNS + 1)]
+    suites = []
+    for number in range(1, RUNS + 1):
+        seconds, tests = _suite(number)
+        suites.append(seconds)
     report.sample("contract suite", suites)
     report.add("contract suite, slowest of three without a failure", max(suites), 360, "s")
+    report.add("tests in it", tests)
+    report.versions["modal, newest patch release"] = newest = _newest_patch()
+    if newest != version("modal"):
+        _with_client(newest)
     return report.finish()
 
 
@@ -49,14 +71,46 @@ def _plane(directory: Path) -> tuple[list[float], list[float]]:
     return starts, deploys
 
 
-def _suite(number: int) -> float:
+def _suite(number: int) -> tuple[float, int]:
+    """Run all of it; return seconds and how many tests passed."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *SUITE], cwd=REPOSITORY, check=False)
+    passed = _tests(sys.executable, SUITE)
     seconds = time.monotonic() - began
+    print(f"run {number}: {passed} tests in {seconds:.0f} s", flush=True)
+    return seconds, passed
+
+
+def _tests(python: str, arguments: list[str]) -> int:
+    command = [python, "-m", "pytest", "-q", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or not passed:
+        raise SystemExit(f"{done.stdout}\n{' '.join(command)} failed")
+    return int(passed[1])
+
+
+def _newest_patch() -> str:
+    """Return the newest release of the pinned minor version of modal that the package index has."""
+    minor = ".".join(version("modal").split(".")[:2])
+    compiling = ["pip", "compile", "-", "--quiet", "--no-deps", "--no-header", "--no-annotate"]
+    return _said([sys.executable, "-m", "uv", *compiling], f"modal=={minor}.*").removeprefix("modal==")
+
+
+def _with_client(release: str) -> None:
+    """Run the plane's own tests and the deploys in an environment that has this release of modal."""
+    with TemporaryDirectory() as directory:
+        python = str(Path(directory) / "bin/python")
+        _said([sys.executable, "-m", "uv", "venv", "--quiet", directory])
+        for wanted in (["-r", str(PINS / "dev.lock")], [f"modal=={release}"]):
+            _said([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", python, *wanted])
+        print(f"{_tests(python, OF_A_CLIENT)} tests passed with modal {release}", flush=True)
+
+
+def _said(command: list[str], words: str = "") -> str:
+    done = subprocess.run(command, input=words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"run {number} of the contract suite failed after {seconds:.0f} s")
-    print(f"run {number}: {seconds:.0f} s", flush=True)
-    return seconds
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
