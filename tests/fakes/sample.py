@@ -12,12 +12,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import modal
 
 from .modal import ContainerRuntime, ModalPlane
+
+if TYPE_CHECKING:
+    from .modal.pools import Pool
 
 SAMPLE = Path(__file__).with_name("sample_app")
 REPOSITORY = Path(__file__).parents[2]
@@ -88,6 +91,22 @@ def running(directory: Path, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
         plane.secrets.put("sample-secret", {"TOKEN": "t0"})
         yield plane
         assert plane.failures == []
+
+
+def pool_of(plane: ModalPlane, model: str) -> Pool:
+    """Return the first pool of that model."""
+    return next(pool for pool in plane.pools if pool.parameters.get("model") == model)
+
+
+def live(plane: ModalPlane, model: str) -> list[str]:
+    """Return the ids of the model's live containers."""
+    return [task.id for task in plane.tasks if task.parameters.get("model") == model and task.is_live]
+
+
+def long_call(instance: Any) -> modal.FunctionCall[Any]:
+    """Spawn a call that lasts until it is cancelled."""
+    call: modal.FunctionCall[Any] = instance.complete.spawn("/long", {}, seconds=50.0)
+    return call
 
 
 def server(client: modal.Client) -> Any:

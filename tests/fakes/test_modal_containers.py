@@ -1,4 +1,4 @@
-"""Containers of the plane: life, calls, scaling, failure, volumes. The real container runtime, a sample app."""
+"""Containers of the plane: life, calls, scaling, failure. The real container runtime, a sample app."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ import modal
 import pytest
 
 from .modal import ContainerRuntime, ModalPlane, TaskState
-from .sample import BOOT_S, command, connection, deploy, events, get, names, running, server
+from .sample import (
+    BOOT_S,
+    command,
+    connection,
+    deploy,
+    events,
+    get,
+    long_call,
+    names,
+    pool_of,
+    running,
+    server,
+)
 
 
 def test_run_calls_both_hooks_back_to_back(plane: ModalPlane) -> None:
@@ -28,12 +40,13 @@ def test_run_calls_both_hooks_back_to_back(plane: ModalPlane) -> None:
 
 
 def test_two_pools_share_port_8000(shared: ModalPlane) -> None:
-    """Each container has a network of its own, with the eth0 that Modal's proxy connects to."""
+    """Each container has its own unix socket and its own network, with the eth0 that Modal's proxy connects to."""
     url = shared.url_of("sample", "Server", "serve")
     assert get(f"{url}/health?model=port-a") == get(f"{url}/health?model=port-b") == (200, b'{"status":"ok"}')
     tasks = [task for task in shared.tasks if str(task.parameters.get("model")).startswith("port-")]
     assert len({task.namespace for task in tasks} - {None}) == 2
     assert all("No network namespace" not in task.log for task in tasks)
+    assert len({event["socket"] for model in ("port-a", "port-b") for event in events(shared, model)[-1:]}) == 2
 
 
 def test_query_and_python_parameters_are_one_pool(shared: ModalPlane, client: modal.Client) -> None:
@@ -70,12 +83,11 @@ def test_raising_method_raises_at_the_caller(client: modal.Client) -> None:
 def test_cancelled_call_is_cancelled_in_the_container(shared: ModalPlane, client: modal.Client) -> None:
     """Cancelling a call cancels the coroutine that works on it, and the container goes on."""
     instance = server(client)(model="cancelled")
-    call = instance.complete.spawn("/long", {}, seconds=50.0)
-    pool = next(pool for pool in shared.pools if pool.parameters.get("model") == "cancelled")
+    call, pool = long_call(instance), pool_of(shared, "cancelled")
     shared.wait_until(lambda: any(task.inputs for task in pool.tasks), BOOT_S, "the call to be worked on")
     call.cancel()
     shared.wait_until(lambda: "cancelled" in names(shared, "cancelled"), BOOT_S, "the cancellation")
-    with pytest.raises(Exception, match=r".*"):
+    with pytest.raises(modal.exception.RemoteError):
         call.get(timeout=5)
     assert instance.complete.remote("/after", {})["path"] == "/after"
 
@@ -91,6 +103,59 @@ def test_inputs_beyond_concurrency_start_a_second_container(shared: ModalPlane, 
     answers = list(instance.complete.map(["/x"] * 10, [{}] * 10, kwargs={"seconds": 1.0}))
     assert len({answer["task"] for answer in answers}) == 2
     assert len([task for task in shared.tasks if task.parameters.get("model") == "many"]) == 2
+
+
+def test_concurrency_of_a_variant_is_its_own(shared: ModalPlane, client: modal.Client) -> None:
+    """`with_concurrency` decides how many inputs a container takes; the class keeps its four."""
+    cls = server(client)
+    one, ten = (cls.with_concurrency(max_inputs=most)(model="concurrency") for most in (1, 10))
+    calls = [long_call(one) for _ in range(2)] + [long_call(ten) for _ in range(8)]
+    pools = [pool for pool in shared.pools if pool.parameters.get("model") == "concurrency"]
+    spread = lambda: [[len(task.inputs) for task in pool.tasks] for pool in pools] == [[1, 1], [8]]  # noqa: E731
+    shared.wait_until(spread, BOOT_S, "two containers with one input, and one with eight")
+    for call in calls:
+        call.cancel()
+    assert [pool.concurrency for pool in pools] == [1, 10]
+    assert shared.function("sample", "Server").max_concurrent_inputs == 4
+
+
+def test_options_of_a_variant_reach_its_pool(shared: ModalPlane, client: modal.Client) -> None:
+    """What the autoscaler heeds it has; where the variant runs is recorded."""
+    limits = {"scaledown_window": 7, "max_containers": 1, "buffer_containers": 3}
+    places = {"region": "us", "cloud": "aws", "routing_region": "us-east"}
+    variant = server(client).with_options(**limits, **places)(model="optional")
+    settings = variant.serve.autoscaler.settings()
+    assert {name: getattr(settings, name) for name in limits} == limits
+    definition = pool_of(shared, "optional").function.definition
+    assert definition.scheduler_placement.regions == ["us"]
+    assert (definition.cloud_provider_str, definition.routing_region) == ("aws", "us-east")
+
+
+def test_option_that_the_plane_does_not_apply_is_refused(client: modal.Client) -> None:
+    """An option is never dropped in silence: the error has its name."""
+    bucket = modal.CloudBucketMount("bucket")
+    variant = server(client).with_options(volumes={"/bucket": bucket})(model="bucket")
+    with pytest.raises(modal.exception.UnimplementedError, match="cloud_bucket_mounts"):
+        variant.serve.autoscaler.settings()
+
+
+def test_autoscaler_limits_and_releases_a_pool(shared: ModalPlane, client: modal.Client) -> None:
+    """The maximum lets inputs wait, a killed minimum container comes back, and without a minimum an idle one ends."""
+    instance = server(client)(model="scaled")
+    autoscaler = instance.serve.autoscaler
+    autoscaler.update(min_containers=1, max_containers=1)
+    calls, pool = [long_call(instance) for _ in range(6)], pool_of(shared, "scaled")
+    shared.wait_until(lambda: [len(task.inputs) for task in pool.tasks] == [4], BOOT_S, "as many inputs as it takes")
+    assert pool.queued == 2
+    for call in calls:
+        call.cancel()
+    shared.wait_until(lambda: not pool.queued and not pool.tasks[0].inputs, BOOT_S, "the cancellations")
+    pool.tasks[0].kill()
+    back = lambda: [task.state for task in pool.tasks] == [TaskState.DEAD, TaskState.READY]  # noqa: E731
+    shared.wait_until(back, BOOT_S, "another container")
+    autoscaler.update(min_containers=0, scaledown_window=2)
+    shared.wait_until(lambda: pool.tasks[1].state is TaskState.DEAD, BOOT_S, "the scale-down")
+    assert (pool.tasks[1].exit_code, len(pool.tasks)) == (0, 2)
 
 
 def test_idle_container_stops_after_the_window(plane: ModalPlane) -> None:
@@ -167,44 +232,6 @@ def test_close_leaves_no_process(tmp_path: Path, runtime: ContainerRuntime) -> N
         assert helper in members
         assert len(members) == 3
     assert plane.tasks[0].members() == []
-
-
-def test_volume_reload_with_an_open_file_fails(client: modal.Client) -> None:
-    """A reload refuses while a file of the volume is open, with Modal's words."""
-    answer = server(client)(model="holds").hold_file_and_reload.remote()
-    assert "there are open files preventing the operation" in answer
-
-
-def test_volume_commit_beyond_its_capacity_fails(plane: ModalPlane) -> None:
-    """A full volume fails the commit, and with it the hook."""
-    plane.volumes.put("sample-cache").capacity_bytes = 3
-    deploy(plane)
-    status, body = get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=full")
-    assert status == 500
-    assert b"is full" in body
-    assert plane.volumes["sample-cache"].files() == []
-
-
-def test_volume_beyond_its_capacity_has_no_space(plane: ModalPlane) -> None:
-    """A write that does not fit fails with ENOSPC; what fits is kept, and committed."""
-    plane.volumes.put("sample-cache", {"seed.txt": b"seed"}).capacity_bytes = 65536
-    deploy(plane)
-    url = f"{plane.url_of('sample', 'Server', 'serve')}/health"
-    status, body = get(f"{url}?model=writes-much")
-    assert (status, b"No space left on device" in body) == (500, True)
-    plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the commit of half a file at the exit")
-    plane.volumes["sample-cache"].remove("much.bin")
-    assert get(f"{url}?model=writes-little")[0] == 200
-    assert plane.volumes["sample-cache"].files() == ["seed.txt", "writes-little.txt"]
-
-
-def test_volume_content_is_seen_elsewhere_once_committed(shared: ModalPlane) -> None:
-    """What the sample's hook committed is on the volume, and in the next container."""
-    url = shared.url_of("sample", "Server", "serve")
-    get(f"{url}/health?model=writer")
-    assert shared.volumes["sample-cache"].read("writer.txt") == b"prepared"
-    get(f"{url}/health?model=reader")
-    assert "writer.txt" in next(e for e in events(shared, "reader") if e["event"] == "start")["files"]
 
 
 def test_input_beyond_its_timeout_fails_and_is_cancelled(shared: ModalPlane, client: modal.Client) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
 
 from .modal import ModalPlane
-from .sample import command, connection, deploy, get
+from .sample import BOOT_S, command, connection, deploy, get, live, pool_of
 
 
 def test_door_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> None:
@@ -80,6 +81,22 @@ def test_door_passes_a_disconnect_on(shared: ModalPlane) -> None:
     task = next(task for task in shared.tasks if task.parameters.get("model") == "http")
     shared.wait_until(lambda: "client left" in task.log, 5, "the disconnect inside the container")
     shared.wait_until(lambda: not task.inputs, 5, "the input's end")
+
+
+def test_door_forgets_a_queued_request_whose_client_left(shared: ModalPlane) -> None:
+    """What no container has taken is cancelled: nobody computes an answer for nobody."""
+    with connection(shared.url_of("sample", "Server", "serve")) as opened:
+        opened.request("GET", "/health?model=leaves")
+        shared.wait_until(
+            lambda: live(shared, "leaves") and pool_of(shared, "leaves").tasks[0].pid, BOOT_S, "a container"
+        )
+        pool = pool_of(shared, "leaves")
+        os.kill(pool.tasks[0].pid or 0, signal.SIGSTOP)  # it never gets ready
+        assert pool.queued == 1
+    shared.wait_until(lambda: not pool.queued, 5, "the cancellation")
+    pool.tasks[0].kill()
+    assert ("GET", "/health?model=leaves", 499) in shared.door.requests
+    assert (len(pool.tasks), pool.tasks[0].inputs_served) == (1, 0)
 
 
 def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:

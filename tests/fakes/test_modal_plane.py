@@ -13,8 +13,10 @@ from pathlib import Path
 
 import modal
 import pytest
+from modal_proto import api_pb2 as pb
 
 from .modal import ContainerRuntime, ContainerRuntimeError, ModalPlane, NotDeployed, PlaneTimeout, TaskState
+from .modal.client_version import PINNED, why_refused
 from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, running
 
 
@@ -118,7 +120,6 @@ def test_unknown_call_fails_with_its_name(shared: ModalPlane) -> None:
         (("volume", "list"), "sample-cache"),
         (("secret", "list"), "sample-secret"),
         (("environment", "list"), "main"),
-        (("container", "list"), "Container"),
     ],
 )
 def test_cli_listing_shows_what_there_is(shared: ModalPlane, arguments: tuple[str, ...], expected: str) -> None:
@@ -126,6 +127,14 @@ def test_cli_listing_shows_what_there_is(shared: ModalPlane, arguments: tuple[st
     done = command(shared, *arguments)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+def test_cli_container_listing_shows_the_live_one(shared: ModalPlane, client: modal.Client) -> None:
+    """`modal container list` has the id of a container that runs."""
+    assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
+    done = command(shared, "container", "list", "--json")
+    assert done.returncode == 0, done.stderr
+    assert next(task.id for task in shared.tasks if task.tag == "ping" and task.is_live) in done.stdout
 
 
 def test_transcript_tells_who_called(shared: ModalPlane, client: modal.Client) -> None:
@@ -166,6 +175,38 @@ def test_command_prints_its_environment_and_ends_on_a_signal(tmp_path: Path) -> 
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert deployed.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"),
+    [(PINNED, False), ("1.6.99", False), ("1.6.0", True), ("1.7.0", True), ("2.0.0", True), ("", True)],
+)
+def test_client_version_is_the_pinned_one_or_a_newer_patch(version: str, is_refused: bool) -> None:
+    """Patch releases keep the protocol; of anything else nothing is known."""
+    assert bool(why_refused(version)) is is_refused
+
+
+def test_command_with_a_newer_client_says_so_in_one_line(tmp_path: Path) -> None:
+    """The line comes before any private module of the client is imported: this one has none."""
+    (tmp_path / "modal").mkdir()
+    (tmp_path / "modal" / "__init__.py").write_text('__version__ = "1.7.0"\n')
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = [sys.executable, "-m", "tests.fakes.modal", str(tmp_path / "w")]
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [why_refused("1.7.0")]
+    assert f"works with {PINNED} and newer patch releases of 1.6. Install modal=={PINNED}" in done.stderr
+
+
+def test_newer_client_of_another_environment_is_refused(shared: ModalPlane) -> None:
+    """A client that connects says its version; the error names it and the one that works."""
+    newer = modal.Client(shared.url, pb.CLIENT_TYPE_CLIENT, ("ak", "as"), "1.7.0")
+    newer._open()
+    try:
+        with pytest.raises(modal.exception.ConflictError, match=rf"found is 1\.7\.0; .* works with {PINNED}"):
+            modal.Cls.from_name("sample", "Server", client=newer).hydrate()
+    finally:
+        newer.close()
 
 
 def test_plane_works_beside_a_running_loop(tmp_path: Path, runtime: ContainerRuntime) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 from .modal import ModalPlane, TaskState
 from .sample import command, deploy, events, get, names
 
 
 def test_deployed_container_is_checkpointed_and_restored(plane: ModalPlane) -> None:
-    """A restore brings a task id, an environment and GPUs that the hooks before it have not seen."""
+    """A restore brings a task id, a socket, an environment, GPUs and a time that the hooks before it have not seen."""
     plane.snapshots.environment = {"LATE": "yes"}
+    plane.snapshots.freeze_s = 0.5
+    thawed: list[float] = []
+    plane.snapshots.before_restore.append(lambda _task: thawed.append(time.time()))
     deploy(plane)
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=s&n_gpu=2&fast_boot=false")[0] == 200
     prepare, start, serve = events(plane, "s")
     assert (prepare["model"], prepare["fast_boot"], prepare["n_gpu"]) == ("s", False, 2)
     assert prepare["task"] != start["task"] == serve["task"] == plane.tasks[0].id
     assert (prepare["gpus"], start["gpus"]) == ("", "GPU 0: H100 (UUID: GPU-0)")
+    assert prepare["socket"] != start["socket"] == serve["socket"]
     assert start["late"] == "yes"
+    assert prepare["at"] + plane.snapshots.freeze_s <= thawed[0] <= start["at"]
     assert plane.tasks[0].restored
     assert plane.snapshots.checkpoints == [prepare["task"]]
 
@@ -66,3 +73,4 @@ def test_gpu_snapshot_restores(plane: ModalPlane) -> None:
     deploy(plane, SAMPLE_GPU_SNAPSHOT="1")
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
     assert [task.restored for task in plane.tasks] == [True]
+    assert {event["gpus"] for event in events(plane, "g") if "gpus" in event} == {"GPU 0: H100 (UUID: GPU-0)"}

@@ -44,15 +44,20 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
     plane.wait_until(f, s, what) poll (50 ms at most) until f() is true, else PlaneTimeout with the logs' ends
 
 Task states: STARTING (imports, hooks), READY (fetches inputs), STOPPING (told to stop), DEAD.
-Refused: anything the plane does not know, loudly and by the call's name; websockets; a container interpreter of
-another Python version than the client directory's (compiled dependencies would not load).
+Refused: anything the plane does not know, loudly and by the call's or the option's name; a modal client that is not
+the pinned release or a newer patch of it, here and over the wire; a container interpreter of another Python version
+than the client directory's (compiled dependencies would not load); websockets (501), which Modal does pass.
 Not like Modal: `nvidia-smi` is a script that lists the GPUs which would be attached; a restore continues the process
 that was checkpointed (frozen, thawed, with a new task id, socket and environment); a second container of a pool boots
 from scratch, since a process cannot be copied. Of a response 1 MiB waits here for a slow reader, of a request 64 MiB
 for its container, where Modal tells no figures; its client inside the container buffers more besides.
 """
 
-from .client_directory import client_directory
+from typing import TYPE_CHECKING, NoReturn
+
+import modal
+
+from .client_version import why_refused
 from .errors import (
     ClientDirectoryError,
     ClientVersionUnsupported,
@@ -61,9 +66,22 @@ from .errors import (
     PlaneError,
     PlaneTimeout,
 )
-from .plane import ModalPlane
-from .rpc import Call
-from .sandbox import ContainerRuntime, TaskState
+
+_REFUSED = why_refused(modal.__version__)
+
+if TYPE_CHECKING or _REFUSED is None:
+    from .client_directory import client_directory
+    from .plane import ModalPlane
+    from .rpc import Call
+    from .sandbox import ContainerRuntime, TaskState
+else:  # the modules above import private ones of modal, which another version may not have
+
+    def __getattr__(name: str) -> NoReturn:
+        """Refuse the client to whoever asks for a part of the plane."""
+        if name in __all__:
+            raise ClientVersionUnsupported(_REFUSED)
+        raise AttributeError(name)
+
 
 __all__ = [
     "Call",

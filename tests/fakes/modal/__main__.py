@@ -12,7 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import ContainerRuntime, ModalPlane, client_directory
+from .errors import ClientVersionUnsupported
+
+try:
+    from . import ContainerRuntime, ModalPlane, client_directory
+except ClientVersionUnsupported as error:
+    sys.exit(str(error))
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 Owns the way from a request to an input and back: parameters in the query choose the pool, proxy auth refuses before a
 container starts, bodies stream both ways with no more than a bound of either lying here, a client that leaves is passed
 on as `http.disconnect`, and a request without a first byte after `redirect_after_s` is answered 303 to a URL that waits
-on. Refused: websockets, domains of one's own.
+on.
+
+Refused: domains of one's own; websockets, with 501 and before a container starts. Modal passes those on (its client's
+`modal/_runtime/asgi.py` proxies them to a `web_server`); nothing that is tested here opens one, so none is promised.
 
 The first sites get ports that are reserved from the start, so that every container, however early it booted, reaches
 the web functions of other apps under the URLs that the plane tells.

@@ -15,6 +15,7 @@ from modal._serialization import deserialize_proto_params
 from modal_proto import api_pb2 as pb
 
 from .ids import Ids
+from .options import with_options
 from .rpc import unary
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class Functions:
             return base
         key = (request.function_id, request.serialized_params, request.function_options.SerializeToString())
         if key not in self._bound:
-            definition = _with_options(base.definition, request.function_options)
+            definition = with_options(base.definition, request.function_options)
             self._check_gpu(definition.resources.gpu_config)
             bound = Function(
                 self._ids.new("fu"), base.app, definition, base_id=base.id, params=request.serialized_params
@@ -262,35 +263,3 @@ class Functions:
             text = f"{word} '{request.object_tag}' not found in app '{request.app_name}'; it has {sorted(ids)}"
             raise GRPCError(Status.NOT_FOUND, text)
         return ids[request.object_tag]
-
-
-_SCALARS = {
-    "concurrency_limit": "concurrency_limit",
-    "timeout_secs": "timeout_secs",
-    "task_idle_timeout_secs": "task_idle_timeout_secs",
-    "warm_pool_size": "warm_pool_size",
-    "target_concurrent_inputs": "target_concurrent_inputs",
-    "buffer_containers": "_experimental_buffer_containers",
-    "max_concurrent_inputs": "max_concurrent_inputs",
-    "batch_max_size": "batch_max_size",
-    "batch_linger_ms": "batch_linger_ms",
-}
-
-
-def _with_options(base: pb.Function, options: pb.FunctionOptions) -> pb.Function:
-    """Apply `with_options`, `with_concurrency` and `with_batching`; what is not given stays as the class has it."""
-    definition = pb.Function()
-    definition.CopyFrom(base)
-    for option, name in _SCALARS.items():
-        if options.HasField(option):  # type: ignore[arg-type]
-            setattr(definition, name, getattr(options, option))
-    if options.HasField("resources"):
-        definition.resources.CopyFrom(options.resources)
-    if options.HasField("retry_policy"):
-        definition.retry_policy.CopyFrom(options.retry_policy)
-    if options.replace_secret_ids:
-        definition.secret_ids[:] = list(options.secret_ids)
-    if options.replace_volume_mounts:
-        del definition.volume_mounts[:]
-        definition.volume_mounts.extend(options.volume_mounts)
-    return definition

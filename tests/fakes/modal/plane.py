@@ -27,7 +27,7 @@ from .calls import Calls
 from .containers import Scheduler
 from .dicts import Dicts
 from .door import Door
-from .errors import ClientVersionUnsupported, NotDeployed, PlaneTimeout
+from .errors import NotDeployed, PlaneTimeout
 from .fleet import Fleet
 from .functions import Functions
 from .ids import Ids
@@ -44,7 +44,6 @@ from .volumes import Volumes
 if TYPE_CHECKING:
     import grpclib.server
 
-SUPPORTED_CLIENT = "1.6"
 TOKEN_ID, TOKEN_SECRET = "ak-plane", "as-plane"  # nobody checks them
 POLL_S = 0.02
 
@@ -53,9 +52,6 @@ class ModalPlane:
     """A control plane on loopback. A context manager; `start` and `close` do the same by hand."""
 
     def __init__(self, workdir: Path, container: ContainerRuntime | None = None) -> None:
-        if not modal.__version__.startswith(f"{SUPPORTED_CLIENT}."):
-            text = f"modal {modal.__version__} is installed; the plane was checked with {SUPPORTED_CLIENT}.x only."
-            raise ClientVersionUnsupported(text)
         runtime = container or ContainerRuntime()
         runtime.check()
         self.workdir = Path(workdir).resolve()

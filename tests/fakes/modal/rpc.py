@@ -1,8 +1,9 @@
 """The protocol's surface: which Python method answers which call, who asked, and what was asked.
 
 Owns registration, dispatch and the transcript. Refuses every call without a handler with UNIMPLEMENTED and the
-call's name; an unexpected exception of a handler is answered FAILED_PRECONDITION, which no client retries, so that a
-mistake of the plane shows at once instead of after a minute of back-off.
+call's name, and every call of a client of a version that the plane does not speak with, whichever environment it runs
+in. An unexpected exception of a handler is answered FAILED_PRECONDITION, which no client retries, so that a mistake of
+the plane shows at once instead of after a minute of back-off.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from h2.settings import SettingCodes
 from modal._utils.grpc_utils import custom_detail_codec
 from modal_proto import api_grpc
 
+from .client_version import why_refused
+
 if TYPE_CHECKING:
     from .sandbox import Task
 
 STREAMS_PER_CONNECTION = 10_000  # h2's 100 end a container's concurrency there: each input has a stream for its body
+VERSION_HEADER = "x-modal-client-version"
 F = TypeVar("F", bound=Callable[..., Any])
 UnaryHandler = Callable[[Any, "Task | None"], Awaitable[Message]]
 StreamHandler = Callable[[Any, "Task | None"], AsyncIterator[Message]]
@@ -139,6 +143,7 @@ class Endpoint:
             request = await stream.recv_message()
             self._transcript.note(name, self._task, request)
             try:
+                _check_client(stream)
                 await self._answer(name, request, stream)
             except (GRPCError, OSError, grpclib.exceptions.StreamTerminatedError):
                 raise
@@ -158,3 +163,8 @@ class Endpoint:
         else:
             self._transcript.unknown.append(name)
             raise GRPCError(Status.UNIMPLEMENTED, f"The modal plane for tests does not know the call {name!r}.")
+
+
+def _check_client(stream: Any) -> None:
+    if refused := why_refused(stream.metadata.get(VERSION_HEADER, "")):
+        raise GRPCError(Status.FAILED_PRECONDITION, refused)

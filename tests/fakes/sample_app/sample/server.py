@@ -30,7 +30,8 @@ cache = modal.Volume.from_name("sample-cache", create_if_missing=True, version=2
 
 def trace(event: str, **values: object) -> None:
     """Print the event with what a test compares."""
-    line = {"event": event, "task": os.environ.get("MODAL_TASK_ID"), **values}
+    place = {"task": os.environ.get("MODAL_TASK_ID"), "socket": os.environ.get("MODAL_SERVER_URL"), "at": time.time()}
+    line = {"event": event, **place, **values}
     print("TRACE " + json.dumps(line), flush=True)  # noqa: T201 - a container's output is its log
 
 
@@ -127,14 +128,34 @@ class Server:
         os._exit(7)
 
     @modal.method()
-    async def hold_file_and_reload(self) -> str:
-        """Reload while a file of the volume is open; return the error."""
+    async def hold_file_and(self, action: str) -> str:
+        """Commit or reload while a file of the volume is open; return the error."""
         with (CACHE / "held.txt").open("w"):
             try:
-                await cache.reload.aio()
+                await getattr(cache, action).aio()
             except RuntimeError as error:
                 return str(error)
         return "no error"
+
+    @modal.method()
+    async def write(self, name: str, text: str) -> None:
+        """Write a file of the volume; nobody commits it here."""
+        (CACHE / name).write_text(text)
+
+    @modal.method()
+    async def commit(self) -> None:
+        """Publish what this container wrote."""
+        await cache.commit.aio()
+
+    @modal.method()
+    async def reload(self) -> None:
+        """Fetch what others published."""
+        await cache.reload.aio()
+
+    @modal.method()
+    async def read(self, name: str) -> str | None:
+        """Return what this container sees of a file of the volume."""
+        return (CACHE / name).read_text() if (CACHE / name).exists() else None
 
     @modal.exit()
     def stop(self) -> None:
