@@ -82,6 +82,7 @@ class EngineTimeoutError(EngineError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name.lower(), sorted(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return ` Did you mean 'x'?` for the nearest of `choices` in any case, or an empty string when none is near."""
+    spelled = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), sorted(spelled), n=1, cutoff=0.5)
+    return f" Did you mean '{spelled[near[0]]}'?" if near else ""

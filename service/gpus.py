@@ -69,7 +69,7 @@ def find_gpu(name: str) -> Gpu:
         kind, _, count = name.partition(":")
         hint = f" The count is a setting of its own: write SERVICE_GPU={kind} SERVICE_N_GPU={count}."
     else:
-        hint = did_you_mean(name, _BY_NAME)
+        hint = did_you_mean(name, GPUS)
     raise UnknownGpuError(f"Unknown GPU '{name}'.{hint} Modal offers: {', '.join(GPUS)}.")
 
 

@@ -114,11 +114,9 @@ class Settings(BaseModel):
 
 def _check_known(name: str) -> None:
     known = {PREFIX + field.upper() for field in Settings.model_fields}
-    if name in known:
-        return
-    lowered = {field.lower(): field for field in known}
-    near = did_you_mean(name, lowered).upper().replace(" DID YOU MEAN", " Did you mean")
-    raise SettingsError(f"{name} is not a setting of this service.{near} Known: {', '.join(sorted(known))}.")
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise SettingsError(f"{name} is not a setting of this service.{near} Known: {', '.join(sorted(known))}.")
 
 
 def _sentence(error: ValidationError) -> str:

@@ -43,7 +43,7 @@ def test_gpu_of_the_old_name_is_found() -> None:
     assert find_gpu("A10G") is GPUS["A10"]
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("H10", "h100"), ("L40", "l40s"), ("RTX6000", "rtx-pro-6000")])
+@pytest.mark.parametrize(("name", "nearest"), [("H10", "H100"), ("L40", "L40S"), ("RTX6000", "RTX-PRO-6000")])
 def test_gpu_unknown_offers_the_nearest_and_all(name: str, nearest: str) -> None:
     """The sentence has the value, a guess and the whole list."""
     with pytest.raises(UnknownGpuError) as caught:
