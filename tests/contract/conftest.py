@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import modal
 import psutil
 import pytest
 
 from service import engine_env
+from service.records import BootRecord
+from tests.engine.dialogues import QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[2]
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +44,32 @@ def engine_runtime(client_mount: Path) -> ContainerRuntime:
 
 @pytest.fixture(scope="session")
 def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter with what the image installs for the service's own side, at its pins, without the engine."""
-    venv = tmp_path_factory.mktemp("image") / "venv"
-    names = ["aiohttp", "huggingface_hub", "pydantic", "requests"]
-    lock = str(engine_env.PINS / "engine-cuda.lock")
+    """An interpreter with what the image installs for the service's own side, by the lock's own lines, no engine.
+
+    That is what the lock was made of, less the engine, and all that this requires. A name that the lock has not fails.
+    """
+    directory = tmp_path_factory.mktemp("image")
+    python, chosen = str(directory / "venv/bin/python"), directory / "chosen.txt"
+    lock = engine_env.PINS / "engine-cuda.lock"
+    locked: dict[str, str] = {}
+    for requirement in re.split(r"\n(?=\w)", lock.read_text()):
+        name = requirement.partition("==")[0]
+        locked[name] = f"{locked.get(name, '')}{requirement}\n"  # some have a version for each Python
+    wanted = (engine_env.PINS / "engine-cuda.in").read_text().splitlines()
+    own = "\n".join(name for name in wanted if not name.startswith(("vllm", "torch", "flashinfer")))
+    uv = [sys.executable, "-m", "uv", "--quiet"]
+    compiling = ["pip", "compile", "--no-header", "--no-annotate", "--python", sys.executable, "-c", str(lock), "-"]
+    done = subprocess.run([*uv, *compiling], input=own, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    names = [line.partition("==")[0] for line in done.stdout.splitlines()]
+    assert [name for name in names if name not in locked] == [], "required by the service, and not in the image"
+    chosen.write_text("".join(locked[name] for name in names))
     for arguments in (
-        ["venv", str(venv)],
-        ["pip", "install", "--python", str(venv / "bin/python"), "-c", lock, *names],
+        ["venv", "--python", sys.executable, str(directory / "venv")],
+        ["pip", "install", "--python", python, "--require-hashes", "--no-deps", "-r", str(chosen)],
     ):
-        subprocess.run([sys.executable, "-m", "uv", "--quiet", *arguments], check=True, timeout=120)
-    return str(venv / "bin/python")
+        subprocess.run([*uv, *arguments], check=True, timeout=120)
+    return python
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +108,19 @@ def engine_leader(task: Any) -> psutil.Process:
     return leader
 
 
+def record_of(task: Any) -> BootRecord:
+    """Return the record of a container's latest boot from its log."""
+    lines = [line for line in task.log.splitlines() if line.startswith("boot {")]
+    return BootRecord.from_line(lines[-1].removeprefix("boot "))
+
+
+def answers_right(pool: Any, model: str = "llm") -> None:
+    """Ask a pool through `complete`, and insist on what the tiny model remembers."""
+    status, answer = pool.complete.remote(CHAT, {"model": model, **QUESTION})
+    assert status == 200, answer
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
 def modal_cli(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the real `modal` command against the plane, in this repository."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
@@ -117,3 +153,14 @@ def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> t
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+@contextmanager
+def streamed(plane: ModalPlane, model: str, body: Any) -> Iterator[http.client.HTTPResponse]:
+    """POST a chat request to a pool through `serve`; its answer is open, and unread but for status and headers."""
+    parts = urlsplit(plane.url_of("vllm-l4", "Server", "serve"))
+    headers = {"Content-Type": "application/json", **plane.proxy_tokens.create().headers}
+    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=120)) as connection:
+        connection.request("POST", f"{CHAT}?model={model}", json.dumps({"model": model, **body}), headers)
+        with closing(connection.getresponse()) as answer:
+            yield answer

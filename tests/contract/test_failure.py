@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import json
 import signal
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.conftest import REPOSITORY, call, deploy, engine_leader, pool_of, tasks_of
-from tests.engine.dialogues import COUNTING, QUESTION
+from tests.contract.conftest import REPOSITORY, answers_right, deploy, engine_leader, pool_of, streamed, tasks_of
+from tests.engine.dialogues import COUNTING
 from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -66,6 +63,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
         deploy(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models))
         yield plane
         assert plane.failures == []
+        assert plane.unknown_calls == []
 
 
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
@@ -86,11 +84,7 @@ def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalP
 
 def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
     """The first replica fetches the pinned revision into the volume and commits it; the next asks no hub."""
-    status, answer = pool_of(plane, "from-hub").complete.remote(
-        "/v1/chat/completions", {"model": "me/tiny", **QUESTION}
-    )
-    assert status == 200, answer
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+    answers_right(pool_of(plane, "from-hub"), "me/tiny")
     snapshot = f"hub/models--me--tiny/snapshots/{REVISION}/config.json"
     assert plane.volumes["huggingface-cache"].read(snapshot) == (TINY / "config.json").read_bytes()
 
@@ -115,43 +109,6 @@ def test_full_volume_ends_the_hook_with_both_figures(plane: ModalPlane) -> None:
     assert "(EngineCore" not in tasks_of(plane, "from-hub-too")[-1].log
 
 
-def test_engine_killed_after_ready_is_replaced(plane: ModalPlane) -> None:
-    """The container of a dead engine ends by itself, and the next request gets a fresh replica."""
-    pool = pool_of(plane, "tiny")
-    assert pool.complete.remote("/health") == (200, {"status": "ok"})
-    first = tasks_of(plane, "tiny")[-1]
-    engine_leader(first).send_signal(signal.SIGKILL)
-    plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
-    assert "SIGKILL" in first.log
-    plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
-    assert not first.left_behind
-    assert pool.complete.remote("/health") == (200, {"status": "ok"})
-    assert tasks_of(plane, "tiny")[-1] is not first
-
-
-def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -> None:
-    """SIGINT with a stream in flight: Modal's runtime cuts it at once; the engine is ended, and nothing is left."""
-    token = plane.proxy_tokens.create()
-    url = plane.url_of("vllm-l4", "Server", "serve")
-    assert call(f"{url}/health?model=tiny", headers=token.headers)[0] == 200
-    task = next(task for task in tasks_of(plane, "tiny") if task.is_live)
-    parts = urlsplit(url)
-    headers = {"Content-Type": "application/json", **token.headers}
-    with contextlib.closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)) as connection:
-        connection.request(
-            "POST", "/v1/chat/completions?model=tiny", json.dumps({"model": "tiny", **COUNTING}), headers
-        )
-        with contextlib.closing(connection.getresponse()) as answer:
-            assert answer.status == 200
-            assert answer.readline().startswith(b"data: ")
-            task.preempt(grace_s=30)
-            with pytest.raises(http.client.IncompleteRead):
-                answer.read()
-    plane.wait_until(lambda: task.state is TaskState.DEAD, 29, "the replica's end, within Modal's grace")
-    assert task.exit_code == 0, task.log
-    assert not task.left_behind
-
-
 def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
     """SIGINT while the engine's program imports ends it at once, and the request is served by another replica."""
     pool = pool_of(plane, "TINY")
@@ -162,6 +119,8 @@ def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
     first.preempt(grace_s=10)
     plane.wait_until(lambda: first.state is TaskState.DEAD, 12, "the container's end")
     assert not first.left_behind
+    assert first.exit_code == 0, "it was not killed"
+    assert first.id not in plane.snapshots.checkpoints
     assert running.get(timeout=BOOT_S) == (200, {"status": "ok"})
 
 
@@ -175,17 +134,37 @@ def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
     assert second.is_live
 
 
-def test_cancelled_complete_stops_the_generation(plane: ModalPlane) -> None:
-    """Cancelling a call closes its connection to the engine, which then runs no request."""
+def test_engine_killed_during_a_stream_ends_it_and_is_replaced(plane: ModalPlane) -> None:
+    """The stream breaks off, the container ends by itself, and the next request gets a fresh replica."""
     pool = pool_of(plane, "llm")
-    running = pool.complete.spawn("/v1/chat/completions", {"model": "llm", **COUNTING, "stream": False})
-    plane.wait_until(lambda: _running(pool) == 1.0, 30, "the generation to run")
-    running.cancel()
-    plane.wait_until(lambda: _running(pool) == 0.0, 5, "the generation to stop")
+    assert pool.complete.remote("/health") == (200, {"status": "ok"})
+    first = tasks_of(plane, "llm")[-1]
+    engine = engine_leader(first)
+    with streamed(plane, "llm", COUNTING) as answer:
+        assert answer.status == 200
+        assert answer.readline().startswith(b"data: {")
+        engine.send_signal(signal.SIGKILL)
+        with pytest.raises(http.client.IncompleteRead) as broken:
+            answer.read()
+    assert b"[DONE]" not in broken.value.partial
+    plane.wait_until(lambda: "engine died: " in first.log, 5, "the death's report")
+    assert "SIGKILL" in first.log
+    plane.wait_until(lambda: first.state is TaskState.DEAD, 20, "the container's end")
+    assert not first.left_behind
+    answers_right(pool)
+    assert tasks_of(plane, "llm")[-1] is not first
 
 
-def _running(pool: Any) -> float:
-    """Return how many requests the engine works on, by its own metrics."""
-    _, metrics = pool.complete.remote("/metrics")
-    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
-    return float(line.rpartition(" ")[2])
+def test_preemption_during_a_stream_ends_stream_and_replica(plane: ModalPlane) -> None:
+    """SIGINT with a stream in flight: Modal's runtime cuts it at once; the engine is ended, and nothing is left."""
+    assert pool_of(plane, "llm").complete.remote("/health") == (200, {"status": "ok"})
+    task = tasks_of(plane, "llm")[-1]
+    with streamed(plane, "llm", COUNTING) as answer:
+        assert answer.status == 200
+        assert answer.readline().startswith(b"data: ")
+        task.preempt(grace_s=30)
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+    plane.wait_until(lambda: task.state is TaskState.DEAD, 29, "the replica's end, within Modal's grace")
+    assert task.exit_code == 0, task.log
+    assert not task.left_behind

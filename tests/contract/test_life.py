@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,13 @@ import modal
 import psutil
 import pytest
 
-from tests.contract.conftest import call, deploy, modal_cli
-from tests.engine.dialogues import QUESTION
+from service.pools import variant
+from tests.contract.conftest import CHAT, answers_right, call, deploy, engine_leader, modal_cli, pool_of, streamed
+from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-BOOT_S = 150
+LONG = {**QUESTION, "stream": True, "max_tokens": 128, "ignore_eos": True}
+IDLE_END_S = 2 + 25  # of the window, and well within the grace that a container has before it is killed
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +32,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRunt
         assert plane.unknown_calls == []
 
 
-def _words(answer: Any) -> str:
-    return str(answer["choices"][0]["message"]["content"])
+@pytest.fixture
+def h200(tiny: ModalPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The pool of the deployed class on another GPU than the tier's, as the service's own function makes it."""
+    monkeypatch.setattr(modal.Cls, "from_name", functools.partial(modal.Cls.from_name, client=tiny.client()))
+    return variant("tiny", "H200", scaledown_window=120, app="vllm-l4")
+
+
+def _ended_by_itself(task: Any) -> bool:
+    """Tell whether the exit hook let the engine end, and it did: nothing was killed."""
+    return task.exit_code == 0 and not task.left_behind and "Application shutdown complete" in task.log
+
+
+def _running(pool: Any) -> float:
+    """Return how many requests the engine works on, by its own metrics."""
+    _, metrics = pool.complete.remote("/metrics")
+    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
+    return float(line.rpartition(" ")[2])
 
 
 def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: ModalPlane) -> None:
-    """A request with a proxy token boots a replica through its checkpoint and is answered; preemption ends it clean."""
+    """A request with a proxy token boots a replica through its checkpoint and is answered; so is a stream, in pieces.
+
+    Preemption ends the replica clean.
+    """
     held: list[tuple[bool, list[Any]]] = []
     tiny.snapshots.before_restore.append(lambda task: held.append(_engine_at_rest(task)))
     token = tiny.proxy_tokens.create()
@@ -42,21 +63,20 @@ def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: Modal
     assert call(f"{url}/health?model=tiny")[0] == 401, "a stranger is refused"
     assert not tiny.tasks, "and starts no container"
 
-    status, body = call(f"{url}/v1/chat/completions?model=tiny", {"model": "tiny", **QUESTION}, token.headers)
+    status, body = call(f"{url}{CHAT}?model=tiny", {"model": "tiny", **QUESTION}, token.headers)
 
     task = tiny.tasks[-1]
     assert status == 200, body + task.log.encode()
-    assert "Paris" in _words(json.loads(body))
+    assert "Paris" in json.loads(body)["choices"][0]["message"]["content"]
     assert task.restored, "prepare ended in a checkpoint, and start came after the restore"
     assert held == [(True, [])], "at the checkpoint the engine's program was running, with no socket open"
     assert '"outcome": "ready"' in task.log, "the boot's record"
+    _check_stream(tiny, task)
     members = task.members()
     task.preempt(grace_s=30)
     tiny.wait_until(lambda: task.state is TaskState.DEAD, 40, "the replica's end")
-    assert task.exit_code == 0, task.log
-    assert "Application shutdown complete" in task.log, "the engine was let end by itself"
     assert members
-    assert not task.left_behind
+    assert _ended_by_itself(task), task.log
 
 
 def _engine_at_rest(task: Any) -> tuple[bool, list[Any]]:
@@ -67,19 +87,51 @@ def _engine_at_rest(task: Any) -> tuple[bool, list[Any]]:
     return bool(engines), [link for link in links if link.startswith("socket:")]
 
 
-def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane) -> None:
-    """`Server.with_options(gpu="H200")(model=…)` is a pool of its own, and `complete` reaches its engine."""
-    server = modal.Cls.from_name("vllm-l4", "Server", client=tiny.client())
-    pool = server.with_options(gpu="H200", scaledown_window=120)(model="tiny")
+def _check_stream(plane: ModalPlane, task: Any) -> None:
+    """Read a stream through `serve` to its end: what comes first comes while the engine has not done the rest."""
+    pool, cores = pool_of(plane, "tiny"), engine_leader(task).children(recursive=True)
+    with streamed(plane, "tiny", LONG) as answer:
+        assert answer.status == 200
+        assert answer.getheader("Content-Type", "").startswith("text/event-stream")
+        first = answer.readline()
+        for core in cores:
+            core.suspend()
+        assert first.startswith(b"data: {")
+        plane.wait_until(lambda: _running(pool) == 1.0, 10, "the engine to be amid the request")
+        for core in cores:
+            core.resume()
+        events = [line.removeprefix(b"data: ") for line in (first + answer.read()).splitlines() if line]
+    assert events.pop() == b"[DONE]"
+    assert "Paris" in "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events)
 
-    status, answer = pool.complete.remote("/v1/chat/completions", {"model": "llm", **QUESTION})
-    assert status == 200, answer
-    assert "Paris" in _words(answer)
-    assert pool.complete.remote("/health") == (200, {"status": "ok"})
-    status, answer = pool.complete.remote("/invocations", {"model": "llm", **QUESTION})
+
+def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane, h200: Any) -> None:
+    """`service.pools.variant` gives a pool of its own, with its options, and `complete` reaches its engine."""
+    answers_right(h200)
+    assert h200.complete.remote("/health") == (200, {"status": "ok"})
+    status, answer = h200.complete.remote("/invocations", {"model": "llm", **QUESTION})
     assert status == 404
     assert "/invocations" in answer["error"]["message"]
     assert tiny.tasks[-1].gpu == "H200:1"
+    assert tiny.pools[-1].autoscaler.scaledown_window == 120
+
+
+def test_cancelled_complete_on_another_gpu_stops_the_generation(tiny: ModalPlane, h200: Any) -> None:
+    """Cancelling a call closes its connection to the engine, which then runs no request, and answers the next."""
+    running = h200.complete.spawn(CHAT, {"model": "llm", **COUNTING, "stream": False})
+    tiny.wait_until(lambda: _running(h200) == 1.0, 30, "the generation to run")
+    running.cancel()
+    tiny.wait_until(lambda: _running(h200) == 0.0, 5, "the generation to stop")
+    answers_right(h200)
+
+
+def test_idle_replica_ends_by_itself(tiny: ModalPlane, h200: Any) -> None:
+    """After the scaledown window the exit hook lets the engine end, long before Modal would kill it."""
+    assert h200.complete.remote("/health") == (200, {"status": "ok"})
+    task = tiny.pools[-1].tasks[-1]
+    h200.complete.autoscaler.update(scaledown_window=2)
+    tiny.wait_until(lambda: task.state is TaskState.DEAD, IDLE_END_S, "the end of the idle replica")
+    assert _ended_by_itself(task), task.log
 
 
 def test_two_parameter_sets_at_once_are_two_replicas(tiny: ModalPlane) -> None:
@@ -91,28 +143,22 @@ def test_two_parameter_sets_at_once_are_two_replicas(tiny: ModalPlane) -> None:
         asked = [threads.submit(call, f"{url}/v1/models?model={name}", headers=token.headers) for name in models]
         answers = [future.result() for future in asked]
     assert [status for status, _ in answers] == [200, 200]
-    tasks = {task.parameters["model"]: task for task in tiny.tasks if task.parameters["model"] in models}
-    assert len({task.id for task in tasks.values()}) == 2
+    first, second = (task for task in tiny.tasks if task.parameters["model"] in models)
+    assert {first.parameters["model"], second.parameters["model"]} == set(models)
+    assert second.started_at < first.ready_at, "both boot at once"
 
 
-def test_container_with_only_the_images_packages_imports_the_service(
-    tmp_path: Path, client_mount: Path, image_packages: str
-) -> None:
-    """What the container imports is in the image: with its pins but no vLLM, only the engine's program is missing."""
-    with ModalPlane(tmp_path, container=ContainerRuntime(python=image_packages, client_path=client_mount)) as plane:
-        deploy(plane, SERVICE_MODEL="tiny")
-        pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny")
-        with pytest.raises(Exception, match="No module named 'torch'"):
-            pool.complete.remote("/health")
-
-
-def test_replica_with_too_few_gpus_fails_with_the_counts(tmp_path: Path, client_mount: Path) -> None:
-    """`n_gpu` over what the container shows ends the boot with both counts and the remedy."""
+def test_replica_with_too_few_gpus_fails_by_the_settings_deployed_last(tmp_path: Path, client_mount: Path) -> None:
+    """`n_gpu` over what the container shows ends the boot with both counts; redeployed, it is refused in `prepare`."""
     runtime = ContainerRuntime(client_path=client_mount)
     with ModalPlane(tmp_path, container=runtime) as plane:
         deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="off")
         pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny", n_gpu=2)
         with pytest.raises(Exception, match="n_gpu=2 GPUs and 1 are visible"):
+            pool.complete.remote("/health")
+        deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="gpu")
+        pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny", n_gpu=2)
+        with pytest.raises(Exception, match="A GPU memory snapshot works on one GPU, and 'tiny' is to run on 2"):
             pool.complete.remote("/health")
 
 
@@ -125,5 +171,6 @@ def test_modal_run_holds_two_conversations(tmp_path: Path, engine_runtime: Conta
         assert done.stdout.count("Sending to llm") == 2
         assert "Jar Jar" in done.stdout
         assert plane.snapshots.checkpoints == [], "an ephemeral app has none: both hooks run back to back"
-        assert not [task for task in plane.tasks if task.state is not TaskState.DEAD]
+        assert [task.state for task in plane.tasks] == [TaskState.DEAD]
+        assert _ended_by_itself(plane.tasks[0]), plane.tasks[0].log
         assert plane.failures == []
