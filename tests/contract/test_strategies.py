@@ -123,7 +123,7 @@ def test_sleeping_replica_that_is_lost_leaves_nothing_and_is_replaced(plane: Mod
         answers_right(pool_of(plane, "Tiny"))
     preempted, forgetful, last = tasks_of(plane, "Tiny")
     assert lost == [preempted, forgetful]
-    plane.wait_until(lambda: all(task.state is TaskState.DEAD for task in lost), 12, "both containers' end")
+    plane.wait_until(lambda: all(task.state is TaskState.DEAD for task in lost), 20, "both containers' end")
     assert not any(task.left_behind for task in lost)
     assert forgetful.exit_code == SNAPSHOT_RESTORE_FAILED_EXIT_CODE
     record = record_of(last)
