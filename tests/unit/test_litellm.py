@@ -171,7 +171,7 @@ def test_command_writes_no_key_of_the_environment(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--url", "localhost:8000"], 2, "'localhost:8000' is not the URL"),
-        (["--gpu", "H2000"], 2, "Unknown GPU 'H2000'. Did you mean 'h200'?"),
+        (["--gpu", "H2000"], 2, "Unknown GPU 'H2000'. Did you mean 'H200'?"),
         (["--output", "/nowhere/config.yaml"], 1, "'/nowhere/config.yaml' cannot be written"),
     ],
 )
