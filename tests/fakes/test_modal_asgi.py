@@ -169,7 +169,8 @@ def test_asgi_client_that_leaves_a_stalled_response_is_noticed(asgi: ModalPlane,
         opened.request("GET", "/flood?n=1000000")
         opened.getresponse()
         _settled(lambda: _most_sent(asgi))
-    _check_noticed(asgi, time.time())
+        leaving_at = time.time()
+    _check_noticed(asgi, leaving_at)
 
 
 def test_asgi_client_that_leaves_a_stream_is_noticed_within_a_second(asgi: ModalPlane, url: str) -> None:
@@ -177,7 +178,8 @@ def test_asgi_client_that_leaves_a_stream_is_noticed_within_a_second(asgi: Modal
     with connection(url) as opened:
         opened.request("GET", "/slow?n=10000&s=0.05")
         assert opened.getresponse().read1()
-    _check_noticed(asgi, time.time())
+        leaving_at = time.time()
+    _check_noticed(asgi, leaving_at)
 
 
 def test_asgi_client_that_leaves_before_the_answer_is_noticed_within_a_second(asgi: ModalPlane, url: str) -> None:
@@ -186,7 +188,8 @@ def test_asgi_client_that_leaves_before_the_answer_is_noticed_within_a_second(as
     with connection(url) as opened:
         opened.request("POST", "/held", body=b"x" * 3 * MIB)
         asgi.wait_until(lambda: len(traced(asgi, "held")) > held, 5, "the request inside the container")
-    _check_noticed(asgi, time.time())
+        leaving_at = time.time()
+    _check_noticed(asgi, leaving_at)
     assert asgi.door.requests[-1] == ("POST", "/held", 499)
 
 
@@ -287,12 +290,12 @@ def _settled(figure: Any) -> int:
     return last
 
 
-def _check_noticed(plane: ModalPlane, left_at: float) -> None:
-    """Check that the application hears within a second that a client has left, and that the input ends."""
+def _check_noticed(plane: ModalPlane, leaving_at: float) -> None:
+    """Check that the application hears within a second that a client leaves, and that the input ends."""
 
     def heard() -> list[float]:
-        return [event["at"] for event in traced(plane, "left") if event["at"] >= left_at]
+        return [event["at"] for event in traced(plane, "left") if event["at"] >= leaving_at]
 
     plane.wait_until(heard, 5, "the disconnect inside the container")
-    assert heard()[0] - left_at < 1
+    assert heard()[0] - leaving_at < 1
     plane.wait_until(lambda: not container(plane).inputs, 5, "the input's end")

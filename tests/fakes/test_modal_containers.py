@@ -83,8 +83,8 @@ def test_raising_method_raises_at_the_caller(client: modal.Client) -> None:
 def test_cancelled_call_is_cancelled_in_the_container(shared: ModalPlane, client: modal.Client) -> None:
     """Cancelling a call cancels the coroutine that works on it, and the container goes on."""
     instance = server(client)(model="cancelled")
-    call, pool = long_call(instance), pool_of(shared, "cancelled")
-    shared.wait_until(lambda: any(task.inputs for task in pool.tasks), BOOT_S, "the call to be worked on")
+    call = long_call(instance)
+    shared.wait_until(lambda: "working" in names(shared, "cancelled"), BOOT_S, "the call to be worked on")
     call.cancel()
     shared.wait_until(lambda: "cancelled" in names(shared, "cancelled"), BOOT_S, "the cancellation")
     with pytest.raises(modal.exception.RemoteError):

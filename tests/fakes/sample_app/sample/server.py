@@ -98,8 +98,10 @@ class Server:
 
     @modal.method()
     async def complete(self, path: str, body: dict[str, object], seconds: float = 0.0) -> dict[str, object]:
-        """Return what came; take the given time."""
+        """Return what came; take the given time, and tell when a call that takes long has begun."""
         try:
+            if seconds:
+                trace("working", path=path)
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
             trace("cancelled", path=path)
