@@ -11,7 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,10 +23,12 @@ import pytest
 from service import engine_env
 from service.records import BootRecord
 from tests.engine.dialogues import QUESTION
+from tests.engine.running import BOOT_S, requests_running
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
+UV = [sys.executable, "-m", "uv", "--quiet"]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +51,7 @@ def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     That is what the lock was made of, less the engine, and all that this requires. A name that the lock has not fails.
     """
     directory = tmp_path_factory.mktemp("image")
-    python, chosen = str(directory / "venv/bin/python"), directory / "chosen.txt"
+    chosen = directory / "chosen.txt"
     lock = engine_env.PINS / "engine-cuda.lock"
     locked: dict[str, str] = {}
     for requirement in re.split(r"\n(?=\w)", lock.read_text()):
@@ -57,18 +59,23 @@ def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
         locked[name] = f"{locked.get(name, '')}{requirement}\n"  # some have a version for each Python
     wanted = (engine_env.PINS / "engine-cuda.in").read_text().splitlines()
     own = "\n".join(name for name in wanted if not name.startswith(("vllm", "torch", "flashinfer")))
-    uv = [sys.executable, "-m", "uv", "--quiet"]
     compiling = ["pip", "compile", "--no-header", "--no-annotate", "--python", sys.executable, "-c", str(lock), "-"]
-    done = subprocess.run([*uv, *compiling], input=own, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*UV, *compiling], input=own, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     names = [line.partition("==")[0] for line in done.stdout.splitlines()]
     assert [name for name in names if name not in locked] == [], "required by the service, and not in the image"
     chosen.write_text("".join(locked[name] for name in names))
+    return installed(chosen, directory / "venv")
+
+
+def installed(lock: Path, venv: Path) -> str:
+    """Make an environment of what a lock names, and nothing else; return its interpreter."""
+    python = str(venv / "bin/python")
     for arguments in (
-        ["venv", "--python", sys.executable, str(directory / "venv")],
-        ["pip", "install", "--python", python, "--require-hashes", "--no-deps", "-r", str(chosen)],
+        ["venv", "--python", sys.executable, str(venv)],
+        ["pip", "install", "--python", python, "--require-hashes", "--no-deps", "-r", str(lock)],
     ):
-        subprocess.run([*uv, *arguments], check=True, timeout=120)
+        subprocess.run([*UV, *arguments], check=True, timeout=120)
     return python
 
 
@@ -144,6 +151,22 @@ def deploy(plane: ModalPlane, **environment: str) -> subprocess.CompletedProcess
     return done
 
 
+@contextmanager
+def deployed(directory: Path, runtime: ContainerRuntime, **environment: str) -> Iterator[ModalPlane]:
+    """A plane with the tiny model's tier deployed; at the end nothing on it failed or was unknown."""
+    with ModalPlane(directory, container=runtime) as plane:
+        deploy(plane, SERVICE_MODEL="tiny", **environment)
+        yield plane
+        assert plane.failures == []
+        assert plane.unknown_calls == []
+
+
+def generating(pool: Any) -> float:
+    """Return how many requests a pool's engine works on, by its own metrics."""
+    _, metrics = pool.complete.remote("/metrics")
+    return requests_running(str(metrics))
+
+
 def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     """GET `url`, or POST a JSON body to it; return status and body, whatever the status."""
     data = None if body is None else json.dumps(body).encode()
@@ -156,11 +179,17 @@ def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> t
 
 
 @contextmanager
-def streamed(plane: ModalPlane, model: str, body: Any) -> Iterator[http.client.HTTPResponse]:
-    """POST a chat request to a pool through `serve`; its answer is open, and unread but for status and headers."""
-    parts = urlsplit(plane.url_of("vllm-l4", "Server", "serve"))
-    headers = {"Content-Type": "application/json", **plane.proxy_tokens.create().headers}
-    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=120)) as connection:
-        connection.request("POST", f"{CHAT}?model={model}", json.dumps({"model": model, **body}), headers)
+def posted(url: str, body: Any, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
+    """POST a JSON body; the answer is open, unread but for status and headers, and leaving the block leaves it."""
+    parts = urlsplit(url)
+    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=BOOT_S)) as connection:
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        connection.request("POST", target, json.dumps(body), {"Content-Type": "application/json", **headers})
         with closing(connection.getresponse()) as answer:
             yield answer
+
+
+def streamed(plane: ModalPlane, model: str, body: Any) -> AbstractContextManager[http.client.HTTPResponse]:
+    """POST a chat request to a pool through `serve`."""
+    url = plane.url_of("vllm-l4", "Server", "serve")
+    return posted(f"{url}{CHAT}?model={model}", {"model": model, **body}, plane.proxy_tokens.create().headers)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import engine_env
-from tests.contract.conftest import call, modal_cli
+from tests.contract.conftest import call, installed, modal_cli
 from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -98,14 +96,7 @@ def test_door_in_its_own_image_has_all_that_it_imports(
     tmp_path: Path, client_mount: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """With nothing but the light lock installed it starts, from a snapshot that holds its imports, and answers."""
-    venv = tmp_path_factory.mktemp("light") / "venv"
-    lock = str(engine_env.PINS / "light.lock")
-    python = str(venv / "bin/python")
-    for arguments in (
-        ["venv", "--python", sys.executable, str(venv)],
-        ["pip", "install", "--python", python, "--require-hashes", "--no-deps", "-r", lock],
-    ):
-        subprocess.run([sys.executable, "-m", "uv", "--quiet", *arguments], check=True, timeout=120)
+    python = installed(engine_env.PINS / "light.lock", tmp_path_factory.mktemp("light") / "venv")
     with ModalPlane(tmp_path, container=ContainerRuntime(python=python, client_path=client_mount)) as plane:
         put_secrets(plane)
         imported: list[bool] = []

@@ -10,19 +10,19 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from typing import Any
 from urllib.parse import urlsplit
 
 import modal
 import pytest
 
-from tests.contract.conftest import call, modal_cli
+from tests.contract.conftest import CHAT, call, generating, modal_cli, posted
 from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-BOOT_S = 150
+ASKING_S = 0.3  # of a call to the engine's metrics, on two cores
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +72,9 @@ def content(body: bytes) -> str:
     return "".join(part.get("content") or "" for part in parts)
 
 
-@contextmanager
-def posted(url: str, body: Any) -> Iterator[http.client.HTTPResponse]:
-    """Send a chat request; the answer is open, and leaving the block leaves the stream."""
-    parts = urlsplit(url)
-    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=BOOT_S)) as connection:
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json", **KEY}
-        )
-        with closing(connection.getresponse()) as answer:
-            yield answer
+def asked(url: str, body: Any) -> AbstractContextManager[http.client.HTTPResponse]:
+    """Send a chat request with a key; the answer is open, and leaving the block leaves the stream."""
+    return posted(f"{url}{CHAT}", body, KEY)
 
 
 def test_door_refuses_strangers_and_wakes_nothing(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
@@ -152,7 +145,7 @@ def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: st
     model = tier("T4")
     door.door.redirect_after_s = 3.5
     try:
-        with posted(url, {"model": model, "stream": True, **QUESTION}) as answer:
+        with asked(url, {"model": model, "stream": True, **QUESTION}) as answer:
             assert answer.status == 200
             assert answer.getheader("Content-Type", "").startswith("text/event-stream")
             assert answer.readline().startswith(b": waking tiny on T4, ")
@@ -177,7 +170,7 @@ def test_door_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
     model, before = tier("A100"), _asked_for_health(door)
 
     def ask(number: int) -> tuple[int, str]:
-        with posted(url, {"model": model, "stream": bool(number % 2), **QUESTION}) as answer:
+        with asked(url, {"model": model, "stream": bool(number % 2), **QUESTION}) as answer:
             return answer.status, content(answer.read())
 
     with ThreadPoolExecutor(100) as threads:
@@ -200,7 +193,7 @@ def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(
     model = tier("H100")
     assert call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)[0] == 200
     first = replicas(door, model)[-1]
-    with posted(url, {"model": model, **COUNTING}) as answer:
+    with asked(url, {"model": model, **COUNTING}) as answer:
         assert answer.readline().startswith(b"data: ")
         first.kill()
         rest = answer.read()
@@ -218,23 +211,13 @@ def test_door_whose_client_leaves_stops_the_generation_within_a_second(
     """Through both containers, the engine runs no request any more."""
     model = tier("L40S")
     pool = modal.Cls.from_name("vllm-l40s", "Server", client=door.client())(model="tiny")
-    with posted(url, {"model": model, **COUNTING}) as answer:
+    with asked(url, {"model": model, **COUNTING}) as answer:
         while not answer.readline().startswith(b"data: "):
             pass
-        door.wait_until(lambda: _running(pool) == 1.0, 10, "the generation to run")
+        door.wait_until(lambda: generating(pool) == 1.0, 10, "the generation to run")
     left_at = time.monotonic()
-    door.wait_until(lambda: _running(pool) == 0.0, 5, "the generation to stop")
+    door.wait_until(lambda: generating(pool) == 0.0, 5, "the generation to stop")
     assert time.monotonic() - left_at < 1.0 + ASKING_S
-
-
-ASKING_S = 0.3  # of a call to the engine's metrics, on two cores
-
-
-def _running(pool: Any) -> float:
-    """Return how many requests the engine works on, by its own metrics."""
-    _, metrics = pool.complete.remote("/metrics")
-    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
-    return float(line.rpartition(" ")[2])
 
 
 def test_door_passes_the_clients_key_on_where_engines_check_it(door: ModalPlane, tier: Callable[..., str]) -> None:

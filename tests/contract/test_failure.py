@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.conftest import REPOSITORY, answers_right, deploy, engine_leader, pool_of, streamed, tasks_of
+from tests.contract.conftest import REPOSITORY, answers_right, deployed, engine_leader, pool_of, streamed, tasks_of
 from tests.engine.dialogues import COUNTING
+from tests.engine.running import BOOT_S
 from tests.fakes.hub import Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-BOOT_S = 150
 REVISION = "a" * 40
 TINY = REPOSITORY / "service/assets/tiny"
 MODELS = f"""
@@ -59,11 +59,8 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
         environment={**engine_runtime.environment, "HF_ENDPOINT": hub.url},
         host_ports=(urlsplit(hub.url).port or 0,),
     )
-    with ModalPlane(directory / "plane", container=runtime) as plane:
-        deploy(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models))
+    with deployed(directory / "plane", runtime, SERVICE_MODELS_FILE=str(models)) as plane:
         yield plane
-        assert plane.failures == []
-        assert plane.unknown_calls == []
 
 
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:

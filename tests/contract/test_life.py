@@ -14,7 +14,18 @@ import psutil
 import pytest
 
 from service.pools import variant
-from tests.contract.conftest import CHAT, answers_right, call, deploy, engine_leader, modal_cli, pool_of, streamed
+from tests.contract.conftest import (
+    CHAT,
+    answers_right,
+    call,
+    deploy,
+    deployed,
+    engine_leader,
+    generating,
+    modal_cli,
+    pool_of,
+    streamed,
+)
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -25,11 +36,8 @@ IDLE_END_S = 2 + 25  # of the window, and well within the grace that a container
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
     """A plane with the tiny model's tier deployed and the real engine in its containers."""
-    with ModalPlane(tmp_path_factory.mktemp("plane"), container=engine_runtime) as plane:
-        deploy(plane, SERVICE_MODEL="tiny")
+    with deployed(tmp_path_factory.mktemp("plane"), engine_runtime) as plane:
         yield plane
-        assert plane.failures == []
-        assert plane.unknown_calls == []
 
 
 @pytest.fixture
@@ -42,13 +50,6 @@ def h200(tiny: ModalPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
 def _ended_by_itself(task: Any) -> bool:
     """Tell whether the exit hook let the engine end, and it did: nothing was killed."""
     return task.exit_code == 0 and not task.left_behind and "Application shutdown complete" in task.log
-
-
-def _running(pool: Any) -> float:
-    """Return how many requests the engine works on, by its own metrics."""
-    _, metrics = pool.complete.remote("/metrics")
-    line = next(line for line in str(metrics).splitlines() if line.startswith("vllm:num_requests_running"))
-    return float(line.rpartition(" ")[2])
 
 
 def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: ModalPlane) -> None:
@@ -97,7 +98,7 @@ def _check_stream(plane: ModalPlane, task: Any) -> None:
         for core in cores:
             core.suspend()
         assert first.startswith(b"data: {")
-        plane.wait_until(lambda: _running(pool) == 1.0, 10, "the engine to be amid the request")
+        plane.wait_until(lambda: generating(pool) == 1.0, 10, "the engine to be amid the request")
         for core in cores:
             core.resume()
         events = [line.removeprefix(b"data: ") for line in (first + answer.read()).splitlines() if line]
@@ -119,9 +120,9 @@ def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane, h200: Any) ->
 def test_cancelled_complete_on_another_gpu_stops_the_generation(tiny: ModalPlane, h200: Any) -> None:
     """Cancelling a call closes its connection to the engine, which then runs no request, and answers the next."""
     running = h200.complete.spawn(CHAT, {"model": "llm", **COUNTING, "stream": False})
-    tiny.wait_until(lambda: _running(h200) == 1.0, 30, "the generation to run")
+    tiny.wait_until(lambda: generating(h200) == 1.0, 30, "the generation to run")
     running.cancel()
-    tiny.wait_until(lambda: _running(h200) == 0.0, 5, "the generation to stop")
+    tiny.wait_until(lambda: generating(h200) == 0.0, 5, "the generation to stop")
     answers_right(h200)
 
 

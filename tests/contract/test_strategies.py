@@ -16,7 +16,7 @@ import psutil
 import pytest
 from modal._runtime.gpu_memory_snapshot import SNAPSHOT_RESTORE_FAILED_EXIT_CODE
 
-from tests.contract.conftest import answers_right, deploy, engine_leader, pool_of, record_of, tasks_of
+from tests.contract.conftest import answers_right, deployed, engine_leader, pool_of, record_of, tasks_of
 from tests.contract.memory import overwrite
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -26,11 +26,9 @@ FROZEN_S = 1.5
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
     """A plane with the tier deployed under GPU snapshots."""
-    with ModalPlane(tmp_path_factory.mktemp("plane"), container=engine_runtime) as plane:
-        deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="gpu", SERVICE_FAST_BOOT="1")
+    settings = {"SERVICE_SNAPSHOT": "gpu", "SERVICE_FAST_BOOT": "1"}
+    with deployed(tmp_path_factory.mktemp("plane"), engine_runtime, **settings) as plane:
         yield plane
-        assert plane.failures == []
-        assert plane.unknown_calls == []
 
 
 @contextmanager

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.contract.conftest import answers_right, call, deploy, engine_leader, pool_of, record_of, tasks_of
+from tests.contract.conftest import answers_right, call, deployed, engine_leader, pool_of, record_of, tasks_of
+from tests.engine.running import BOOT_S
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
-
-BOOT_S = 150
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
     """A plane with the tier deployed without snapshots, whose engines may not be silent for long."""
-    with ModalPlane(tmp_path_factory.mktemp("plain"), container=engine_runtime) as plane:
-        deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="off", SERVICE_HANG_S="10")
+    settings = {"SERVICE_SNAPSHOT": "off", "SERVICE_HANG_S": "10"}
+    with deployed(tmp_path_factory.mktemp("plain"), engine_runtime, **settings) as plane:
         yield plane
         assert plane.snapshots.checkpoints == []
-        assert plane.failures == []
-        assert plane.unknown_calls == []
 
 
 def test_preemption_of_a_loading_engine_leaves_nothing(plain: ModalPlane) -> None:

@@ -147,6 +147,12 @@ class Service:
         return psutil.Process(self.pid).children(recursive=True) if not self.ended else []
 
 
+def requests_running(metrics: str) -> float:
+    """Return how many requests an engine works on, by the text of its metrics."""
+    line = next(line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running"))
+    return float(line.rpartition(" ")[2])
+
+
 def session_members(session: int) -> list[psutil.Process]:
     """Return the processes of a session, less those that only wait to be reaped."""
     members = []

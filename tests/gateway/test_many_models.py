@@ -16,7 +16,7 @@ import requests
 
 from service import engine_env
 from tests.engine.dialogues import COUNTING, QUESTION
-from tests.engine.running import Service, wait_until
+from tests.engine.running import Service, requests_running, wait_until
 
 TINY = Path(__file__).parents[2] / "service/assets/tiny"
 IDLE_S = 8
@@ -96,8 +96,7 @@ def running(service: Service) -> int:
     headers = {"Authorization": "Bearer my-key"}
     answer = requests.get(f"{service.url}/metrics?model=second", headers=headers, timeout=30)
     assert answer.status_code == 200, answer.text + service.err
-    line = next(line for line in answer.text.splitlines() if line.startswith("vllm:num_requests_running"))
-    return round(float(line.split()[-1]))
+    return round(requests_running(answer.text))
 
 
 def test_engine_killed_under_streams_ends_each_with_an_error_and_is_replaced(service: Service) -> None:
