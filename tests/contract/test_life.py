@@ -158,7 +158,6 @@ def test_replica_with_too_few_gpus_fails_by_the_settings_deployed_last(tmp_path:
         with pytest.raises(Exception, match="n_gpu=2 GPUs and 1 are visible"):
             pool.complete.remote("/health")
         deploy(plane, SERVICE_MODEL="tiny", SERVICE_SNAPSHOT="gpu")
-        pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny", n_gpu=2)
         with pytest.raises(Exception, match="A GPU memory snapshot works on one GPU, and 'tiny' is to run on 2"):
             pool.complete.remote("/health")
 

@@ -17,7 +17,7 @@ from modal_proto import api_pb2 as pb
 
 from .modal import ContainerRuntime, ContainerRuntimeError, ModalPlane, NotDeployed, PlaneTimeout, TaskState
 from .modal.client_version import PINNED, why_refused
-from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, running
+from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, running, server
 
 
 def test_plane_start_is_quick(tmp_path: Path, runtime: ContainerRuntime) -> None:
@@ -103,6 +103,23 @@ def test_redeploy_keeps_the_url_and_retires_containers(plane: ModalPlane) -> Non
     plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the old container's end")
     assert "stop" in [e["event"] for e in events(plane) if e["task"] == plane.tasks[0].id]
     assert [e["note"] for e in events(plane, "m") if e["event"] == "start"] == ["a b 'c'", "second"]
+
+
+def test_handle_from_before_a_redeploy_reaches_the_new_version(plane: ModalPlane) -> None:
+    """Who holds a bound class or a variant goes on with it; what its autoscaler was told is over."""
+    deploy(plane)
+    held = server(plane.client())(model="held")
+    variant = server(plane.client()).with_options(gpu="L4")(model="held-on-l4")
+    held.complete.autoscaler.update(min_containers=1)
+    assert variant.complete.remote("/before", {})["model"] == "held-on-l4"
+    deploy(plane, SAMPLE_NOTE="second", SAMPLE_SCALEDOWN_WINDOW="7")
+    assert held.complete.remote("/after", {})["model"] == "held"
+    assert variant.complete.remote("/after", {})["model"] == "held-on-l4"
+    notes = [event["note"] for event in events(plane, "held-on-l4") if event["event"] == "start"]
+    assert notes == ["a b 'c'", "second"]
+    assert plane.tasks[-1].gpu == "L4:1"
+    settings = held.complete.autoscaler.settings()
+    assert (settings.min_containers, settings.scaledown_window) == (0, 7)
 
 
 def test_unknown_call_fails_with_its_name(shared: ModalPlane) -> None:

@@ -18,6 +18,7 @@ from service.models import Registry
 from service.plan import Plan
 
 from .hub_client import cache, hub, slept  # noqa: F401 - fixtures
+from .replicas import Place
 
 _OURS = ("SERVICE_", "API_KEY", "HF_", "HUGGING", "MODAL_", "VLLM_", "CUDA_", "XDG_")
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -69,3 +70,9 @@ def plan(fake_python: str, port: int) -> Iterator[Plan]:
     tiny = Registry.load().specs["tiny"]
     yield Plan(tiny, "tiny", "cpu", fake_python, {"PATH": os.defpath}, port=port, startup_timeout_s=20)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """Return two empty volumes and room for local disks."""
+    return Place(tmp_path)

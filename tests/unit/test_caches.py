@@ -1,12 +1,8 @@
-"""The compile caches: what travels, to whom, and what a full disk or a damaged archive costs."""
+"""The compile caches: what travels, to whom, and where an engine finds it."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
 import os
-import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,71 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from service import archive, caches, hardware
+from service import archive, hardware
 from service.caches import Caches, machine
 
-SOFTWARE = {"vllm": "0.32.0", "torch": "2.13.0"}
-H100 = "NVIDIA H100 80GB HBM3, 580.95.05"
-OLD_NS = 1_700_000_000_123_456_789  # not a number that a float holds
-
-
-class Place:
-    """Two volumes, and a local disk for each replica."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.volumes = {store: root / f"{store}-volume" for store in caches.STORES}
-        self.said: list[str] = []
-
-    def replica(self, disk: str, software: dict[str, str] | None = None, model: str = "tiny") -> Caches:
-        """Return the caches of a replica that does not know its machine yet."""
-        return Caches(self.root / disk, software or SOFTWARE, self.volumes, model=model, say=self.said.append)
-
-    def booted(self, disk: str, gpu: str = H100, software: dict[str, str] | None = None, model: str = "tiny") -> Caches:
-        """Return the caches of a replica whose engine may begin."""
-        replica = self.replica(disk, software, model)
-        replica.choose(gpu)
-        replica.take_in()
-        return replica
-
-    def archives(self) -> list[Path]:
-        """Return what is on the volumes."""
-        return sorted(self.root.glob("*-volume/**/*.tar"))
-
-    def local(self, disk: str) -> dict[str, bytes]:
-        """Return what an engine on that disk finds, below `current`."""
-        (current,) = (self.root / disk).glob("*/current")
-        return {str(path.relative_to(current)): path.read_bytes() for path in current.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    """Return two empty volumes and room for local disks."""
-    return Place(tmp_path)
-
-
-def make(replica: Caches, name: str, content: bytes = b"compiled", mtime_ns: int = OLD_NS, mode: int = 0o644) -> Path:
-    """Write one file as the engine does, by the paths that its environment gives; `name` begins with the store."""
-    store, _, rest = name.partition("/")
-    variable = {"vllm": "VLLM_CACHE_ROOT", "flashinfer": "FLASHINFER_WORKSPACE_BASE"}[store]
-    path = Path(replica.env()[variable]) / rest
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    path.chmod(mode)
-    os.utime(path, ns=(mtime_ns, mtime_ns))
-    return path
-
-
-def put(shelf: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    """Put an archive with these members on a shelf, under the name that its bytes ask for."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for member, content in members:
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    path = shelf / f"{hashlib.sha256(data.getvalue()).hexdigest()}.tar"
-    path.write_bytes(data.getvalue())
-    return path
+from .replicas import H100, OLD_NS, SOFTWARE, Place, make
 
 
 def test_caches_taken_in_elsewhere_are_the_same_to_the_nanosecond(place: Place) -> None:
@@ -231,11 +166,6 @@ def test_take_in_after_the_restore_brings_what_came_since(place: Place) -> None:
     assert restored.copy_out() == 0
 
 
-def open_files() -> list[Path]:
-    """Return what this process has open, less the directory that is read to find out."""
-    return sorted(path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-
-
 def test_take_in_leaves_nothing_open(place: Place) -> None:
     """A file of a volume that a snapshot holds open breaks its restore."""
     first = place.booted("a")
@@ -243,13 +173,13 @@ def test_take_in_leaves_nothing_open(place: Place) -> None:
         make(first, f"vllm/{i}")
     first.copy_out()
     (place.archives()[0].parent / f"{'0' * 64}.tar").write_bytes(b"damaged")
-    before = open_files()
 
     second = place.replica("b")
     second.take_in()
 
     assert len(place.said) == 1
-    assert open_files() == before
+    opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [path for path in opened if path.is_relative_to(place.root)] == []
     assert str(place.root) not in Path("/proc/self/maps").read_text()
 
 
@@ -317,184 +247,6 @@ def test_file_that_changes_while_it_is_read_is_left_out(
     place.booted("b")
     assert place.local("b") == {"vllm/steady": b"compiled"}
     assert place.said == []
-
-
-def test_damaged_archive_is_said_skipped_and_removed_by_the_next_writer(place: Place) -> None:
-    """A cache is a convenience: the boot goes on, and compiles."""
-    first = place.booted("a")
-    make(first, "vllm/x", b"x" * 100_000)
-    first.copy_out()
-    (damaged,) = place.archives()
-    damaged.write_bytes(damaged.read_bytes()[:50_000])
-
-    second = place.booted("b")
-    assert place.local("b") == {}
-    make(second, "vllm/x", b"x" * 100_000)
-    second.copy_out()
-
-    assert len(place.said) == 1
-    assert str(damaged) in place.said[0]
-    assert "damaged" in place.said[0]
-    assert place.booted("c").copy_out() == 0
-    assert len(place.said) == 1
-
-
-def odd(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    """Return a member that no writer of ours makes."""
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, link
-    return member
-
-
-@pytest.mark.parametrize(
-    "member",
-    [
-        odd("../x"),
-        odd("/tmp/x"),  # noqa: S108 - a name in an archive
-        odd("y", tarfile.SYMTYPE, "../../.."),
-        odd("y", tarfile.SYMTYPE, "inside"),
-        odd("y", tarfile.LNKTYPE, "/etc/passwd"),
-        odd("y", tarfile.FIFOTYPE),
-        odd("y", tarfile.CHRTYPE),
-    ],
-    ids=["parent", "absolute", "symlink-out", "symlink", "hardlink", "fifo", "device"],
-)
-def test_archive_with_an_odd_member_is_refused_whole(place: Place, member: tarfile.TarInfo) -> None:
-    """Nothing of it is written, not even its good files."""
-    first = place.booted("a")
-    make(first, "vllm/x")
-    first.copy_out()
-    (good,) = place.archives()
-    put(good.parent, (tarfile.TarInfo("good"), b"good"), (member, b""))
-    outside = sorted(place.root.iterdir())
-
-    place.booted("b")
-
-    assert place.local("b") == {"vllm/x": b"compiled"}
-    assert len(place.said) == 1
-    assert sorted(place.root.iterdir()) == sorted([*outside, place.root / "b"])
-
-
-def full(*_: object, **__: object) -> None:
-    """Stand for a disk that has no room left."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("where", ["fsync", "replace", "mkdir"])
-def test_full_volume_is_said_and_leaves_nothing_behind(
-    place: Place, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """The boot goes on, and the next copy out finds the same news."""
-    replica = place.booted("a")
-    make(replica, "vllm/x")
-    with monkeypatch.context() as patch:
-        patch.setattr(os if where == "fsync" else Path, where, full)
-        assert replica.copy_out() == 0
-
-    assert len(place.said) == 1
-    assert "No space left on device" in place.said[0]
-    assert [path for path in place.root.glob("vllm-volume/**/*") if path.is_file()] == []
-    assert replica.copy_out() == len(b"compiled")
-
-
-def test_full_local_disk_is_said_and_leaves_no_half_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What did not fit is compiled."""
-    first = place.booted("a")
-    make(first, "vllm/x")
-    first.copy_out()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "utime", full)
-        second = place.booted("b")
-
-    assert "No space left on device" in place.said[0]
-    assert place.local("b") == {}
-    assert second.take_in() == len(b"compiled")
-
-
-def test_local_disk_that_cannot_be_written_is_said(place: Place) -> None:
-    """The engine then compiles for itself; nothing is copied out, and nothing raises."""
-    (place.root / "file").touch()
-    replica = place.replica("file")
-
-    replica.take_in()
-    replica.choose(H100)
-
-    assert replica.copy_out() == 0
-    assert len(place.said) == 2
-    assert "compile caches" in place.said[0]
-
-
-def test_archives_are_merged_after_eight(place: Place) -> None:
-    """The first boot's archive, which has nearly everything, must not be the one that falls off."""
-    for i in range(10):
-        replica = place.booted(f"disk{i}")
-        make(replica, f"vllm/{i}")
-        replica.copy_out()
-        assert len(place.archives()) <= 8
-    place.booted("last")
-
-    assert set(place.local("last")) == {f"vllm/{i}" for i in range(10)}
-    assert place.said == []
-
-
-def test_archives_of_many_writers_are_merged_without_news(place: Place) -> None:
-    """Replicas that began together all wrote the same; the next boot takes them in and leaves one."""
-    replicas = [place.booted(f"disk{i}") for i in range(9)]
-    for i, replica in enumerate(replicas):
-        make(replica, "vllm/x", mtime_ns=OLD_NS + i)
-        replica.copy_out()
-    assert len(place.archives()) == 9
-
-    assert place.booted("b").copy_out() == len(b"compiled")
-
-    assert len(place.archives()) == 1
-    assert place.booted("c").copy_out() == 0
-
-
-def test_oldest_archives_go_when_there_is_too_much(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A volume is finite."""
-    monkeypatch.setattr(archive, "_MAX_BYTES", 50_000)
-    replica = place.booted("a")
-    for i in range(4):
-        make(replica, f"vllm/{i}", b"%d" % i * 15_000)
-        replica.copy_out()
-        for path in place.archives():  # each a day older than the next
-            os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
-    place.booted("b")
-
-    assert set(place.local("b")) == {"vllm/2", "vllm/3"}
-    assert len(place.archives()) == 2
-
-
-def test_caches_of_old_versions_are_removed(place: Place) -> None:
-    """The three that wrote last stay, for a rollback."""
-    for i in range(5):
-        replica = place.booted(f"disk{i}", software={"vllm": f"0.{i}"})
-        make(replica, "vllm/x")
-        replica.copy_out()
-        for path in (place.volumes["vllm"] / "compiled").iterdir():
-            os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
-
-    assert len(list((place.volumes["vllm"] / "compiled").iterdir())) == 3
-    place.booted("old", software={"vllm": "0.1"})
-    place.booted("new", software={"vllm": "0.2"})
-    assert place.local("old") == {}
-    assert place.local("new") == {"vllm/x": b"compiled"}
-
-
-def test_abandoned_temporary_archive_is_removed(place: Place) -> None:
-    """A replica may be killed while it writes; another may be writing right now."""
-    replica = place.booted("a")
-    make(replica, "vllm/x")
-    replica.copy_out()
-    shelf = place.archives()[0].parent
-    (shelf / ".dead.tmp").touch()
-    os.utime(shelf / ".dead.tmp", ns=(OLD_NS, OLD_NS))
-    (shelf / ".alive.tmp").touch()
-    make(replica, "vllm/y")
-    replica.copy_out()
-
-    assert [path.name for path in shelf.glob(".*")] == [".alive.tmp"]
 
 
 def test_without_volumes_the_local_directory_is_the_cache(tmp_path: Path) -> None:

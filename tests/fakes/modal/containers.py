@@ -194,8 +194,11 @@ class Scheduler:
         await asyncio.gather(*(task.stop_within(DRAIN_GRACE_S) for task in live))
 
     async def published(self, app: App) -> None:
-        """Retire containers of the version before, and start what `min_containers` asks for."""
+        """Retire containers and autoscaler updates of the version before, and start what `min_containers` asks for."""
         current = set(app.function_ids.values())
+        for pool in self.pools.values():
+            if pool.function.app is app:
+                pool.overrides.Clear()
         for task in self.tasks:
             if task.function.app is app and task.is_live:
                 self._run(task.stop_within(DRAIN_GRACE_S))

@@ -104,11 +104,12 @@ class Functions:
         return self._by_id.get(function_id)
 
     def promote(self, function_id: str) -> pb.Function:
-        """Make the staged definition the one that counts; pools of the definition before are gone."""
+        """Make the staged definition the one that counts, for its pools too: who holds one goes on with the new version."""
         function = self.by_id(function_id)
         if function.staged is not None:
             function.definition, function.staged = function.staged, None
-        self.forget({other.id for other in self._by_id.values() if other.base_id == function_id})
+        for pool in (other for other in self._by_id.values() if other.base_id == function_id):
+            pool.definition = with_options(function.definition, pool.options or pb.FunctionOptions())
         return function.definition
 
     def forget(self, function_ids: Iterable[str]) -> None:
