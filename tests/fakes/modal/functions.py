@@ -104,7 +104,7 @@ class Functions:
         return self._by_id.get(function_id)
 
     def promote(self, function_id: str) -> pb.Function:
-        """Make the staged definition the one that counts, for its pools too: who holds one goes on with the new version."""
+        """Make the staged definition the one that counts; who holds one of its pools goes on with the new version."""
         function = self.by_id(function_id)
         if function.staged is not None:
             function.definition, function.staged = function.staged, None
