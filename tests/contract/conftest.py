@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import modal
 import psutil
 import pytest
@@ -187,6 +189,18 @@ def posted(url: str, body: Any, headers: dict[str, str]) -> Iterator[http.client
         connection.request("POST", target, json.dumps(body), {"Content-Type": "application/json", **headers})
         with closing(connection.getresponse()) as answer:
             yield answer
+
+
+def refused_websocket(url: str, headers: dict[str, str]) -> int:
+    """Ask for a websocket that must not be let in; return the status of the refusal."""
+
+    async def ask() -> int:
+        async with asyncio.timeout(BOOT_S), aiohttp.ClientSession() as http:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await http.ws_connect(url, headers=headers)
+        return refused.value.status
+
+    return asyncio.run(ask())
 
 
 def streamed(plane: ModalPlane, model: str, body: Any) -> AbstractContextManager[http.client.HTTPResponse]:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import modal
 import pytest
 
-from tests.contract.conftest import CHAT, call, generating, modal_cli, posted
+from tests.contract.conftest import CHAT, call, generating, modal_cli, posted, refused_websocket
 from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
@@ -85,6 +85,13 @@ def test_door_refuses_strangers_and_wakes_nothing(door: ModalPlane, url: str, ti
         assert status == 401
         assert json.loads(body)["error"]["code"] == "invalid_api_key"
     assert replicas(door, model) == []
+
+
+def test_door_lets_no_websocket_in(door: ModalPlane, url: str) -> None:
+    """Modal passes them on; the door refuses them, with a key and without, and wakes nothing."""
+    for headers in (KEY, {}):
+        assert refused_websocket(f"{url}/v1/realtime?model=tiny-a10", headers) == 403
+    assert [task.tag for task in door.tasks if task.tag != TAG] == []
 
 
 def test_door_refuses_before_the_body_is_there(url: str) -> None:

@@ -79,6 +79,20 @@ def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalP
     assert not tasks_of(plane, "bad-flag")[-1].left_behind
 
 
+def test_full_cache_volume_is_said_and_the_replica_serves(plane: ModalPlane) -> None:
+    """What the engine compiled cannot be kept for the next replica, and nobody waits or fails for that."""
+    volume = plane.volumes["vllm-cache"]
+    volume.capacity_bytes = 1
+    try:
+        answers_right(pool_of(plane, "from-hub"), "me/tiny")
+        task = tasks_of(plane, "from-hub")[-1]
+        plane.wait_until(lambda: "No space left on device" in task.log, 20, "the sentence about the volume")
+    finally:
+        volume.capacity_bytes = None
+    assert "compile caches" in task.log
+    assert [name for name in volume.files() if name.startswith("compiled/")] == []
+
+
 def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
     """The first replica fetches the pinned revision into the volume and commits it; the next asks no hub."""
     answers_right(pool_of(plane, "from-hub"), "me/tiny")

@@ -24,7 +24,9 @@ from tests.contract.conftest import (
     generating,
     modal_cli,
     pool_of,
+    refused_websocket,
     streamed,
+    tasks_of,
 )
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
@@ -147,6 +149,17 @@ def test_two_parameter_sets_at_once_are_two_replicas(tiny: ModalPlane) -> None:
     first, second = (task for task in tiny.tasks if task.parameters["model"] in models)
     assert {first.parameters["model"], second.parameters["model"]} == set(models)
     assert second.started_at < first.ready_at, "both boot at once"
+
+
+def test_websocket_gets_no_further_than_the_engines_guard(tiny: ModalPlane) -> None:
+    """Modal's proxy in the container is refused its handshake and fails; without a proxy token nobody asks it."""
+    url = f"{tiny.url_of('vllm-l4', 'Server', 'serve')}/v1/realtime?model=llm"
+    assert refused_websocket(url, {}) == 401
+    assert refused_websocket(url, tiny.proxy_tokens.create().headers) == 500
+    replica = tasks_of(tiny, "llm")[-1]
+    assert "WSServerHandshakeError: 403" in replica.log
+    answers_right(pool_of(tiny, "llm"))
+    assert replica.is_live
 
 
 def test_replica_with_too_few_gpus_fails_by_the_settings_deployed_last(tmp_path: Path, client_mount: Path) -> None:

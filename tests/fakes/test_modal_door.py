@@ -117,14 +117,6 @@ def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:
     assert len(list(plane.calls("FunctionGetInputs"))) <= 2
 
 
-def test_door_refuses_websockets(shared: ModalPlane) -> None:
-    """An upgrade is refused before a container starts."""
-    count = len(shared.tasks)
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    assert get(f"{shared.url_of('sample', 'Server', 'serve')}/ws?model=ws", headers)[0] == 501
-    assert len(shared.tasks) == count
-
-
 def test_door_of_a_stopped_app_answers_404(plane: ModalPlane) -> None:
     """`modal app stop` closes the app's door."""
     deploy(plane)

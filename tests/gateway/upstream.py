@@ -199,9 +199,9 @@ class House:
 
 @asynccontextmanager
 async def house(
-    keyring: Keyring | None = None, *, hold_s: float = 5.0, heartbeat_s: float = 0.1, url: str = ""
+    keyring: Keyring | None = None, *, hold_s: float = 60.0, heartbeat_s: float = 60.0, url: str = ""
 ) -> AsyncIterator[House]:
-    """Open a door on loopback; its pools wake at `url` at once where one is given."""
+    """Open a door on loopback; its pools wake at `url` at once where one is given, and no wait is told in comments."""
     pools: dict[str, TestPool] = {}
 
     def pool(spec: ModelSpec, gpu: object) -> TestPool:

@@ -46,7 +46,7 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
 Task states: STARTING (imports, hooks), READY (fetches inputs), STOPPING (told to stop), DEAD.
 Refused: anything the plane does not know, loudly and by the call's or the option's name; a modal client that is not
 the pinned release or a newer patch of it, here and over the wire; a container interpreter of another Python version
-than the client directory's (compiled dependencies would not load); websockets (501), which Modal does pass.
+than the client directory's (compiled dependencies would not load).
 Not like Modal: `nvidia-smi` is a script that lists the GPUs which would be attached; a restore continues the process
 that was checkpointed (frozen, thawed, with a new task id, socket and environment); a second container of a pool boots
 from scratch, since a process cannot be copied. Of a response 1 MiB waits here for a slow reader, of a request 64 MiB

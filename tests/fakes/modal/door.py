@@ -3,10 +3,9 @@
 Owns the way from a request to an input and back: parameters in the query choose the pool, proxy auth refuses before a
 container starts, bodies stream both ways with no more than a bound of either lying here, a client that leaves is passed
 on as `http.disconnect`, and a request without a first byte after `redirect_after_s` is answered 303 to a URL that waits
-on.
+on. Websockets are passed on too; the handshake of one waits for its container as long as that takes.
 
-Refused: domains of one's own; websockets, with 501 and before a container starts. Modal passes those on (its client's
-`modal/_runtime/asgi.py` proxies them to a `web_server`); nothing that is tested here opens one, so none is promised.
+Refused: domains of one's own.
 
 The first sites get ports that are reserved from the start, so that every container, however early it booted, reaches
 the web functions of other apps under the URLs that the plane tells.
@@ -31,6 +30,7 @@ from modal._serialization import (
 from modal.exception import InvalidError
 from modal_proto import api_pb2 as pb
 
+from . import websockets
 from .calls import Calls, FunctionCall
 from .proxy_tokens import ProxyTokens
 from .web import Exchange, pass_on, responses, scope, send_body, send_disconnect
@@ -133,6 +133,10 @@ class Door:
             return refused
         if waiting := request.query.get(CALL_QUERY):
             return await self._relay(exchange, self.calls.call(waiting))
+        return await self._call(exchange, function, method)
+
+    async def _call(self, exchange: Exchange, function: Function, method: str) -> web.StreamResponse:
+        request = exchange.request
         try:
             pool = self._pool(function, request)
         except (InvalidError, ValueError) as error:
@@ -140,23 +144,38 @@ class Door:
         call = self.calls.create(pool, pb.FUNCTION_CALL_INVOCATION_TYPE_SYNC)
         call.data_in.bound(REQUEST_AHEAD_BYTES)
         call.data_out.bound(RESPONSE_AHEAD_BYTES)
-        args = serialize(((scope(request),), {}))
-        item = pb.FunctionInput(args=args, data_format=pb.DATA_FORMAT_PICKLE, method_name=method)
+        if websockets.is_asked_for(request):
+            return await self._connect(exchange, call, method)
         upload = asyncio.ensure_future(send_body(request, call))
         upload.add_done_callback(_forget)
-        self.calls.submit(call, item, is_web=True)
+        self._submit(call, scope(request), method)
         try:
             return await self._relay(exchange, call, upload)
         finally:
             upload.cancel()
+
+    def _submit(self, call: FunctionCall, described: dict[str, object], method: str) -> None:
+        args = serialize(((described,), {}))
+        item = pb.FunctionInput(args=args, data_format=pb.DATA_FORMAT_PICKLE, method_name=method)
+        self.calls.submit(call, item, is_web=True)
+
+    async def _connect(self, exchange: Exchange, call: FunctionCall, method: str) -> web.StreamResponse:
+        websockets.send_connect(call)
+        self._submit(call, websockets.scope(exchange.request), method)
+        messages = responses(call)
+        try:
+            if (first := await anext(messages, None)) is None:
+                return _no_response(call)
+            return await websockets.pass_on(exchange, call, first, messages)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self._leave(call, websockets.send_disconnect)
+            raise
 
     def _refuse(self, request: web.Request, function: Function, method: str) -> web.StreamResponse | None:
         definition = function.definition
         webhook = definition.method_definitions[method].webhook_config if method else definition.webhook_config
         if webhook.requires_proxy_auth and not self.proxy_tokens.admit(request):
             return _refusal(401, "missing credentials for proxy authorization")
-        if request.headers.get("Upgrade", "").lower() == "websocket":
-            return _refusal(501, "the plane for tests passes no websockets")
         return None
 
     def _pool(self, function: Function, request: web.Request) -> Function:
@@ -180,10 +199,10 @@ class Door:
             except TimeoutError:
                 return await self._redirect(exchange, call, upload)
             if first is None:
-                return _refusal(500, call.outputs[0].result.exception or "the function returned no response")
+                return _no_response(call)
             response = await pass_on(exchange, call, first, messages)
         except (asyncio.CancelledError, ConnectionResetError):
-            self._leave(call)
+            self._leave(call, send_disconnect)
             raise
         call.data_in.discard()
         call.data_out.discard()
@@ -198,13 +217,13 @@ class Door:
         location = exchange.request.url.update_query({CALL_QUERY: call.id})
         return web.Response(status=303, headers={"Location": str(location)})
 
-    def _leave(self, call: FunctionCall) -> None:
+    def _leave(self, call: FunctionCall, tell: Callable[[FunctionCall], None]) -> None:
         """The client is gone: tell the container, or forget an input that no container took."""
         queued = call.inputs[0]
         if queued.task is None:
             self.calls.cancel(call)
         elif not queued.is_done:
-            send_disconnect(call)
+            tell(call)
 
 
 def _bound_socket() -> socket.socket:
@@ -215,6 +234,10 @@ def _bound_socket() -> socket.socket:
 
 def _refusal(status: int, text: str) -> web.Response:
     return web.Response(status=status, text=f"modal-http: {text}\n")
+
+
+def _no_response(call: FunctionCall) -> web.Response:
+    return _refusal(500, call.outputs[0].result.exception or "the function returned no response")
 
 
 def _coerce(parameter: pb.ClassParameterSpec, text: str) -> object:

@@ -47,16 +47,16 @@ def scope(request: web.Request) -> dict[str, object]:
 async def send_body(request: web.Request, call: FunctionCall) -> None:
     """Pass the body on as it comes; the container waits 5 s for the first message, so an empty one leads."""
     if request.can_read_body:
-        call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=True))))
+        call.data_in.put(chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=True))))
         async for piece in request.content.iter_any():
             await call.data_in.room()
-            call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=piece, more_body=True))))
-    call.data_in.put(_chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=False))))
+            call.data_in.put(chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=piece, more_body=True))))
+    call.data_in.put(chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=False))))
 
 
 def send_disconnect(call: FunctionCall) -> None:
     """Tell the application that the client is gone; what it still has to say interests nobody."""
-    call.data_in.put(_chunk(pb.Asgi(http_disconnect=pb.Asgi.HttpDisconnect())))
+    call.data_in.put(chunk(pb.Asgi(http_disconnect=pb.Asgi.HttpDisconnect())))
     call.data_out.discard()
 
 
@@ -101,6 +101,11 @@ async def pass_on(
     return response
 
 
+def chunk(message: pb.Asgi) -> pb.DataChunk:
+    """Wrap a message for a call's streams."""
+    return pb.DataChunk(data_format=pb.DATA_FORMAT_ASGI, data=message.SerializeToString())
+
+
 def _start(message: dict[str, Any], call: FunctionCall) -> web.StreamResponse:
     response = web.StreamResponse(status=message["status"], headers={"Modal-Function-Call-Id": call.id})
     for name, value in message.get("headers", []):
@@ -112,7 +117,3 @@ def _start(message: dict[str, Any], call: FunctionCall) -> web.StreamResponse:
 async def _settled(call: FunctionCall) -> None:
     while not call.outputs:
         await call.changed.wait()
-
-
-def _chunk(message: pb.Asgi) -> pb.DataChunk:
-    return pb.DataChunk(data_format=pb.DATA_FORMAT_ASGI, data=message.SerializeToString())

@@ -174,6 +174,25 @@ async def _reset(scope: Message, receive: Receive, send: Send, query: Message) -
     await _answer(send, {})
 
 
+async def _websocket(scope: Message, receive: Receive, send: Send, query: Message) -> None:
+    """Let a client in that offers a protocol, send back what it says, and do what it is told to."""
+    await receive()
+    if not scope["subprotocols"]:
+        await send({"type": "websocket.close"})
+        return
+    headers = [name.decode() for name, _ in scope["headers"]]
+    trace("websocket", headers=headers, scheme=scope["scheme"], query=query)
+    await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][-1]})
+    while (message := await receive())["type"] == "websocket.receive":
+        if message["text"] == "close":
+            await send({"type": "websocket.close", "code": 4001, "reason": "told to close"})
+        elif message["text"] == "return":
+            return
+        else:
+            await send({"type": "websocket.send", "text": message["text"], "bytes": message["bytes"]})
+    trace("left", at=time.time(), code=message["code"])
+
+
 ROUTES = {
     "/health": _health,
     "/silent": _silent,
@@ -188,6 +207,7 @@ ROUTES = {
     "/missing": _missing,
     "/fetch": _fetch,
     "/reset": _reset,
+    "/websocket": _websocket,
 }
 
 
