@@ -11,9 +11,10 @@ import aiohttp
 import pytest
 
 from .modal import ContainerRuntime, ModalPlane
-from .sample import ASGI_APP, BOOT_S, command, deploy, deploy_asgi, running, traced
+from .sample import ASGI_APP, BOOT_S, command, deploy, deploy_asgi, get, running, traced
 
 Client = aiohttp.ClientWebSocketResponse
+LARGEST = b"x" * 2 * 2**20
 Said = TypeVar("Said")
 
 
@@ -35,7 +36,7 @@ def talk(url: str, talking: Callable[[Client], Awaitable[Said]], protocols: tupl
         async with (
             asyncio.timeout(BOOT_S),
             aiohttp.ClientSession() as http,
-            http.ws_connect(url, protocols=protocols, headers=headers) as client,
+            http.ws_connect(url, protocols=protocols, headers=headers, compress=15) as client,
         ):
             return await talking(client)
 
@@ -45,16 +46,17 @@ def talk(url: str, talking: Callable[[Client], Awaitable[Said]], protocols: tupl
 def test_websocket_carries_text_and_bytes_both_ways(sockets: ModalPlane) -> None:
     """The application sees the client's headers and the protocols it offers; messages keep their kind."""
 
-    async def talking(client: Client) -> tuple[str | None, str, bytes, bytes]:
+    async def talking(client: Client) -> tuple[object, ...]:
         await client.send_str("grüße")
         text = await client.receive_str()
         await client.send_bytes(b"\0\xff")
-        await client.send_bytes(b"x" * 3 * 2**20)
-        return client.protocol, text, await client.receive_bytes(), await client.receive_bytes()
+        await client.send_bytes(LARGEST)
+        said = client.protocol, client.compress, client._response.headers["X-Sample"]
+        return *said, text, await client.receive_bytes(), await client.receive_bytes()
 
     answers = talk(f"{sockets.url_of(*ASGI_APP)}/websocket?q=1", talking)
 
-    assert answers == ("b", "grüße", b"\0\xff", b"x" * 3 * 2**20)
+    assert answers == ("b", 0, "1", "grüße", b"\0\xff", LARGEST)
     seen = traced(sockets, "websocket")[-1]
     assert (seen["scheme"], seen["query"]) == ("ws", {"q": "1"})
     assert "authorization" in seen["headers"]
@@ -79,6 +81,35 @@ def test_websocket_client_that_closes_is_noticed_with_its_code(sockets: ModalPla
     sockets.wait_until(lambda: not any(task.inputs for task in sockets.tasks), 5, "the input's end")
 
 
+def test_websocket_client_that_leaves_unread_messages_is_noticed(sockets: ModalPlane) -> None:
+    """An application that waits for its reader goes on, and its input ends."""
+
+    async def talking(client: Client) -> float:
+        await client.send_str("flood")
+        await client.receive_bytes()
+        leaving_at = time.time()
+        client.get_extra_info("socket").shutdown(2)
+        return leaving_at
+
+    leaving_at = talk(f"{sockets.url_of(*ASGI_APP)}/websocket", talking)
+
+    sockets.wait_until(lambda: [e for e in traced(sockets, "left") if e["at"] >= leaving_at], 5, "the disconnect")
+    sockets.wait_until(lambda: not any(task.inputs for task in sockets.tasks), 5, "the input's end")
+
+
+def test_websocket_messages_have_a_limit(sockets: ModalPlane) -> None:
+    """Modal takes 2 MiB a message, from either side."""
+
+    async def talking(client: Client) -> object:
+        await client.send_bytes(LARGEST + b"x")
+        await client.receive()
+        return client.close_code
+
+    url = f"{sockets.url_of(*ASGI_APP)}/websocket"
+    assert talk(url, talking) == 1009
+    assert talk(url, lambda client: last_message(client, "grow"))[0] == 1009
+
+
 def test_websocket_client_that_vanishes_is_noticed(sockets: ModalPlane) -> None:
     """A connection that breaks is no close of the client's."""
 
@@ -86,8 +117,7 @@ def test_websocket_client_that_vanishes_is_noticed(sockets: ModalPlane) -> None:
         await client.send_str("x")
         await client.receive_str()
         leaving_at = time.time()
-        transport = client.get_extra_info("socket")
-        transport.shutdown(2)
+        client.get_extra_info("socket").shutdown(2)
         return leaving_at
 
     leaving_at = talk(f"{sockets.url_of(*ASGI_APP)}/websocket", talking)
@@ -107,7 +137,10 @@ def test_websocket_application_closes_with_code_and_reason(sockets: ModalPlane) 
     """What the application says is what the client hears; one that says nothing leaves it without a close."""
     url = f"{sockets.url_of(*ASGI_APP)}/websocket"
 
+    closing_at = time.time()
     assert talk(url, lambda client: last_message(client, "close")) == (4001, "told to close")
+    sockets.wait_until(lambda: [e for e in traced(sockets, "left") if e["at"] >= closing_at], 5, "the disconnect")
+    assert traced(sockets, "left")[-1]["code"] == 1000, "the answer of this client to a close"
     assert talk(url, lambda client: last_message(client, "return"))[0] == 1006
 
 
@@ -116,6 +149,14 @@ def test_websocket_that_the_application_refuses_is_a_403(sockets: ModalPlane) ->
     with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
         talk(f"{sockets.url_of(*ASGI_APP)}/websocket", lambda client: client.receive(), protocols=())
     assert refused.value.status == 403
+
+
+def test_websocket_without_a_handshake_reaches_nobody(sockets: ModalPlane) -> None:
+    """Neither key nor version: no input is made of it."""
+    calls = len(list(sockets.calls("FunctionGetInputs")))
+    status, said = get(f"{sockets.url_of('sample', 'Server', 'serve')}/websocket?model=none", {"Upgrade": "websocket"})
+    assert (status, said) == (400, b"modal-http: not the handshake of a websocket\n")
+    assert len(list(sockets.calls("FunctionGetInputs"))) == calls
 
 
 def test_websocket_to_a_web_server_goes_through_modals_proxy(sockets: ModalPlane) -> None:

@@ -14,6 +14,7 @@ the web functions of other apps under the URLs that the plane tells.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,9 @@ class Door:
 
     async def _call(self, exchange: Exchange, function: Function, method: str) -> web.StreamResponse:
         request = exchange.request
+        is_websocket = websockets.is_asked_for(request)
+        if is_websocket and not websockets.is_well_formed(request):
+            return _refusal(400, "not the handshake of a websocket")
         try:
             pool = self._pool(function, request)
         except (InvalidError, ValueError) as error:
@@ -144,7 +148,7 @@ class Door:
         call = self.calls.create(pool, pb.FUNCTION_CALL_INVOCATION_TYPE_SYNC)
         call.data_in.bound(REQUEST_AHEAD_BYTES)
         call.data_out.bound(RESPONSE_AHEAD_BYTES)
-        if websockets.is_asked_for(request):
+        if is_websocket:
             return await self._connect(exchange, call, method)
         upload = asyncio.ensure_future(send_body(request, call))
         upload.add_done_callback(_forget)
@@ -160,16 +164,16 @@ class Door:
         self.calls.submit(call, item, is_web=True)
 
     async def _connect(self, exchange: Exchange, call: FunctionCall, method: str) -> web.StreamResponse:
-        websockets.send_connect(call)
+        connection = websockets.Connection(exchange, call)
+        connection.send_connect()
         self._submit(call, websockets.scope(exchange.request), method)
         messages = responses(call)
         try:
             if (first := await anext(messages, None)) is None:
                 return _no_response(call)
-            return await websockets.pass_on(exchange, call, first, messages)
-        except (asyncio.CancelledError, ConnectionResetError):
-            self._leave(call, websockets.send_disconnect)
-            raise
+            return await connection.pass_on(first, messages)
+        finally:
+            self._leave(call, connection.send_disconnect)
 
     def _refuse(self, request: web.Request, function: Function, method: str) -> web.StreamResponse | None:
         definition = function.definition
@@ -202,7 +206,7 @@ class Door:
                 return _no_response(call)
             response = await pass_on(exchange, call, first, messages)
         except (asyncio.CancelledError, ConnectionResetError):
-            self._leave(call, send_disconnect)
+            self._leave(call, functools.partial(send_disconnect, call))
             raise
         call.data_in.discard()
         call.data_out.discard()
@@ -217,13 +221,13 @@ class Door:
         location = exchange.request.url.update_query({CALL_QUERY: call.id})
         return web.Response(status=303, headers={"Location": str(location)})
 
-    def _leave(self, call: FunctionCall, tell: Callable[[FunctionCall], None]) -> None:
+    def _leave(self, call: FunctionCall, tell: Callable[[], None]) -> None:
         """The client is gone: tell the container, or forget an input that no container took."""
         queued = call.inputs[0]
         if queued.task is None:
             self.calls.cancel(call)
         elif not queued.is_done:
-            tell(call)
+            tell()
 
 
 def _bound_socket() -> socket.socket:

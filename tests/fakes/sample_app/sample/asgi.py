@@ -182,10 +182,16 @@ async def _websocket(scope: Message, receive: Receive, send: Send, query: Messag
         return
     headers = [name.decode() for name, _ in scope["headers"]]
     trace("websocket", headers=headers, scheme=scope["scheme"], query=query)
-    await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][-1]})
+    let_in = {"type": "websocket.accept", "subprotocol": scope["subprotocols"][-1], "headers": [(b"x-sample", b"1")]}
+    await send(let_in)
     while (message := await receive())["type"] == "websocket.receive":
         if message["text"] == "close":
             await send({"type": "websocket.close", "code": 4001, "reason": "told to close"})
+        elif message["text"] == "flood":
+            for _ in range(100):
+                await send({"type": "websocket.send", "bytes": PIECE * 64})
+        elif message["text"] == "grow":
+            await send({"type": "websocket.send", "bytes": PIECE * 128 + b"x"})
         elif message["text"] == "return":
             return
         else:
