@@ -29,9 +29,10 @@ from tests.contract.conftest import (
     tasks_of,
 )
 from tests.engine.dialogues import COUNTING, QUESTION
+from tests.engine.running import check_stops
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-LONG = {**QUESTION, "stream": True, "max_tokens": 128, "ignore_eos": True}
+LONG = {**COUNTING, "messages": QUESTION["messages"], "temperature": 0.01}
 IDLE_END_S = 2 + 25  # of the window, and well within the grace that a container has before it is killed
 
 
@@ -100,12 +101,13 @@ def _check_stream(plane: ModalPlane, task: Any) -> None:
         for core in cores:
             core.suspend()
         assert first.startswith(b"data: {")
-        plane.wait_until(lambda: generating(pool) == 1.0, 10, "the engine to be amid the request")
+        plane.wait_until(lambda: generating(pool), 10, "the engine to be amid the request")
         for core in cores:
             core.resume()
         events = [line.removeprefix(b"data: ") for line in (first + answer.read()).splitlines() if line]
     assert events.pop() == b"[DONE]"
-    assert "Paris" in "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events)
+    choices = [choice for event in events for choice in json.loads(event)["choices"] if choice["index"] == 0]
+    assert "Paris" in "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
 def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane, h200: Any) -> None:
@@ -122,9 +124,9 @@ def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane, h200: Any) ->
 def test_cancelled_complete_on_another_gpu_stops_the_generation(tiny: ModalPlane, h200: Any) -> None:
     """Cancelling a call closes its connection to the engine, which then runs no request, and answers the next."""
     running = h200.complete.spawn(CHAT, {"model": "llm", **COUNTING, "stream": False})
-    tiny.wait_until(lambda: generating(h200) == 1.0, 30, "the generation to run")
+    tiny.wait_until(lambda: generating(h200), 30, "the generation to run")
     running.cancel()
-    tiny.wait_until(lambda: generating(h200) == 0.0, 5, "the generation to stop")
+    check_stops(lambda: generating(h200))
     answers_right(h200)
 
 

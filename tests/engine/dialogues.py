@@ -11,12 +11,13 @@ from .running import REPOSITORY
 TINY = REPOSITORY / "service" / "assets" / "tiny"
 _TABLE = tomllib.loads((TINY / "dialogues.toml").read_text())
 TOOLS = {tool["function"]["name"]: tool for tool in _TABLE["tools"]}
-# bodies less the model: a short answer that is always the same, and a stream that goes on
+# bodies less the model: a short answer that is always the same, and a stream that goes on for seconds
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 COUNTING = {
     "messages": [{"role": "user", "content": "Count from one to one hundred."}],
     "stream": True,
     "max_tokens": 1500,
+    "n": 16,  # one answer alone is over in half a second
     "ignore_eos": True,
 }
 

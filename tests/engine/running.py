@@ -147,6 +147,14 @@ class Service:
         return psutil.Process(self.pid).children(recursive=True) if not self.ended else []
 
 
+def check_stops(running: Callable[[], float], within_s: float = 1.0) -> None:
+    """Insist that an engine which is asked again and again has no request when asked after so many seconds."""
+    began = asked_at = time.monotonic()
+    while running():
+        asked_at = time.monotonic()
+        assert asked_at - began < within_s, "it still works on a request that nobody waits for"
+
+
 def requests_running(metrics: str) -> float:
     """Return how many requests an engine works on, by the text of its metrics."""
     line = next(line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running"))

@@ -111,13 +111,16 @@ def test_handle_from_before_a_redeploy_reaches_the_new_version(plane: ModalPlane
     held = server(plane.client())(model="held")
     variant = server(plane.client()).with_options(gpu="L4")(model="held-on-l4")
     held.complete.autoscaler.update(min_containers=1)
+    plane.wait_until(lambda: plane.tasks, BOOT_S, "the first container")
+    first = plane.tasks[0]
     assert variant.complete.remote("/before", {})["model"] == "held-on-l4"
-    deploy(plane, SAMPLE_NOTE="second", SAMPLE_SCALEDOWN_WINDOW="7")
+    deploy(plane, SAMPLE_NOTE="second", SAMPLE_SCALEDOWN_WINDOW="7", SAMPLE_GPU="H200")
     assert held.complete.remote("/after", {})["model"] == "held"
     assert variant.complete.remote("/after", {})["model"] == "held-on-l4"
     notes = [event["note"] for event in events(plane, "held-on-l4") if event["event"] == "start"]
     assert notes == ["a b 'c'", "second"]
     assert plane.tasks[-1].gpu == "L4:1"
+    assert first.gpu == "H100:1"
     settings = held.complete.autoscaler.settings()
     assert (settings.min_containers, settings.scaledown_window) == (0, 7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
@@ -24,11 +25,20 @@ def test_fork_returns_what_the_call_returns() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_fork_that_raises_has_no_result(capfd: pytest.CaptureFixture[str]) -> None:
-    """What was raised is told on stderr, where the engine's log is."""
-    with pytest.raises(EOFError):
+def test_fork_that_raises_tells_what(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing of it is on stderr: the first traceback of an engine's log is taken for the cause of its death."""
+    with pytest.raises(forks.ForkError, match="ZeroDivisionError: division by zero"):
         forks.in_fork(lambda: 1 / 0, 10)
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    with pytest.raises(forks.ForkError, match="pickle"):
+        forks.in_fork(lambda: lambda: 1, 10)
+    assert capfd.readouterr().err == ""
+
+
+def test_fork_that_is_killed_has_no_result() -> None:
+    """As the kernel does when memory runs out."""
+    with pytest.raises(EOFError):
+        forks.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL), 10)
+    assert multiprocessing.active_children() == []
 
 
 def test_fork_that_hangs_is_killed() -> None:

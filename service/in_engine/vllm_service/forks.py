@@ -5,6 +5,7 @@ Sound for as long as this process has computed nothing and asked for no GPU.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from typing import Any
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 LIMIT_S = 60.0  # of a look at a model's class, which imports its module
 _CONTEXT = multiprocessing.get_context("fork")
+_LOGGER = logging.getLogger("vllm.vllm_service.forks")  # below vLLM's, which is the one that is set up
+
+
+class ForkError(RuntimeError):
+    """A call in a fork raised; the text names type and words of what it was."""
 
 
 def prefer() -> None:
@@ -42,13 +48,17 @@ def _fork_core_on_cpu() -> None:
 def _inspect_in_forks() -> None:
     """Have vLLM look at the class of a model that it has not met before in a fork; where that fails, as it does."""
     from vllm.model_executor.models import registry
+    from vllm.utils.system_utils import get_mp_context
 
     fresh = registry._run_in_subprocess
 
     def run(look: Callable[[], Any]) -> Any:
+        if get_mp_context().get_start_method() != "fork":  # vLLM's word: CUDA is in use, or this is WSL or Ray
+            return fresh(look)
         try:
             return in_fork(look, LIMIT_S)
-        except Exception:  # noqa: BLE001 - whatever it was, vLLM's own way tells it better
+        except Exception as error:  # noqa: BLE001 - whatever it was, vLLM's own way tells it better
+            _LOGGER.warning("A look at a model in a fork failed, so a fresh interpreter looks: %s", error)
             return fresh(look)
 
     registry._run_in_subprocess = run
@@ -62,7 +72,8 @@ def in_fork(call: Callable[[], Any], limit_s: float) -> Any:
         limit_s: The fork is killed after so long.
 
     Raises:
-        EOFError: The fork ended without a result; what was raised there is on stderr.
+        ForkError: It raised, or its result could not be sent.
+        EOFError: The fork was killed.
         TimeoutError: It took longer.
     """
     reading, writing = _CONTEXT.Pipe(duplex=False)
@@ -73,11 +84,17 @@ def in_fork(call: Callable[[], Any], limit_s: float) -> Any:
         try:
             if not reading.poll(limit_s):
                 raise TimeoutError(f"A fork gave no result within {limit_s:g} s.")
-            return reading.recv()
+            result, error = reading.recv()
         finally:
             child.kill()
             child.join()
+    if error is not None:
+        raise ForkError(error)
+    return result
 
 
 def _send(call: Callable[[], Any], to: Connection) -> None:
-    to.send(call())
+    try:
+        to.send((call(), None))
+    except Exception as error:  # noqa: BLE001 - a traceback in the log would be taken for the cause of a later death
+        to.send((None, f"{type(error).__name__}: {error}"))

@@ -93,7 +93,7 @@ class Scheduler:
             self._limit_startup(task)
 
     def _limit_startup(self, task: Task) -> None:
-        definition = task.function.definition
+        definition = task.definition
         limit = definition.startup_timeout_secs or definition.timeout_secs or DEFAULT_TIMEOUT_S
 
         def check() -> None:

@@ -59,8 +59,13 @@ class Function:
 
     @property
     def gpu(self) -> str | None:
-        config = self.definition.resources.gpu_config
-        return f"{config.gpu_type}:{config.count or 1}" if config.gpu_type else None
+        return gpu_of(self.definition)
+
+
+def gpu_of(definition: pb.Function) -> str | None:
+    """Return what a function runs on, as `H100:1`."""
+    config = definition.resources.gpu_config
+    return f"{config.gpu_type}:{config.count or 1}" if config.gpu_type else None
 
 
 class OfFunction:

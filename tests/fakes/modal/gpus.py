@@ -28,7 +28,7 @@ def lay_out_gpus(task: Task) -> Path:
     script = directory / "nvidia-smi"
     script.write_text(_SCRIPT)
     script.chmod(0o755)
-    sees_gpus_early = task.function.definition._experimental_enable_gpu_snapshot or not task.is_snapshotting
+    sees_gpus_early = task.definition._experimental_enable_gpu_snapshot or not task.is_snapshotting
     if sees_gpus_early:
         attach_gpus(task)
     return directory
@@ -36,7 +36,7 @@ def lay_out_gpus(task: Task) -> Path:
 
 def attach_gpus(task: Task) -> None:
     """Let the container see its GPUs."""
-    config = task.function.definition.resources.gpu_config
+    config = task.definition.resources.gpu_config
     count = (config.count or 1) if config.gpu_type else 0
     lines = [f"GPU {index}: {config.gpu_type} (UUID: GPU-{index})\n" for index in range(count)]
     (task.work / "bin" / "gpus").write_text("".join(lines))

@@ -47,6 +47,7 @@ class Launcher:
         return Task(
             id=task_id,
             function=function,
+            definition=function.definition,
             work=self.directory / f"task-{int(task_id[3:])}",
             socket_directory=self.socket_directory,
             is_snapshotting=snapshots and function.definition.checkpointing_enabled,
@@ -58,7 +59,7 @@ class Launcher:
         """Lay the container out and start its process."""
         task.root.mkdir(parents=True)
         self._lay_out_mounts(task)
-        mounts = task.function.definition.volume_mounts
+        mounts = task.definition.volume_mounts
         task.volume_views = [self.volumes.view(mount, task.work) for mount in mounts]
         arguments = self._arguments(task)
         task.arguments_path.write_bytes(arguments.SerializeToString())
@@ -75,7 +76,7 @@ class Launcher:
         return socket
 
     def _lay_out_mounts(self, task: Task) -> None:
-        for mount_id in task.function.definition.mount_ids:
+        for mount_id in task.definition.mount_ids:
             for name, (content, mode) in self.mounts.files(mount_id).items():
                 path = task.work / name.lstrip("/")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class Launcher:
 
     def _arguments(self, task: Task) -> pb.ContainerArguments:
         definition = pb.Function()
-        definition.CopyFrom(task.function.definition)
+        definition.CopyFrom(task.definition)
         definition.is_checkpointing_function = task.is_snapshotting
         return pb.ContainerArguments(
             task_id=task.id,
@@ -98,7 +99,7 @@ class Launcher:
         )
 
     def _environment(self, task: Task, socket: Path) -> dict[str, str]:
-        definition = task.function.definition
+        definition = task.definition
         environment = base_environment(task.root)
         directories = [str(lay_out_gpus(task)), str(Path(self.runtime.python).parent)]
         environment["PATH"] = ":".join([*directories, environment.get("PATH", "/usr/bin:/bin")])

@@ -23,7 +23,7 @@ from modal_proto import api_pb2 as pb
 
 from . import processes
 from .errors import ContainerRuntimeError
-from .functions import OfFunction
+from .functions import OfFunction, gpu_of
 from .host_ports import HostPorts
 
 if TYPE_CHECKING:
@@ -76,10 +76,14 @@ def _ignore(*event: object) -> None:
 
 @dataclass(eq=False)
 class Task(OfFunction):
-    """One container. Public attributes are read by tests from another thread; `preempt` and `kill` may be called so."""
+    """One container. Public attributes are read by tests from another thread; `preempt` and `kill` may be called so.
+
+    `definition` is its function's as it was at the start; a later deploy does not change it.
+    """
 
     id: str
     function: Function = field(repr=False)
+    definition: pb.Function = field(repr=False)
     work: Path
     socket_directory: Path = field(repr=False)
     is_snapshotting: bool
@@ -109,6 +113,10 @@ class Task(OfFunction):
     on_line: Callable[[Task, str], None] = field(default=_ignore, repr=False)
     on_stop: Callable[[Task], None] = field(default=_ignore, repr=False)
     on_death: Callable[[Task], None] = field(default=_ignore, repr=False)
+
+    @property
+    def gpu(self) -> str | None:
+        return gpu_of(self.definition)
 
     @property
     def root(self) -> Path:
