@@ -267,7 +267,7 @@ def test_env_on_cpu_asks_for_one_process() -> None:
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in command("tiny").env
 
 
-def test_env_on_cpu_compiles_nothing_but_the_model() -> None:
+def test_env_on_cpu_with_fast_boot_compiles_nothing() -> None:
     """A small function that vLLM compiles on its own would need a C++ compiler, and seconds of a request."""
     assert command("tiny", device="cpu").env["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in command("tiny", device="cpu", fast_boot=False).env
