@@ -32,7 +32,7 @@ from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import check_stops
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-LONG = {**COUNTING, "messages": QUESTION["messages"], "temperature": 0.01}
+LONG = {**COUNTING, "messages": QUESTION["messages"], "temperature": 0.01, "n": 8, "max_tokens": 300}  # two seconds
 IDLE_END_S = 2 + 25  # of the window, and well within the grace that a container has before it is killed
 
 
