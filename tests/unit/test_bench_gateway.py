@@ -55,7 +55,7 @@ def test_load_stream_has_all_its_chunks(load: Load, work: Work, rate: int) -> No
 
 def test_load_window_counts_what_is_in_it(load: Load, work: Work) -> None:
     """A stream at a fixed rate passes at that rate, whoever begins and ends it when."""
-    paced = replace(work, message=order("stream", 50, 500), stream=True, requests=0, warm_s=0.1, seconds=0.5)
+    paced = replace(work, message=order("stream", 50, 500), stream=True, requests=0, warm_s=0.1, seconds=3.0)
 
     assert load.run(paced).chunks_per_s == pytest.approx(4 * 500, rel=0.35)
 

@@ -141,13 +141,13 @@ def test_lock_of_a_holder_that_lives_is_never_taken(shared: Shared) -> None:
     got = threading.Event()
 
     def wait() -> None:
-        with lock(shared, silence_s=0.2).held(NAME):
+        with lock(shared, silence_s=2.0).held(NAME):
             got.set()
 
     with lock(shared).held(NAME):
         waiting = threading.Thread(target=wait)
         waiting.start()
-        assert not got.wait(0.8)
+        assert not got.wait(3.0)
     assert got.wait(5)
     waiting.join()
 

@@ -34,7 +34,10 @@ def manifest(directory: Path) -> Manifest:
     """Tell what lies under the directory: {relative path: (kind, size or link target, modification time)}."""
     listed: Manifest = {}
     for path in sorted(directory.rglob("*")):
-        info = path.lstat()
+        try:
+            info = path.lstat()
+        except FileNotFoundError:  # a commit has renamed it meanwhile
+            continue
         relative = str(path.relative_to(directory))
         if stat.S_ISLNK(info.st_mode):
             listed[relative] = ("link", str(path.readlink()), 0)

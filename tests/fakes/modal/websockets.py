@@ -99,9 +99,15 @@ class Connection:
         async for message in self._client:
             await self._call.data_in.room()
             if message.type is WSMsgType.TEXT:
-                self._tell(pb.Asgi(websocket_receive=pb.Asgi.WebsocketReceive(text=message.data)))
+                received = pb.Asgi.WebsocketReceive(text=message.data)
             elif message.type is WSMsgType.BINARY:
-                self._tell(pb.Asgi(websocket_receive=pb.Asgi.WebsocketReceive(bytes=message.data)))
+                received = pb.Asgi.WebsocketReceive(bytes=message.data)
+            else:
+                continue  # an error, after which it ends
+            if len(received.text.encode() or received.bytes) > MAX_MESSAGE_BYTES:
+                await self._client.close(code=WSCloseCode.MESSAGE_TOO_BIG)
+            else:
+                self._tell(pb.Asgi(websocket_receive=received))
         self.send_disconnect()
 
     def _tell(self, message: pb.Asgi) -> None:
@@ -109,7 +115,8 @@ class Connection:
 
 
 def _socket(protocols: list[str]) -> web.WebSocketResponse:
-    return web.WebSocketResponse(protocols=protocols, max_msg_size=MAX_MESSAGE_BYTES + 1, compress=False)
+    # a message is measured once it is read: a connection that closes on unread bytes is reset, and its code is lost
+    return web.WebSocketResponse(protocols=protocols, max_msg_size=2 * MAX_MESSAGE_BYTES, compress=False)
 
 
 def _protocols(request: web.Request) -> list[str]:
