@@ -219,7 +219,10 @@ class EngineProcess:
             kill_group(self.pid)
 
     def _advance(self, event: dict[str, Any]) -> None:
+        """Take note of an event; who waits for the state that it brings about finds it reported."""
         name = event.pop("event")
+        if name not in {"pulse", "drained"}:
+            self._report(name, event)
         if name == "imported":
             self._set(State.IMPORTED)
         elif name == "asleep":
@@ -229,8 +232,6 @@ class EngineProcess:
         elif name == "drained":
             self._drained = True
             self._set(self._state)
-        if name not in {"pulse", "drained"}:
-            self._report(name, event)
         if different := event.get("different"):
             self._fail(
                 f"The engine woke as another: in its canary {different}. Its memory did not come back as it was; it "

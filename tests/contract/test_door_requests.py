@@ -148,7 +148,7 @@ def test_door_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None
 def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
     """Comments come until the engine answers, across Modal's redirects; then the engine's chunks, to the last one."""
     model = tier("T4")
-    door.door.redirect_after_s = 3.5
+    door.door.redirect_after_s = 5.5
     try:
         with asked(url, {"model": model, "stream": True, **QUESTION}) as answer:
             assert answer.status == 200

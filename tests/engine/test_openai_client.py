@@ -68,7 +68,7 @@ def test_chat_stream_gives_the_words_of_the_whole_answer(client: openai.OpenAI) 
     """A stream comes in several chunks which are together what the answer is without a stream."""
     asked = dialogue("hello-japanese")
     chunks = streamed(client, asked)
-    assert len(chunks) > 3
+    assert len(chunks) > 2  # of which the last ends it
     assert joined(chunks).strip() == words(client, asked) == asked.content
     assert chunks[-1].choices[0].finish_reason == "stop"
 
@@ -171,7 +171,7 @@ def test_completion_stream_gives_the_words_of_the_whole_answer(client: openai.Op
     prompt, text = completion("once")
     with client.completions.create(model="llm", prompt=prompt, max_tokens=100, stream=True) as stream:
         pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-    assert len(pieces) > 3
+    assert len(pieces) > 1
     assert "".join(pieces) == text
 
 

@@ -100,7 +100,7 @@ def test_plain_function_is_called(client: modal.Client) -> None:
 def test_inputs_beyond_concurrency_start_a_second_container(shared: ModalPlane, client: modal.Client) -> None:
     """Ten inputs at four a container start two, which is the maximum."""
     instance = server(client)(model="many")
-    answers = list(instance.complete.map(["/x"] * 10, [{}] * 10, kwargs={"seconds": 1.0}))
+    answers = list(instance.complete.map(["/x"] * 10, [{}] * 10, kwargs={"seconds": 3.0}))
     assert len({answer["task"] for answer in answers}) == 2
     assert len([task for task in shared.tasks if task.parameters.get("model") == "many"]) == 2
 
@@ -160,11 +160,13 @@ def test_autoscaler_limits_and_releases_a_pool(shared: ModalPlane, client: modal
 
 def test_idle_container_stops_after_the_window(plane: ModalPlane) -> None:
     """After the scaledown window the exit hook runs, and the volume is committed a last time."""
-    deploy(plane, SAMPLE_SCALEDOWN_WINDOW="2")
-    get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=idle")
-    served = time.monotonic()
+    deploy(plane, SAMPLE_SCALEDOWN_WINDOW="3")
+    url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=idle"
+    get(url)
+    asked = time.monotonic()
+    get(url)
     plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the scale-down")
-    assert time.monotonic() - served > 1.9
+    assert time.monotonic() - asked > 3
     assert names(plane, "idle")[-1] == "stop"
     assert plane.tasks[0].exit_code == 0
     assert "left-at-exit.txt" in plane.volumes["sample-cache"].files()
@@ -184,7 +186,7 @@ def test_preempted_container_runs_its_exit_hook_and_hands_its_input_on(plane: Mo
     deploy(plane)
     instance = server(plane.client())(model="p")
     call = instance.complete.spawn("/p", {}, seconds=2.0)
-    plane.wait_until(lambda: plane.tasks and plane.tasks[0].inputs, BOOT_S, "the input to be worked on")
+    plane.wait_until(lambda: "working" in names(plane, "p"), BOOT_S, "the input to be worked on")
     plane.tasks[0].preempt(grace_s=10)
     assert call.get(timeout=BOOT_S)["path"] == "/p"
     plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the preempted container's end")
@@ -236,8 +238,8 @@ def test_close_leaves_no_process(tmp_path: Path, runtime: ContainerRuntime) -> N
 
 def test_input_beyond_its_timeout_fails_and_is_cancelled(shared: ModalPlane, client: modal.Client) -> None:
     """A variant with a short timeout gives up on a long call, in the container too."""
-    instance = server(client).with_options(timeout=1)(model="times-out")
-    with pytest.raises(modal.exception.FunctionTimeoutError, match="hit its timeout of 1s"):
+    instance = server(client).with_options(timeout=5)(model="times-out")
+    with pytest.raises(modal.exception.FunctionTimeoutError, match="hit its timeout of 5s"):
         instance.complete.remote("/long", {}, seconds=50.0)
     shared.wait_until(lambda: "cancelled" in names(shared, "times-out"), BOOT_S, "the cancellation")
 
@@ -270,7 +272,7 @@ def test_preemption_during_a_stream_breaks_it_off(plane: ModalPlane) -> None:
     with connection(plane.url_of("sample", "Server", "serve")) as opened:
         opened.request("GET", "/slow?model=stream&n=100&s=0.05")
         answer = opened.getresponse()
-        assert answer.read1() == b"0\n"
+        assert answer.read1().startswith(b"0\n")
         plane.tasks[0].preempt(grace_s=5)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             answer.read()

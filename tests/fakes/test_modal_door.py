@@ -49,12 +49,12 @@ def test_door_streams_the_response(shared: ModalPlane) -> None:
     url = shared.url_of("sample", "Server", "serve")
     get(f"{url}/health?model=http")
     with connection(url) as opened:
-        opened.request("GET", "/slow?model=http&n=4&s=0.3")
         began = time.monotonic()
+        opened.request("GET", "/slow?model=http&n=2&s=2")
         answer = opened.getresponse()
         assert answer.read1() == b"0\n"
-        assert time.monotonic() - began < 0.5
-        assert answer.read() == b"1\n2\n3\n"
+        assert time.monotonic() - began < 2
+        assert answer.read() == b"1\n"
 
 
 def test_door_streams_the_request(shared: ModalPlane) -> None:
@@ -95,7 +95,8 @@ def test_door_forgets_a_queued_request_whose_client_left(shared: ModalPlane) -> 
         assert pool.queued == 1
     shared.wait_until(lambda: not pool.queued, 5, "the cancellation")
     pool.tasks[0].kill()
-    assert ("GET", "/health?model=leaves", 499) in shared.door.requests
+    left = ("GET", "/health?model=leaves", 499)
+    shared.wait_until(lambda: left in shared.door.requests, 5, "the request's record")
     assert (len(pool.tasks), pool.tasks[0].inputs_served) == (1, 0)
 
 
@@ -105,7 +106,7 @@ def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:
     deploy(plane)
     url = plane.url_of("sample", "Server", "serve")
     with connection(url) as opened:
-        opened.request("GET", "/silent?model=slow&s=1")
+        opened.request("GET", "/silent?model=slow&s=4")
         answer = opened.getresponse()
         location = answer.getheader("Location") or ""
     assert answer.status == 303

@@ -208,9 +208,9 @@ def test_structured_output_that_would_hold_up_an_engine_is_refused_within_its_ti
     assert (refusal.status, refusal.code) == (400, "invalid_grammar")
     assert words in refusal.message
     assert time.monotonic() - begun < 4 * COMPILE_S
-    again = time.monotonic()
+    again = time.thread_time()
     assert door.check(outputs) is not None
-    assert time.monotonic() - again < 0.1
+    assert time.thread_time() - again < 0.1
     assert door.check(SERVED["object"] | {"x": name}) is None
 
 
@@ -269,7 +269,7 @@ def test_job_that_outlasts_everything_ends_and_the_next_job_works(
     """The compiling process itself is stopped: it is killed with its fork, and another started."""
 
     async def run() -> None:
-        grammars = Grammars(engine_python, compile_s=0.5)
+        grammars = Grammars(engine_python, compile_s=1)
         await grammars.check(bodies.read(body({"regex": "a"})))
         (process,) = own_compilers()
         process.suspend()
@@ -291,10 +291,10 @@ def test_time_is_the_processors_not_the_clocks(
     """What takes longer than its limit is ended by the fork's own timer, and the process stays."""
 
     async def run() -> None:
-        grammars = Grammars(engine_python, compile_s=0.2)
+        grammars = Grammars(engine_python, compile_s=2)
         with pytest.raises(Refusal) as caught:
-            await grammars.check(bodies.read(body(SERVED["10000 values"])))
-        assert "takes more than 0.2 s" in caught.value.message
+            await grammars.check(bodies.read(body(COSTLY["150 properties, counted"][0])))
+        assert "takes more than 2 s" in caught.value.message
         (process,) = own_compilers()
         await grammars.check(bodies.read(body({"regex": "a"})))
         assert process.is_running()
@@ -330,7 +330,7 @@ asyncio.run(run())
             family = own_compilers()
         finally:
             parent.send_signal(signal.SIGKILL)
-    gone, alive = psutil.wait_procs(family, timeout=2)
+    gone, alive = psutil.wait_procs(family, timeout=10)
 
     assert len(gone) == 1 + ("json" in outputs)
     assert not alive

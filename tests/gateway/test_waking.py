@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import openai
 import pytest
@@ -52,11 +53,15 @@ def test_waking_stream_is_told_what_it_waits_for() -> None:
             async with door.post(STREAMED) as answer:
                 assert answer.content_type == "text/event-stream"
                 first = await answer.content.readuntil(b"\n\n")
-                assert first == b": waking tiny on H100, 0 s\n\n"
+                assert re.fullmatch(rb": waking tiny on H100, \d+ s\n\n", first)
                 pool.may_wake.set()
                 rest = await answer.content.read()
             assert rest.endswith(EVENT)
-            assert all(line.startswith(b": waking") for line in rest.removesuffix(EVENT).split(b"\n\n") if line)
+            assert all(
+                line.startswith((b": waking", b": waiting for"))
+                for line in rest.removesuffix(EVENT).split(b"\n\n")
+                if line
+            )
 
     asyncio.run(run())
 
@@ -92,9 +97,15 @@ def test_waking_openai_client_comes_again_by_itself() -> None:
         async with Engine(answers).serving() as engine, house(hold_s=0.1) as door:
             pool = _pool(door, engine)
             pool.wake_s = 0.5
-            asyncio.get_running_loop().call_later(0.5, pool.may_wake.set)
+
+            async def wake_once_refused() -> None:
+                await eventually(lambda: bool(door.lines))
+                pool.may_wake.set()
+
+            waking = asyncio.ensure_future(wake_once_refused())
             async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="x", max_retries=2) as client:
                 await client.chat.completions.create(model="tiny", messages=[])
+            await waking
             statuses = [json.loads(line)["status"] for line in door.lines]
             assert statuses == [503, 200]
 
@@ -142,13 +153,13 @@ def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
     async def run() -> None:
         async with Engine(refuses).serving() as engine, house(heartbeat_s=0.05) as door:
             pool = _pool(door, engine)
-            asyncio.get_running_loop().call_later(0.2, pool.may_wake.set)
-            async with door.post(STREAMED) as answer:
+            async with door.post(STREAMED) as answer:  # the headers are here, the engine is not
+                pool.may_wake.set()
                 text = await answer.read()
             error = json.loads(text.split(b"data: ")[1])["error"]
             assert (error["status"], error["message"], error["param"]) == (400, "too long", "messages")
             assert json.loads(door.lines[0])["status"] == 400
-            async with door.post(STREAMED) as answer:  # nothing is held now: the status itself
+            async with house(url=engine.url) as ready, ready.post(STREAMED) as answer:  # not held: the status itself
                 assert answer.status == 400
 
     asyncio.run(run())
@@ -180,8 +191,8 @@ def test_waking_anthropic_stream_gets_an_error_event_of_its_kind() -> None:
         async with house(heartbeat_s=0.02) as door:
             pool = _pool(door)
             pool.fails = "No."
-            asyncio.get_running_loop().call_later(0.1, pool.may_wake.set)
-            async with door.post(STREAMED, "/v1/messages") as answer:
+            async with door.post(STREAMED, "/v1/messages") as answer:  # the headers are here, the engine is not
+                pool.may_wake.set()
                 text = await answer.read()
             last = text.strip().split(b"\n\n")[-1]
             assert last.startswith(b"event: error\ndata: ")

@@ -180,7 +180,7 @@ def test_replica_whose_engine_dies_later_tells_once(plan: Plan) -> None:
 def test_replica_whose_engine_hangs_tells_once(plan: Plan) -> None:
     """A hang is a death that had to be found."""
     deaths: list[EngineError] = []
-    replica = Replica(scripted(plan, hang_s=1.0, script={"hang_at": "pulse"}), on_death=deaths.append)
+    replica = Replica(scripted(plan, hang_s=3.0, script={"hang_at": "pulse"}), on_death=deaths.append)
     replica.prepare()
     replica.start()
 

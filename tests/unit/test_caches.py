@@ -212,13 +212,14 @@ def test_temporary_and_local_files_do_not_travel(place: Place) -> None:
     assert place.local("b") == {kept: b"compiled"}
 
 
-def test_file_that_may_still_be_being_written_waits(place: Place) -> None:
+def test_file_that_may_still_be_being_written_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A linker writes in place, so a file of this moment may be half of one."""
+    monkeypatch.setattr("service.archive._SETTLED_S", 60)
     replica = place.booted("a")
     path = make(replica, "vllm/x.so", mtime_ns=time.time_ns())
 
     assert replica.copy_out() == 0
-    os.utime(path, (time.time() - 5,) * 2)
+    os.utime(path, (time.time() - 61,) * 2)
 
     assert replica.copy_out() == len(b"compiled")
 

@@ -18,7 +18,7 @@ from service.engine import EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError, EngineTimeoutError
 
-from .engines import READY_S, open_links
+from .engines import READY_S, eventually, open_links
 
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]
@@ -42,8 +42,9 @@ def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
 
 def released(engine: EngineProcess) -> dict[str, Any]:
     """Return what the fake says it was told at its release."""
-    line = next(line for line in engine.log.lines if line.startswith("release "))
-    return dict(json.loads(line.removeprefix("release ")))
+    lines = lambda: [line for line in engine.log.lines if line.startswith("release ")]  # noqa: E731
+    assert eventually(lambda: bool(lines()))
+    return dict(json.loads(lines()[0].removeprefix("release ")))
 
 
 def test_engine_without_hold_goes_to_ready_and_tells_each_step(start: Start) -> None:

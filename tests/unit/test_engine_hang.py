@@ -51,12 +51,12 @@ def start(fake_command: Command, fake_python: str, deaths: list[EngineError]) ->
 
 def test_engine_without_a_pulse_is_killed_and_said_to_hang(start: Start, deaths: list[EngineError]) -> None:
     """Its port is open and /health is green all the while."""
-    engine = start(1.0, hang_at="pulse", ignore_sigterm=True, grandchild=True)
+    engine = start(3.0, hang_at="pulse", ignore_sigterm=True, grandchild=True)
 
     assert engine.wait_ended(READY_S)
     assert engine.state is State.FAILED
     assert group(engine.pid) == []
-    with pytest.raises(EngineError, match=r"hung: for 1 s it gave no token.*SERVICE_HANG_S"):
+    with pytest.raises(EngineError, match=r"hung: for 3 s it gave no token.*SERVICE_HANG_S"):
         engine.wait_for(State.READY, 0)
     assert eventually(lambda: bool(deaths))
     engine.stop(1)
@@ -65,15 +65,15 @@ def test_engine_without_a_pulse_is_killed_and_said_to_hang(start: Start, deaths:
 
 def test_engine_with_a_pulse_stays_ready(start: Start, deaths: list[EngineError]) -> None:
     """Longer than it could without one."""
-    engine = start(1.5)
-    engine.wait_ended(2.0)
+    engine = start(4.0)
+    engine.wait_ended(5.0)
 
     assert (engine.state, deaths) == (State.READY, [])
 
 
 def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[EngineError]) -> None:
     """SIGSTOP, or a driver that never returns: no process ends, and still somebody must see it."""
-    engine = start(1.0)
+    engine = start(3.0)
     os.kill(engine.pid, signal.SIGSTOP)
 
     assert engine.wait_ended(READY_S)
@@ -102,8 +102,8 @@ def test_stop_of_an_engine_that_hangs_comes_before_the_hang_is_noticed(start: St
 
 def test_stop_while_the_patience_ends_is_an_end_that_was_asked_for(start: Start, deaths: list[EngineError]) -> None:
     """The stop waits longer than the engine may be silent; what was asked first counts."""
-    engine = start(1.0, in_flight=True)
+    engine = start(3.0, in_flight=True)
     os.kill(engine.pid, signal.SIGSTOP)
-    engine.stop(1.5)
+    engine.stop(4.0)
 
     assert (engine.state, deaths) == (State.STOPPED, [])

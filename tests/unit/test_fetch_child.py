@@ -21,7 +21,7 @@ from .hub_client import COMMIT, FILES
 
 pytestmark = pytest.mark.usefixtures("cache")
 WANTED = fetch.Wanted("org/mine", COMMIT)
-GONE_S = 5
+GONE_S = 30
 
 
 def children() -> list[psutil.Process]:

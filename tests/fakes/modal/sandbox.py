@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .volumes import VolumeView
 
 LAST_OUTPUT_S = 1.0
-END_BY_ITSELF_S = 1.0  # of processes whose parent, the entrypoint, has ended
+END_BY_ITSELF_S = 5.0  # of processes whose parent, the entrypoint, has ended
 PASSED_ON = ("PATH", "LANG", "TMPDIR")
 
 

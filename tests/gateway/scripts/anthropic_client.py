@@ -28,7 +28,7 @@ def stream() -> Any:
         answer = events.get_final_message()
     text, usage = "".join(pieces).strip(), answer.usage
     whole = {"text": text, "ended": answer.stop_reason, "in": usage.input_tokens, "out": usage.output_tokens}
-    return whole | {"in_pieces": len(pieces) > 3}
+    return whole | {"in_pieces": len(pieces) > 1}
 
 
 @case

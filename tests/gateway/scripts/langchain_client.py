@@ -24,7 +24,7 @@ def invoke() -> Any:
 def stream() -> Any:
     """An answer in pieces."""
     pieces = [chunk.content for chunk in model.stream(QUESTION) if chunk.content]
-    return {"text": "".join(pieces).strip(), "in_pieces": len(pieces) > 3}
+    return {"text": "".join(pieces).strip(), "in_pieces": len(pieces) > 1}
 
 
 @case

@@ -29,7 +29,7 @@ const cases = {
       text: pieces.join("").trim(),
       ended: choices.at(-1).finish_reason,
       tokens: chunks.at(-1).usage.completion_tokens,
-      in_pieces: pieces.length > 3,
+      in_pieces: pieces.length > 1,
     };
   },
   async completion() {

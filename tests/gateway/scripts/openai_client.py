@@ -37,7 +37,7 @@ def stream() -> Any:
         "text": "".join(pieces).strip(),
         "ended": ends[-1],
         "tokens": chunks[-1].usage.completion_tokens,
-        "in_pieces": len([piece for piece in pieces if piece]) > 3,
+        "in_pieces": len([piece for piece in pieces if piece]) > 1,
     }
 
 

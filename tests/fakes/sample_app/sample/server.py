@@ -69,7 +69,7 @@ class Server:
             (CACHE / "much.bin").write_bytes(b"x" * 200_000)
         if self.model == "slow-in-prepare":
             trace("slow")
-            time.sleep(1.5)
+            time.sleep(3)
         self.helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         (CACHE / f"{self.model}.txt").write_text("prepared")
         cache.commit()
