@@ -207,10 +207,10 @@ class Registry:
                 return Choice(self.find(default).spec, gpu)
             if spec := self._by_name.get(bare):
                 return Choice(spec, gpu, bare)
+        written = [name for spec in self.specs.values() for name in (*spec.names, *(own.name for own in spec.adapters))]
         raise UnknownModelError(
-            f"Unknown model '{name}'.{did_you_mean(name, self._by_name)} "
-            f"Registered: {', '.join(self.specs)} (vllm-service models). "
-            "Add your own in a TOML file and name it in SERVICE_MODELS_FILE."
+            f"Unknown model '{name}'.{did_you_mean(name, written)} Registered: {', '.join(self.specs)} "
+            "(vllm-service models). Add your own in a TOML file and name it in SERVICE_MODELS_FILE."
         )
 
 

@@ -145,7 +145,13 @@ def test_registry_without_the_name_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("qwen3-8", "qwen3-8b"), ("gema-3-12b", "gemma-3-12b"), ("gpt-oss-20", "gpt-oss-20b")]
+    ("name", "nearest"),
+    [
+        ("qwen3-8", "qwen3-8b"),
+        ("gema-3-12b", "gemma-3-12b"),
+        ("gpt-oss-20", "gpt-oss-20b"),
+        ("qwen/qwen3-8b-fp", "Qwen/Qwen3-8B-FP8"),
+    ],
 )
 def test_registry_unknown_name_offers_the_nearest_and_all_keys(name: str, nearest: str) -> None:
     """The sentence has the value, a guess, the list and how to add a model."""
