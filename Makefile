@@ -12,10 +12,10 @@ serve: $(VENV)/light
 
 install: $(VENV)/light
 
-# The containers of the contract tests wait more than they work, so two files of theirs run at a time: as they are named,
-# the short ones of tests/fakes last, so that neither half waits for the other.
+# The containers of the contract tests wait more than they work, so three files of theirs run at a time: as they are named,
+# the short ones of tests/fakes last, so that no third waits for the others.
 test: $(VENV)/dev
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
 	@$(BIN)/python -m pytest --ignore tests/contract --ignore tests/fakes
 
 check: $(VENV)/dev

@@ -21,8 +21,8 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = 3
-IN_TWO = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-SUITE = [*IN_TWO, "tests/contract", "tests/fakes"]  # as `make test` runs it
+IN_THREE = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+SUITE = [*IN_THREE, "tests/contract", "tests/fakes"]  # as `make test` runs it
 OF_A_CLIENT = ["tests/fakes", "tests/contract/test_deploy.py"]
 
 
