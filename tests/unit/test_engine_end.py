@@ -156,14 +156,17 @@ def test_death_with_code_zero_after_ready_is_a_death(start: Start) -> None:
     assert "code 0" in str(deaths[0])
 
 
-def test_death_by_kill_is_reported_at_once(start: Start) -> None:
-    """`kill -9` of the engine: noticed by its end, not by a poll."""
-    engine = start()
-    began = time.monotonic()
-    os.kill(engine.pid, signal.SIGKILL)
+def test_death_by_kill_is_reported_within_a_second(start: Start) -> None:
+    """`kill -9` of the engine: noticed by its end, not by a poll. The quickest of three, as a machine may be busy."""
+    took_s = []
+    for _ in range(3):
+        engine = start()
+        began = time.monotonic()
+        os.kill(engine.pid, signal.SIGKILL)
+        assert engine.wait_ended(10)
+        took_s.append(time.monotonic() - began)
 
-    assert engine.wait_ended(10)
-    assert time.monotonic() - began < 5
+    assert min(took_s) < 1
     with pytest.raises(EngineError, match="killed by SIGKILL"):
         engine.wait_for(State.READY, 0)
 

@@ -99,15 +99,15 @@ class Connection:
         async for message in self._client:
             await self._call.data_in.room()
             if message.type is WSMsgType.TEXT:
-                received = pb.Asgi.WebsocketReceive(text=message.data)
+                received = {"text": message.data}
             elif message.type is WSMsgType.BINARY:
-                received = pb.Asgi.WebsocketReceive(bytes=message.data)
+                received = {"bytes": message.data}
             else:
                 continue  # an error, after which it ends
-            if len(received.text.encode() or received.bytes) > MAX_MESSAGE_BYTES:
+            if _size(received) > MAX_MESSAGE_BYTES:
                 await self._client.close(code=WSCloseCode.MESSAGE_TOO_BIG)
             else:
-                self._tell(pb.Asgi(websocket_receive=received))
+                self._tell(pb.Asgi(websocket_receive=pb.Asgi.WebsocketReceive(**received)))
         self.send_disconnect()
 
     def _tell(self, message: pb.Asgi) -> None:
