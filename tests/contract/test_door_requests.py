@@ -1,6 +1,7 @@
 """Requests through the deployed door to real engines in real containers.
 
-Each test that wants a cold pool has a GPU tier of its own: `tiny-t4` is the tiny model on app `vllm-t4`.
+Each test that wants a cold pool has a GPU tier of its own, the others share one: `tiny-t4` is the tiny model on app
+`vllm-t4`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import http.client
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,8 +41,8 @@ def url(door: ModalPlane) -> str:
     return door.url_of(APP, TAG)
 
 
-@pytest.fixture
-def tier(door: ModalPlane) -> Iterator[Callable[..., str]]:
+@contextmanager
+def _deploying(door: ModalPlane) -> Iterator[Callable[..., str]]:
     """A function that deploys the tier of a GPU and returns the name of the tiny model there; its engines end after."""
     before = len(door.tasks)
 
@@ -55,6 +56,20 @@ def tier(door: ModalPlane) -> Iterator[Callable[..., str]]:
     for task in door.tasks[before:]:
         if task.tag == "Server" and task.state is not TaskState.DEAD:
             task.kill()
+
+
+@pytest.fixture
+def tier(door: ModalPlane) -> Iterator[Callable[..., str]]:
+    """A function that deploys a tier of the test's own and returns the name of the tiny model there."""
+    with _deploying(door) as deployed:
+        yield deployed
+
+
+@pytest.fixture(scope="module")
+def warm(door: ModalPlane) -> Iterator[str]:
+    """The name of the tiny model on a tier that tests share which want an engine, and not a cold pool."""
+    with _deploying(door) as deployed:
+        yield deployed("L40S")
 
 
 def replicas(plane: ModalPlane, model: str) -> list[Any]:
@@ -112,7 +127,7 @@ def test_door_lists_models_with_their_states_and_wakes_nothing(
     """Not deployed, cold, waking, ready; neither this nor the other routes about the door start a container."""
     assert _state(url, "qwen3-235b") == "not_deployed"
     tier("L4")
-    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen")  # it may have been missing before
+    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen", poll_s=0.5)  # it was missing
     entry = _entry(url, "tiny")
     assert (entry["gpu"], entry["max_model_len"]) == ("L4", 2048)
     assert entry["dollars_per_hour"] > 0
@@ -191,36 +206,30 @@ def _asked_for_health(plane: ModalPlane) -> int:
     return sum(path.startswith("/health?") for _, path, _ in plane.door.requests)
 
 
-def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(
-    door: ModalPlane, url: str, tier: Callable[..., str]
-) -> None:
+def test_door_whose_client_leaves_stops_the_generation_within_a_second(door: ModalPlane, url: str, warm: str) -> None:
+    """Through both containers, the engine runs no request any more."""
+    pool = modal.Cls.from_name("vllm-l40s", "Server", client=door.client())(model="tiny")
+    with asked(url, {"model": warm, **COUNTING}) as answer:
+        while not answer.readline().startswith(b"data: "):
+            pass
+        door.wait_until(lambda: generating(pool), 10, "the generation to run")
+    check_stops(lambda: generating(pool))
+
+
+def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(door: ModalPlane, url: str, warm: str) -> None:
     """The client is told, in the stream; the next request is served by a new container."""
-    model = tier("H100")
-    assert call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)[0] == 200
-    first = replicas(door, model)[-1]
-    with asked(url, {"model": model, **COUNTING}) as answer:
+    assert call(f"{url}/v1/chat/completions", {"model": warm, **QUESTION}, KEY)[0] == 200
+    first = replicas(door, warm)[-1]
+    with asked(url, {"model": warm, **COUNTING}) as answer:
         assert answer.readline().startswith(b"data: ")
         first.kill()
         rest = answer.read()
     events = [line.removeprefix(b"data: ") for line in rest.splitlines() if b'"error"' in line]
     assert [json.loads(event)["error"]["code"] for event in events] == ["engine_lost"]
 
-    status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)
+    status, body = call(f"{url}/v1/chat/completions", {"model": warm, **QUESTION}, KEY)
     assert status == 200, body
-    assert replicas(door, model)[-1] is not first
-
-
-def test_door_whose_client_leaves_stops_the_generation_within_a_second(
-    door: ModalPlane, url: str, tier: Callable[..., str]
-) -> None:
-    """Through both containers, the engine runs no request any more."""
-    model = tier("L40S")
-    pool = modal.Cls.from_name("vllm-l40s", "Server", client=door.client())(model="tiny")
-    with asked(url, {"model": model, **COUNTING}) as answer:
-        while not answer.readline().startswith(b"data: "):
-            pass
-        door.wait_until(lambda: generating(pool), 10, "the generation to run")
-    check_stops(lambda: generating(pool))
+    assert replicas(door, warm)[-1] is not first
 
 
 def test_door_passes_the_clients_key_on_where_engines_check_it(door: ModalPlane, tier: Callable[..., str]) -> None:

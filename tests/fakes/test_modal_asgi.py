@@ -190,7 +190,7 @@ def test_asgi_client_that_leaves_before_the_answer_is_noticed_within_a_second(as
         asgi.wait_until(lambda: len(traced(asgi, "held")) > held, 5, "the request inside the container")
         leaving_at = time.time()
     _check_noticed(asgi, leaving_at)
-    assert asgi.door.requests[-1] == ("POST", "/held", 499)
+    asgi.wait_until(lambda: asgi.door.requests[-1] == ("POST", "/held", 499), 5, "the request's record")
 
 
 def test_asgi_app_without_a_first_byte_redirects_and_keeps_the_body(plane: ModalPlane) -> None:
