@@ -16,6 +16,7 @@ from service import revisions
 from service.errors import UnknownModelError, UsageError
 from service.gateway.app import Door
 from service.gateway.modal_pool import PROXY_SECRET, modal_gateway
+from service.gateway.process import expect_many_streams
 from service.image import carrying, light_image
 from service.models import Registry
 from service.settings import Settings
@@ -97,4 +98,5 @@ app = modal.App(DEPLOYMENT.app_name)
 @modal.asgi_app()
 def serve() -> Door:
     """Return the gateway as an ASGI application."""
+    expect_many_streams()
     return modal_gateway(DEPLOYMENT.settings, DEPLOYMENT.registry, os.environ)

@@ -12,20 +12,25 @@ _YOUNG = 50_000  # objects until a look at the new ones: a request makes some hu
 _MIDDLE, _OLD = 20, 100
 
 
-@contextmanager
-def for_many_streams() -> Iterator[None]:
-    """Raise the limit of descriptors as far as it may be raised, and collect garbage rarely; put both back."""
+def expect_many_streams() -> None:
+    """Raise the limit of descriptors as far as it may be raised, and collect garbage rarely, as long as it lives."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    thresholds = gc.get_threshold()
     allowed = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     gc.collect()
     gc.freeze()  # modules and models: they stay until the end
     gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
+
+
+@contextmanager
+def for_many_streams() -> Iterator[None]:
+    """Expect them for a while: limit and collection are put back."""
+    limits, thresholds = resource.getrlimit(resource.RLIMIT_NOFILE), gc.get_threshold()
+    expect_many_streams()
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

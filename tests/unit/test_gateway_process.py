@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import subprocess
 import sys
@@ -22,6 +23,16 @@ with for_many_streams():
 print(resource.getrlimit(resource.RLIMIT_NOFILE) == (64, hard))
 """
 
+DOOR = """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+from service.door import serve
+from service.gateway.process import DESCRIPTORS
+serve.local()
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(DESCRIPTORS, hard))
+"""
+
 
 def test_shells_limit_of_descriptors_is_raised() -> None:
     """Streams are not counted by the shell that the service was started from."""
@@ -38,3 +49,11 @@ def test_process_is_as_before_afterwards() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(DESCRIPTORS, before[1][1])
     assert (gc.get_threshold(), resource.getrlimit(resource.RLIMIT_NOFILE)) == before
     assert gc.get_freeze_count() == 0
+
+
+def test_door_on_modal_expects_many_streams() -> None:
+    """Modal gives its one container a thousand requests at a time, whatever the container's limit is."""
+    environment = {**os.environ, "SERVICE_DIRECT_AUTH": "keys", "API_KEY": "sk-any", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", DOOR]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.strip() == "True", done.stderr
