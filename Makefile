@@ -13,10 +13,10 @@ serve: $(VENV)/light
 install: $(VENV)/light
 
 # The containers of the contract tests wait more than they work, so three files of theirs run at a time: as they are named,
-# the short ones of tests/fakes last, so that no third waits for the others.
+# the short ones of tests/fakes last, so that no third waits for the others. Of the rest, whose engines work, two.
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
-	@$(BIN)/python -m pytest --ignore tests/contract --ignore tests/fakes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/contract --ignore tests/fakes
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
