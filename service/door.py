@@ -86,6 +86,9 @@ try:
 except UsageError as error:
     raise SystemExit(f"error: {error}") from None
 
+if not modal.is_local():
+    expect_many_streams()  # in the container, and before its checkpoint: it takes 35 ms, which no wake should
+
 app = modal.App(DEPLOYMENT.app_name)
 
 
@@ -98,5 +101,4 @@ app = modal.App(DEPLOYMENT.app_name)
 @modal.asgi_app()
 def serve() -> Door:
     """Return the gateway as an ASGI application."""
-    expect_many_streams()
     return modal_gateway(DEPLOYMENT.settings, DEPLOYMENT.registry, os.environ)

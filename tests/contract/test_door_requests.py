@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import modal
 import pytest
 
-from tests.contract.conftest import CHAT, call, generating, modal_cli, posted, refused_websocket
+from tests.contract.conftest import CHAT, call, deploy, generating, posted, refused_websocket
 from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import check_stops
@@ -48,8 +48,7 @@ def _deploying(door: ModalPlane) -> Iterator[Callable[..., str]]:
 
     def deployed(gpu: str, **environment: str) -> str:
         settings = {"SERVICE_MODEL": "tiny", "SERVICE_GPU": gpu, "SERVICE_MAX_INPUTS": "200", **environment}
-        done = modal_cli(door, "deploy", "-m", "service.server", **settings)
-        assert done.returncode == 0, done.stdout + done.stderr
+        deploy(door, **settings)
         return f"tiny-{gpu.lower()}"
 
     yield deployed
@@ -127,7 +126,7 @@ def test_door_lists_models_with_their_states_and_wakes_nothing(
     """Not deployed, cold, waking, ready; neither this nor the other routes about the door start a container."""
     assert _state(url, "qwen3-235b") == "not_deployed"
     tier("L4")
-    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen", poll_s=0.5)  # it was missing
+    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen")  # it may have been missing before
     entry = _entry(url, "tiny")
     assert (entry["gpu"], entry["max_model_len"]) == ("L4", 2048)
     assert entry["dollars_per_hour"] > 0

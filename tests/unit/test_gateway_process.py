@@ -27,9 +27,10 @@ DOOR = """
 import resource
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-from service.door import serve
+import modal
+modal.is_local = lambda: False
+import service.door
 from service.gateway.process import DESCRIPTORS
-serve.local()
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(DESCRIPTORS, hard))
 """
 
@@ -53,7 +54,7 @@ def test_process_is_as_before_afterwards() -> None:
 
 def test_door_on_modal_expects_many_streams() -> None:
     """Modal gives its one container a thousand requests at a time, whatever the container's limit is."""
-    environment = {**os.environ, "SERVICE_DIRECT_AUTH": "keys", "API_KEY": "sk-any", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", DOOR]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "True", done.stderr

@@ -61,16 +61,21 @@ class Site:
 
 
 class Door:
-    """All sites. `requests` keeps (method, path with query, status) of every answer."""
+    """All sites."""
 
     def __init__(self) -> None:
         self.proxy_tokens = ProxyTokens()
         self.redirect_after_s = 150.0
-        self.requests: list[tuple[str, str, int]] = []
+        self._answered: list[tuple[str, str, int] | None] = []
         self._sites: dict[tuple[str, str], Site] = {}
         self._reserved = [_bound_socket() for _ in range(RESERVED_SITES)]
         self.functions: Functions
         self.calls: Calls
+
+    @property
+    def requests(self) -> list[tuple[str, str, int]]:
+        """(method, path with query, status) of every request that is over, in the order in which they came."""
+        return [answered for answered in self._answered if answered]
 
     def url(self, function_id: str, method: str, webhook: pb.WebhookConfig) -> str:
         """Return the URL of a web method; empty for one that is not served over HTTP."""
@@ -116,12 +121,14 @@ class Door:
 
     async def _handle(self, request: web.Request, function_id: str, method: str) -> web.StreamResponse:
         exchange = Exchange(request)
+        number = len(self._answered)
+        self._answered.append(None)
         try:
             response = await self._answer(exchange, function_id, method)
             exchange.status = response.status
             return response
         finally:
-            self.requests.append((request.method, request.path_qs, exchange.status))
+            self._answered[number] = (request.method, request.path_qs, exchange.status)
 
     async def _answer(self, exchange: Exchange, function_id: str, method: str) -> web.StreamResponse:
         request = exchange.request

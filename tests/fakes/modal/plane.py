@@ -219,13 +219,11 @@ class ModalPlane:
             raise NotDeployed(f"{app}.{tag}{'.' if method else ''}{method} is not served over HTTP.")
         return url
 
-    def wait_until(
-        self, condition: Callable[[], object], timeout_s: float, what: str = "the condition", poll_s: float = POLL_S
-    ) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float, what: str = "the condition") -> None:
         """Poll the condition. Raises: PlaneTimeout with the end of every container's log."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
                 logs = "".join(f"\n--- {task.id} ({task.state}):\n{task.log[-1500:]}" for task in self.tasks)
                 raise PlaneTimeout(f"Waited {timeout_s} s in vain for {what}.{logs}")
-            time.sleep(poll_s)
+            time.sleep(POLL_S)
