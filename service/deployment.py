@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from service import revisions
 from service.errors import ServiceError, SettingsError, UnknownModelError
-from service.gpus import Gpu, check_count, find_gpu, tier
+from service.gpus import find_gpu
 from service.models import ModelSpec, Registry
 from service.settings import Settings
+from service.tiers import Tier, check_weights, tier_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,15 +30,14 @@ class Deployment:
     settings: Settings
     registry: Registry
     spec: ModelSpec
-    gpu: Gpu
-    n_gpu: int
+    tier: Tier
 
     @classmethod
     def resolve(cls, environ: Mapping[str, str] | None = None) -> Deployment:
         """Read settings and registry, and fill in what the model's entry decides.
 
         Raises:
-            UsageError: A setting, the models file, the model or the GPU is wrong.
+            UsageError: A setting, the models file, the model or the GPU is wrong, or the model does not fit on the GPU.
         """
         settings = Settings.load(environ)
         registry = revisions.registry(settings.models_file)
@@ -46,22 +46,21 @@ class Deployment:
         except UnknownModelError as error:
             raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
         spec = choice.spec
-        gpu = find_gpu(settings.gpu) if settings.gpu else choice.gpu or spec.gpu_tier
-        n_gpu = settings.n_gpu or (spec.n_gpu if gpu == spec.gpu_tier else 1)
-        check_count(gpu, n_gpu)
-        _check_snapshot(settings.snapshot, n_gpu)
+        tier = tier_of(spec, find_gpu(settings.gpu) if settings.gpu else choice.gpu, settings.n_gpu)
+        check_weights(spec, tier, lambda other: other.settings)
+        _check_snapshot(settings.snapshot, tier.n_gpu)
         fast_boot = settings.snapshot != "gpu" if settings.fast_boot is None else settings.fast_boot
         hub_secret = settings.hub_secret or (DEFAULT_HUB_SECRET if spec.gated else None)
         resolved = settings.model_copy(
             update={
                 "model": spec.key,
-                "gpu": gpu.name,
-                "n_gpu": n_gpu,
+                "gpu": tier.gpu.name,
+                "n_gpu": tier.n_gpu,
                 "fast_boot": fast_boot,
                 "hub_secret": hub_secret,
             }
         )
-        return cls(resolved, registry, spec, gpu, n_gpu)
+        return cls(resolved, registry, spec, tier)
 
     def settled(self, token: str | None, say: Callable[[str], None]) -> Deployment:
         """Record the commits of models that name none: of the default one, and of all in the user's own file.
@@ -101,17 +100,12 @@ class Deployment:
     @property
     def app_name(self) -> str:
         """Name of the app: one per GPU tier, `vllm-h100` or `vllm-h200x2`, unless `SERVICE_APP` names it."""
-        return self.settings.app or f"vllm-{tier(self.gpu, self.n_gpu)}"
+        return self.settings.app or self.tier.app_name
 
     @property
     def fast_boot(self) -> bool:
         """Whether replicas skip compilation and CUDA graphs. Under a GPU snapshot both are paid once, so there not."""
         return bool(self.settings.fast_boot)
-
-    @property
-    def gpu_request(self) -> str:
-        """Modal's `gpu=`: `H100` or `H200:2`."""
-        return self.gpu.name if self.n_gpu == 1 else f"{self.gpu.name}:{self.n_gpu}"
 
     @property
     def secrets(self) -> dict[str, list[str]]:
@@ -127,7 +121,7 @@ class Deployment:
         """Return the keyword arguments of `@app.cls` that are plain values."""
         s = self.settings
         options: dict[str, Any] = {
-            "gpu": self.gpu_request,
+            "gpu": self.tier.request,
             "scaledown_window": s.scaledown_window,
             "min_containers": s.min_containers,
             "max_containers": s.max_containers,

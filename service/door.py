@@ -15,11 +15,12 @@ import modal
 from service import revisions
 from service.errors import UnknownModelError, UsageError
 from service.gateway.app import Door
-from service.gateway.modal_pool import PROXY_SECRET, modal_gateway
+from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
 from service.gateway.process import expect_many_streams
 from service.image import carrying, light_image
 from service.models import Registry
 from service.settings import Settings
+from service.tiers import check_weights
 
 APP = "vllm-gateway"
 MAX_INPUTS = 1000  # the most that Modal gives one container
@@ -42,14 +43,15 @@ class DoorDeployment:
         What the settings say of replicas (`min_containers`, `max_inputs`, `snapshot`, …) is for the tiers' own deploys.
 
         Raises:
-            UsageError: A setting, the models file or the default model is wrong.
+            UsageError: A setting, the models file or the default model is wrong, or that does not fit on its tier.
         """
         settings = Settings.load()
         registry = revisions.registry(settings.models_file)
         try:
-            registry.find(settings.model, Settings.model_fields["model"].default)
+            choice = registry.find(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
             raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
+        check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
         return cls(settings, registry)
 
     @property

@@ -37,6 +37,10 @@ class UnknownGpuError(UsageError):
     """Modal offers no GPU of this name, or not so many in one container."""
 
 
+class GpuMemoryError(UsageError):
+    """The weights alone are more than a GPU tier gives the engine."""
+
+
 class UnsupportedPlatformError(ServiceError):
     """The engine has no build for this operating system, processor or Python."""
 

@@ -33,17 +33,17 @@ class Gpu:
     @property
     def slug(self) -> str:
         """Name for apps and model suffixes: lower case, `!` and `+` spelled out (`H100!` -> `h100-only`)."""
-        return self.name.lower().replace("!", "-only").replace("+", "-plus")
+        return _SLUGS.get(self.name) or self.name.lower().replace("!", "-only").replace("+", "-plus")
 
 
+_SLUGS = {"A100-80GB": "a100"}
 _ALL = (
     Gpu("T4", 16, 0.59),
     Gpu("L4", 24, 0.80),
     Gpu("A10", 24, 1.10, max_count=4),
     Gpu("L40S", 48, 1.95),
-    Gpu("A100", 40, 2.10),  # Modal may serve 80 GB at the same price
     Gpu("A100-40GB", 40, 2.10),
-    Gpu("A100-80GB", 80, 2.50),
+    Gpu("A100-80GB", 80, 2.50),  # `A100` means this one here; Modal's own `A100` may be either
     Gpu("RTX-PRO-6000", 96, 3.03),
     Gpu("H100", 80, 3.95),  # Modal may serve an H200 at the same price; H100! never
     Gpu("H100!", 80, 3.95),
@@ -53,7 +53,8 @@ _ALL = (
     Gpu("B300", 288, 7.10),
 )
 GPUS = {gpu.name: gpu for gpu in _ALL}
-_BY_NAME = {name: gpu for gpu in _ALL for name in (gpu.name.lower(), gpu.slug)} | {"a10g": GPUS["A10"]}
+BY_SLUG = {gpu.slug: gpu for gpu in _ALL} | {"a100-80gb": GPUS["A100-80GB"]}  # the name in full is no second tier
+_BY_NAME = {gpu.name.lower(): gpu for gpu in _ALL} | BY_SLUG | {"a10g": GPUS["A10"]}
 
 
 def find_gpu(name: str) -> Gpu:
@@ -84,8 +85,3 @@ def check_count(gpu: Gpu, n_gpu: int) -> None:
             f"{n_gpu} x {gpu.name} is not to be had: one container holds 1 to {gpu.max_count} of them. "
             "Lower SERVICE_N_GPU or choose a GPU with more memory."
         )
-
-
-def tier(gpu: Gpu, n_gpu: int) -> str:
-    """Return the name of a GPU tier: `h100`, `h200x2`."""
-    return gpu.slug if n_gpu == 1 else f"{gpu.slug}x{n_gpu}"

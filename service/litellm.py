@@ -16,6 +16,7 @@ from service.errors import ServiceError, UsageError
 from service.gpus import Gpu, find_gpu
 from service.models import DEFAULT_ALIAS, ModelSpec, Registry
 from service.settings import Settings
+from service.tiers import tier_of
 
 GATEWAY_KEY = "os.environ/VLLM_API_KEY"
 MASTER_KEY = "os.environ/LITELLM_MASTER_KEY"
@@ -127,8 +128,8 @@ def _names(registry: Registry, further: list[Gpu], local: bool) -> Iterator[str]
 
 
 def _holds(gpu: Gpu, spec: ModelSpec) -> bool:
-    """Tell whether one such GPU has room for the weights: `<key>-<gpu>` means one, except the entry's own."""
-    return gpu == spec.gpu_tier or (spec.weights_gb or 0) < gpu.memory_gb
+    """Tell whether the tier that `<key>-<gpu>` means has room for the weights; an entry's own is not doubted."""
+    return gpu == spec.gpu_tier or tier_of(spec, gpu).holds(spec)
 
 
 def _entry(name: str, base: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.errors import RegistryError, UnknownGpuError, UnknownModelError, did_you_mean
-from service.gpus import GPUS, Gpu, check_count, find_gpu
+from service.gpus import BY_SLUG, GPUS, Gpu, check_count, find_gpu
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
@@ -201,8 +201,8 @@ class Registry:
             return self.find(default)
         if spec := self._by_name.get(lowered):
             return Choice(spec, name=lowered)
-        for gpu in GPUS.values():
-            bare = lowered.removesuffix(f"-{gpu.slug}")
+        for slug, gpu in BY_SLUG.items():
+            bare = lowered.removesuffix(f"-{slug}")
             if bare == DEFAULT_ALIAS and default:
                 return Choice(self.find(default).spec, gpu)
             if spec := self._by_name.get(bare):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import modal
 
-from service.gpus import check_count, find_gpu, tier
+from service.errors import UnknownModelError
+from service.gpus import find_gpu
+from service.models import Registry
+from service.settings import Settings
+from service.tiers import Tier, check_weights
 
 
 def variant(
@@ -33,12 +38,15 @@ def variant(
 
     Raises:
         UnknownGpuError: Modal offers no such GPU, or not so many.
+        GpuMemoryError: The model's weights are more than those GPUs' memory; a model that this machine's registry does
+            not know is not checked.
         modal.exception.NotFoundError: The app is not deployed (raised at the first call).
     """
-    kind = find_gpu(gpu)
-    check_count(kind, n_gpu)
-    server = modal.Cls.from_name(app or f"vllm-{tier(kind, n_gpu)}", "Server")
-    request = kind.name if n_gpu == 1 else f"{kind.name}:{n_gpu}"
-    options = server.with_options(gpu=request, scaledown_window=scaledown_window)
+    tier = Tier(find_gpu(gpu), n_gpu)
+    with suppress(UnknownModelError):
+        spec = Registry.load(Settings.load().models_file).find(model).spec
+        check_weights(spec, tier, lambda other: f"gpu='{other.gpu.name}', n_gpu={other.n_gpu}")
+    server = modal.Cls.from_name(app or tier.app_name, "Server")
+    options = server.with_options(gpu=tier.request, scaledown_window=scaledown_window)
     given = {} if fast_boot is None else {"fast_boot": fast_boot}
     return options(model=model, **given, n_gpu=n_gpu)

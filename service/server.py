@@ -53,7 +53,7 @@ class Server:
 
     model: str = modal.parameter(default=SETTINGS.model)
     fast_boot: bool = modal.parameter(default=DEPLOYMENT.fast_boot)
-    n_gpu: int = modal.parameter(default=DEPLOYMENT.n_gpu)
+    n_gpu: int = modal.parameter(default=DEPLOYMENT.tier.n_gpu)
 
     @modal.enter(snap=SETTINGS.snapshot != "off")  # Modal refuses snap=True on a class without snapshots
     def prepare(self) -> None:

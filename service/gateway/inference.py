@@ -75,6 +75,7 @@ class Inference:
         target = self._directory.find(asked.model if asked else query.get("model"))
         account.model, account.pool = target.pool.spec.key, target.pool.place
         client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
+        target.pool.check(target.name)
         passed = {name: value for name, value in query.items() if name in _QUERY and not asked}
         order = Order(scope["method"], path, passed, scope["headers"], body, b"", streams=False)
         if not asked and target.pool.address() is None:  # it asks for what an engine holds

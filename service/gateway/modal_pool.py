@@ -15,17 +15,18 @@ import aiohttp
 import modal
 from yarl import URL
 
-from service.errors import SettingsError, UsageError
+from service.errors import GpuMemoryError, SettingsError, UsageError
 from service.gateway.app import Door, gateway
 from service.gateway.directory import Directory
 from service.gateway.limits import load_keyring
 from service.gateway.openai import Refusal, unavailable
 from service.gateway.pools import Address, Pool, State, WakeError
 from service.gateway.upstream import session
-from service.gpus import Gpu, find_gpu, tier
+from service.gpus import Gpu, find_gpu
 from service.keys import digests
 from service.models import ModelSpec, Registry
 from service.settings import Settings
+from service.tiers import Tier, check_weights, tier_of
 
 PROXY_SECRET = "vllm-proxy-token"  # noqa: S105 - the name of a secret, not its value
 _FRESH_S = 30.0  # how long an answer is taken for a sign that the next one comes too
@@ -35,24 +36,18 @@ _STATE_S = 5.0
 _OBSERVED_WITHIN_S = 2.0
 
 
-class Tier:
+class DeployedTier:
     """A deployed app, and where it takes requests.
 
     Args:
-        gpu: Its GPU.
-        n_gpu: How many one replica has.
+        tier: Its GPUs.
         app: Its name.
     """
 
-    def __init__(self, gpu: Gpu, n_gpu: int, app: str) -> None:
-        self.gpu, self.n_gpu, self.app = gpu, n_gpu, app
+    def __init__(self, tier: Tier, app: str) -> None:
+        self.tier, self.app = tier, app
         self._url: str | None = None
         self._missing_at: float | None = None
-
-    @property
-    def name(self) -> str:
-        """What people call it: `H100`, `2 x H200`."""
-        return self.gpu.name if self.n_gpu == 1 else f"{self.n_gpu} x {self.gpu.name}"
 
     async def url(self) -> str:
         """Return its address.
@@ -81,12 +76,11 @@ class Tier:
         self._url = None
 
     def _not_deployed(self) -> Refusal:
-        sentence = f"No app '{self.app}' is deployed for {self.name}. Deploy it: {self._command()}."
+        sentence = f"No app '{self.app}' is deployed for {self.tier.label}. Deploy it: {self._command()}."
         return unavailable(sentence, "tier_not_deployed", _LOOKED_UP_S)
 
     def _command(self) -> str:
-        count = "" if self.n_gpu == 1 else f" SERVICE_N_GPU={self.n_gpu}"
-        return f"SERVICE_GPU={self.gpu.name}{count} modal deploy -m service.server"
+        return f"{self.tier.settings} modal deploy -m service.server"
 
 
 class ModalPool(Pool):
@@ -101,9 +95,9 @@ class ModalPool(Pool):
     """
 
     def __init__(
-        self, spec: ModelSpec, tier: Tier, headers: Mapping[str, str], fresh_s: float, timeout_s: float
+        self, spec: ModelSpec, tier: DeployedTier, headers: Mapping[str, str], fresh_s: float, timeout_s: float
     ) -> None:
-        super().__init__(spec, tier.name, tier.gpu.dollars_per_hour * tier.n_gpu)
+        super().__init__(spec, tier.tier.label, tier.tier.dollars_per_hour)
         self._tier, self._headers = tier, headers
         self._fresh_s, self._timeout_s = min(_FRESH_S, fresh_s), timeout_s
         self._address: Address | None = None
@@ -115,6 +109,15 @@ class ModalPool(Pool):
             return None
         fresh = self.answering or time.monotonic() - self.answered_at < self._fresh_s
         return self._address if fresh else None
+
+    def check(self, name: str) -> None:
+        """Refuse a model whose weights are more than the tier's memory: its container would never become ready."""
+        try:
+            check_weights(self.spec, self._tier.tier, lambda other: f"'{name}-{other.gpu.slug}'")
+        except GpuMemoryError as error:
+            raise Refusal(
+                400, str(error), code="model_too_large", param="model", headers={"x-should-retry": "false"}
+            ) from error
 
     def lost(self) -> None:
         """Have the next request ask for its health."""
@@ -197,21 +200,26 @@ class Tiers:
 
     def __init__(self, settings: Settings, headers: Mapping[str, str]) -> None:
         self._settings, self._headers = settings, headers
-        self._tiers: dict[str, Tier] = {}
-        self._pools: dict[tuple[str, str], ModalPool] = {}
+        self._tiers: dict[Tier, DeployedTier] = {}
+        self._pools: dict[tuple[str, Tier], ModalPool] = {}
 
     def pool(self, spec: ModelSpec, gpu: Gpu | None) -> ModalPool:
         """Return the pool of a model on a GPU; None: the one that the deploy of its tier would take."""
-        settings = self._settings
-        chosen = gpu or (find_gpu(settings.gpu) if settings.gpu else spec.gpu_tier)
-        n_gpu = (None if gpu else settings.n_gpu) or (spec.n_gpu if chosen == spec.gpu_tier else 1)
-        n_gpu = min(n_gpu, chosen.max_count)  # SERVICE_N_GPU speaks of the default tier
-        name = tier(chosen, n_gpu)
-        app = self._tiers.setdefault(name, Tier(chosen, n_gpu, settings.app or f"vllm-{name}"))
-        if (pool := self._pools.get((spec.key, name))) is None:
+        settings, tier = self._settings, tier_for(self._settings, spec, gpu)
+        app = self._tiers.setdefault(tier, DeployedTier(tier, settings.app or tier.app_name))
+        if (pool := self._pools.get((spec.key, tier))) is None:
             pool = ModalPool(spec, app, self._headers, settings.scaledown_window / 2, float(settings.startup_timeout_s))
-            self._pools[spec.key, name] = pool
+            self._pools[spec.key, tier] = pool
         return pool
+
+
+def tier_for(settings: Settings, spec: ModelSpec, gpu: Gpu | None) -> Tier:
+    """Return the tier of a model: that of the GPU in its name, else that of the settings, else its entry's own."""
+    if gpu:
+        return tier_of(spec, gpu)
+    chosen = find_gpu(settings.gpu) if settings.gpu else spec.gpu_tier
+    # SERVICE_N_GPU speaks of the default tier: of another GPU one container may not hold so many
+    return tier_of(spec, chosen, settings.n_gpu and min(settings.n_gpu, chosen.max_count))
 
 
 def modal_gateway(settings: Settings, registry: Registry, environ: Mapping[str, str]) -> Door:

@@ -87,6 +87,16 @@ class Pool(ABC):
             Refusal: It cannot be asked to.
         """
 
+    def check(self, name: str) -> None:  # noqa: B027 - most pools take whatever reaches them
+        """Refuse what can never be served here, before anything wakes.
+
+        Args:
+            name: The model or adapter that is asked for, without a GPU.
+
+        Raises:
+            Refusal: 400; asking again is in vain.
+        """
+
     def lost(self) -> None:  # noqa: B027 - a pool that learns of its end otherwise needs none
         """Take note that it did not answer: the next request finds out whether it is there."""
 

@@ -230,7 +230,8 @@ def test_deploy_with_a_secret_that_lacks_its_key_names_the_key(plane: ModalPlane
         ),
         (
             {"SERVICE_GPU": "H1000"},
-            "error: SERVICE_GPU: Unknown GPU 'H1000'. Did you mean 'H100'? Modal offers: T4, L4, A10, L40S, A100, ",
+            "error: SERVICE_GPU: Unknown GPU 'H1000'. Did you mean 'H100'? "
+            "Modal offers: T4, L4, A10, L40S, A100-40GB, ",
         ),
         (
             {"SERVICE_SCALEDOWN_WINDOW": "15m"},
@@ -247,6 +248,11 @@ def test_deploy_with_a_secret_that_lacks_its_key_names_the_key(plane: ModalPlane
             "Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
         ),
         ({"SERVICE_MODEL": "llama-3.1-8b"}, "Error: Secret 'huggingface' not found in environment 'main'"),
+        (
+            {"SERVICE_MODEL": "gemma-3-27b", "SERVICE_GPU": "L40S"},
+            "error: Model 'gemma-3-27b' does not fit on L40S: its weights are 54.9 GB, and vLLM uses 44.2 of 48 GB "
+            "(92%). Use SERVICE_GPU=A100-80GB (A100-80GB, $2.50/h, the cheapest that fits) or SERVICE_GPU=H100 (",
+        ),
         ({"SERVICE_DIRECT_AUTH": "keys"}, "Error: Secret 'vllm-api-key' not found in environment 'main'"),
     ],
 )

@@ -66,6 +66,11 @@ def test_door_beside_an_app_of_another_name_is_named_after_it(plane: ModalPlane)
     [
         ({"SERVICE_MODEL": "qwen3-8"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "Did you mean 'qwen3-8b'?"),
         ({"SERVICE_HOLD_S": "2m"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "write 120"),
+        (
+            {"SERVICE_MODEL": "gemma-3-27b-l40s"},
+            {"MODAL_KEY": "a", "MODAL_SECRET": "b"},
+            "error: Model 'gemma-3-27b' does not fit on L40S",
+        ),
         ({}, {"MODAL_KEY": "a"}, "MODAL_SECRET"),
         ({"SERVICE_KEYS_SECRET": "nobody-made-this"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "nobody-made-this"),
     ],

@@ -10,10 +10,18 @@ import pytest
 
 from service import image, pools, volumes
 from service.deployment import Deployment
-from service.errors import RegistryError, SettingsError, UnknownGpuError, UnknownModelError, UsageError
+from service.errors import (
+    GpuMemoryError,
+    RegistryError,
+    SettingsError,
+    UnknownGpuError,
+    UnknownModelError,
+    UsageError,
+)
 from service.gpus import GPUS
 from service.models import ModelSpec, Registry
 from service.settings import Settings
+from service.tiers import Tier
 
 
 def resolve(**fields: str) -> Deployment:
@@ -30,7 +38,10 @@ def resolve(**fields: str) -> Deployment:
         ({"n_gpu": "4"}, "vllm-h100x4", "H100:4"),
         ({"gpu": "H100!"}, "vllm-h100-only", "H100!"),
         ({"gpu": "B200+"}, "vllm-b200-plus", "B200+"),
-        ({"gpu": "A100-80GB"}, "vllm-a100-80gb", "A100-80GB"),
+        ({"gpu": "A100"}, "vllm-a100", "A100-80GB"),
+        ({"gpu": "A100-80GB"}, "vllm-a100", "A100-80GB"),
+        ({"gpu": "a100-40gb"}, "vllm-a100-40gb", "A100-40GB"),
+        ({"model": "gemma-3-27b-a100"}, "vllm-a100", "A100-80GB"),
         ({"model": "gemma-3-12b"}, "vllm-l40s", "L40S"),
         ({"model": "gemma-3-12b-h100"}, "vllm-h100", "H100"),
         ({"model": "gemma-3-12b-h100", "gpu": "H200"}, "vllm-h200", "H200"),
@@ -46,7 +57,7 @@ def test_deployment_names_app_and_gpu_after_the_tier(fields: dict[str, str], app
     """One app is one GPU tier; setting, then the GPU in the model's name, then the entry's own."""
     deployment = resolve(**fields)
 
-    assert (deployment.app_name, deployment.gpu_request) == (app, request_)
+    assert (deployment.app_name, deployment.tier.request) == (app, request_)
 
 
 @pytest.mark.parametrize("key", sorted(Registry.load().specs))
@@ -54,7 +65,7 @@ def test_deployment_of_every_entry_is_the_entrys_own_tier(key: str) -> None:
     """Each entry deploys on the GPU it names."""
     deployment = resolve(model=key)
 
-    assert (deployment.gpu, deployment.n_gpu) == (deployment.spec.gpu_tier, deployment.spec.n_gpu)
+    assert deployment.tier == Tier(deployment.spec.gpu_tier, deployment.spec.n_gpu)
     assert deployment.settings.model == key
 
 
@@ -70,7 +81,7 @@ def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -
     there = Deployment.resolve(here.settings.to_env())
 
     assert there.settings == here.settings
-    assert (there.app_name, there.gpu_request, there.secrets) == (here.app_name, here.gpu_request, here.secrets)
+    assert (there.app_name, there.tier, there.secrets) == (here.app_name, here.tier, here.secrets)
     assert there.fast_boot == here.fast_boot
     assert there.class_options() == here.class_options()
 
@@ -153,7 +164,7 @@ def test_deployment_of_several_gpus_is_refused_a_gpu_snapshot(fields: dict[str, 
 @pytest.mark.parametrize("fields", [{"n_gpu": "1"}, {"model": "qwen3-235b", "gpu": "B300"}])
 def test_deployment_of_one_gpu_may_have_a_gpu_snapshot(fields: dict[str, str]) -> None:
     """An entry of several is one GPU's once a larger one is chosen."""
-    assert resolve(snapshot="gpu", **fields).n_gpu == 1
+    assert resolve(snapshot="gpu", **fields).tier.n_gpu == 1
 
 
 @pytest.mark.parametrize(
@@ -163,6 +174,9 @@ def test_deployment_of_one_gpu_may_have_a_gpu_snapshot(fields: dict[str, str]) -
         ({"gpu": "H1000"}, SettingsError, "SERVICE_GPU: Unknown GPU 'H1000'"),
         ({"gpu": "A10", "n_gpu": "8"}, SettingsError, "SERVICE_N_GPU: 8 x A10"),
         ({"model": "qwen3-4b", "n_gpu": "8"}, UnknownGpuError, "8 x A10"),
+        ({"model": "gemma-3-27b", "gpu": "L40S"}, GpuMemoryError, "Use SERVICE_GPU=A100-80GB"),
+        ({"model": "gemma-3-27b-l40s"}, GpuMemoryError, "or SERVICE_GPU=H100 (H100, $3.95/h"),
+        ({"model": "qwen3-235b", "n_gpu": "1"}, GpuMemoryError, "or SERVICE_GPU=H200 SERVICE_N_GPU=2 (2 x H200"),
         ({"models_file": "/nowhere.toml"}, RegistryError, "/nowhere.toml"),
         ({"modle": "x"}, SettingsError, "SERVICE_MODLE"),
     ],
@@ -275,6 +289,36 @@ def test_pool_variant_may_come_from_another_app(monkeypatch: pytest.MonkeyPatch)
     pools.variant("qwen3-8b", "L4", app="vllm-h100")
 
     assert deployed.calls[0][0] == "vllm-h100.Server"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "n_gpu", "app"),
+    [("A100", 1, "vllm-a100"), ("a100-80gb", 1, "vllm-a100"), ("A100-40GB", 2, "vllm-a100-40gbx2")],
+)
+def test_pool_variant_on_an_a100_is_found_in_the_tier_that_a_deploy_of_it_makes(
+    gpu: str, n_gpu: int, app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the card is written."""
+    deployed = DeployedClass()
+    monkeypatch.setattr(modal, "Cls", deployed)
+    pools.variant("qwen3-8b", gpu, n_gpu)
+
+    assert deployed.calls[0][0] == f"{app}.Server"
+
+
+def test_pool_variant_whose_weights_do_not_fit_is_refused_before_modal_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By any name of a model of the registry; the sentence has arguments that fit. What is unknown here passes."""
+    deployed = DeployedClass()
+    monkeypatch.setattr(modal, "Cls", deployed)
+    for name in ("gemma-3-27b", "google/gemma-3-27b-it", "gemma-3-27b-h100"):
+        with pytest.raises(GpuMemoryError, match=r"Use gpu='A100-80GB', n_gpu=1 \(.*or gpu='H100', n_gpu=1 \("):
+            pools.variant(name, "L40S")
+
+    assert deployed.calls == []
+    assert pools.variant("gemma-3-27b", "L40S", 2) == "pool"
+    assert pools.variant("of-the-deployers-registry", "T4") == "pool"
 
 
 @pytest.mark.parametrize(("gpu", "n_gpu"), [("H1000", 1), ("A10", 5)])

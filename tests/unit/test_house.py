@@ -81,6 +81,7 @@ def test_nobody_imports_server_or_cli(name: str) -> None:
         ("gpus", {"errors"}),
         ("settings", {"errors", "gpus"}),
         ("models", {"errors", "gpus"}),
+        ("tiers", {"errors", "gpus", "models"}),
         ("keys", {"errors"}),
         ("hardware", {"errors"}),
         ("engine_args", {"models", "errors", "gpus"}),
@@ -115,7 +116,7 @@ def test_engines_part_imports_standard_library_and_vllm_only(path: Path) -> None
 @pytest.mark.parametrize("path", GATEWAY, ids=lambda path: path.stem)
 def test_gateway_needs_no_engine_and_only_its_modal_pools_need_modal(path: Path) -> None:
     """The door is cheap: it runs on a CPU without vLLM; one program of it is run by the engine's own Python."""
-    assert siblings(path) <= {"errors", "settings", "models", "gpus", "keys", "hardware"}
+    assert siblings(path) <= {"errors", "settings", "models", "gpus", "tiers", "keys", "hardware"}
     if path.stem == "grammar_process":
         assert packages(path) <= set(sys.stdlib_module_names) | {"torch", "xgrammar"}
         return

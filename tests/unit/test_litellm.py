@@ -70,6 +70,7 @@ def test_config_further_gpus_are_listed_where_the_weights_fit() -> None:
     left_out = litellm.too_large(REGISTRY, ["h200", "l4", "L4"])
     assert left_out.count("gemma-3-27b-l4") == 1
     assert "qwen3-235b-h200" not in left_out  # its own: two of them
+    assert "qwen3.6-35b-a3b-a100-40gb" in litellm.too_large(REGISTRY, ["a100-40gb"])  # vLLM uses 36.8, it has 37.5
 
 
 def test_config_of_an_unknown_gpu_is_refused() -> None:

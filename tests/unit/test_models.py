@@ -110,10 +110,18 @@ def test_registry_finds_by_key_hub_id_and_alias_in_any_case(spec: ModelSpec) -> 
 @pytest.mark.parametrize("gpu", sorted(GPUS))
 @pytest.mark.parametrize("key", sorted(SPECS))
 def test_registry_finds_a_key_with_a_gpu_behind(key: str, gpu: str) -> None:
-    """`gemma-3-12b-h100`, `qwen3-8b-a100-80gb`, `qwen3-8b-h100-only`, for every pair."""
+    """`gemma-3-12b-h100`, `qwen3-8b-a100-40gb`, `qwen3-8b-h100-only`, for every pair."""
     choice = REGISTRY.find(f"{key}-{GPUS[gpu].slug}")
 
     assert (choice.spec, choice.gpu) == (SPECS[key], GPUS[gpu])
+
+
+@pytest.mark.parametrize("name", ["gemma-3-27b-a100", "gemma-3-27b-a100-80gb", "google/Gemma-3-27b-it-A100-80GB"])
+def test_registry_finds_the_80_gb_a100_by_its_short_and_its_full_name(name: str) -> None:
+    """Both mean one tier."""
+    choice = REGISTRY.find(name)
+
+    assert (choice.spec.key, choice.gpu) == ("gemma-3-27b", GPUS["A100-80GB"])
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B-FP8-H200", "qwen/qwen3-8b-fp8-h200"])

@@ -11,7 +11,10 @@ from service.settings import Settings
 VALID: dict[str, dict[str, object]] = {
     "app": {"vllm-h100": "vllm-h100", "A.b_c-9": "A.b_c-9", "x" * 64: "x" * 64},
     "model": {"qwen3-8b": "qwen3-8b", "Qwen/Qwen3-8B-FP8": "Qwen/Qwen3-8B-FP8"},
-    "gpu": {"H100": "H100", "h100!": "H100!", "b200+": "B200+", "a100-80gb": "A100-80GB", "A10G": "A10"},
+    "gpu": {
+        **{"H100": "H100", "h100!": "H100!", "b200+": "B200+", "A10G": "A10"},
+        **{"A100": "A100-80GB", "a100-80gb": "A100-80GB"},
+    },
     "n_gpu": {"1": 1, "8": 8},
     "fast_boot": {"true": True, "false": False, "1": True, "0": False, "True": True, "False": False},
     "snapshot": {"off": "off", "cpu": "cpu", "gpu": "gpu"},

@@ -1,0 +1,107 @@
+"""A model whose weights are more than the memory of the GPU in its name: refused for good, and nothing wakes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import modal
+import pytest
+
+from service.gateway.app import gateway
+from service.gateway.directory import Directory
+from service.gateway.limits import load_keyring
+from service.gateway.modal_pool import Tiers
+from service.keys import digests
+from service.models import Registry
+from service.settings import Settings
+
+KEYS = {"API_KEYS": "alice=sk-alice,bob=sk-bob", "API_LIMITS": '{"bob": {"models": ["qwen3-8b"]}}'}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(autouse=True)
+def _modal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where Modal is asked for a pool, which is the first step of each wake."""
+
+    class Cls:
+        @staticmethod
+        def from_name(app: str, _name: str) -> None:
+            raise AssertionError(f"app {app} is asked for")
+
+    monkeypatch.setattr(modal, "Cls", Cls)
+
+
+def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path | None = None, **body: Any) -> Any:
+    """Send a request to the gateway of the deployed tiers; return status, headers and body of its answer."""
+    settings = Settings(model="qwen3-8b")
+    registry = Registry.load(models_file)
+    keyring = load_keyring(KEYS, digests(KEYS), registry, settings.model)
+    door = gateway(Directory(registry, settings.model, Tiers(settings, {}).pool), keyring, hold_s=5)
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    sent: list[Any] = []
+    incoming = [{"type": "http.request", "body": json.dumps({"model": model, **body}).encode()}]
+
+    async def receive() -> Any:
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(door(scope, receive, send))
+    start, *rest = sent
+    return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in rest))
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_for_a_tier_too_small_for_the_weights_is_400_and_wakes_nothing(path: str, stream: bool) -> None:
+    """With the names of tiers that fit; a client that retries is told not to."""
+    status, headers, answer = ask("gemma-3-27b-l40s", path, messages=[], stream=stream)
+
+    assert status == 400
+    assert headers[b"x-should-retry"] == b"false"
+    error = answer["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "model_too_large", "model")
+    assert error["message"] == (
+        "Model 'gemma-3-27b' does not fit on L40S: its weights are 54.9 GB, and vLLM uses 44.2 of 48 GB (92%). "
+        "Use 'gemma-3-27b-a100' (A100-80GB, $2.50/h, the cheapest that fits) or 'gemma-3-27b-h100' (H100, $3.95/h, "
+        "its registry entry's own)."
+    )
+
+
+def test_request_for_an_adapter_on_a_tier_too_small_is_told_the_adapters_name(tmp_path: Path) -> None:
+    """The names in the sentence can be sent as they are, and mean the adapter."""
+    file = tmp_path / "models.toml"
+    file.write_text(
+        '[models.mine]\nhub_id = "me/mine"\nweights_gb = 60\n'
+        '[[models.mine.adapters]]\nname = "Poet"\nhub_id = "me/poet"\n'
+    )
+    status, _, answer = ask("poet-l4", models_file=file)
+
+    assert status == 400
+    assert "Use 'Poet-a100' " in answer["error"]["message"]
+    choice = Registry.load(file).find("Poet-a100")
+    assert (choice.spec.key, choice.gpu and choice.gpu.name) == ("mine", "A100-80GB")
+
+
+def test_request_for_a_model_that_a_key_may_not_use_is_told_so_first() -> None:
+    """Nothing of the model is said to it."""
+    status, _, answer = ask("gemma-3-27b-l40s", key="sk-bob")
+
+    assert (status, answer["error"]["code"]) == (403, "model_not_allowed")
+
+
+def test_request_for_an_a100_goes_to_the_tier_of_the_80_gb_card() -> None:
+    """Its short name and its full one mean one pool of one app."""
+    directory = Directory(Registry.load(), "qwen3-8b", Tiers(Settings(), {}).pool)
+    pool = directory.find("gemma-3-27b-a100").pool
+    pool.check("gemma-3-27b")
+
+    assert pool.place == "A100-80GB"
+    assert directory.find("gemma-3-27b-a100-80gb").pool is pool
+    with pytest.raises(AssertionError, match="app vllm-a100 is asked for"):
+        asyncio.run(pool.wake())
