@@ -1,4 +1,4 @@
-"""What the command line asks of Modal. Refused: anything that a deployed class does by itself."""
+"""What the command line and a deploy ask of Modal. Refused: anything that a deployed class does by itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import modal
 
 from service import errors
+from service.deployment import no_hub_token
 from service.errors import ServiceError
 from service.prefetch import application
 from service.records import DIRECTORY, BootRecord, parse
@@ -64,6 +65,17 @@ def _lines(volume: modal.Volume) -> list[bytes]:
         return list(pool.map(read, paths))
 
 
+def missing_hub_token(secret: str) -> str | None:
+    """Return why Modal has no such secret with HF_TOKEN, in its words; None when it has, or cannot be asked. Blocks."""
+    try:
+        modal.Secret.from_name(secret, required_keys=["HF_TOKEN"]).hydrate()
+    except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
+        return " ".join(str(error).split())
+    except (modal.exception.Error, OSError):  # what the deploy itself fails at, and then says
+        return None
+    return None
+
+
 def prefetch(order: Order, secret: str | None) -> Iterator[Word]:
     """Have a CPU-only function of Modal's do the order with the volume `huggingface-cache`, and tell what happens.
 
@@ -107,10 +119,7 @@ def _explained(secret: str | None) -> Iterator[None]:
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
         said = " ".join(str(error).split())
         if secret and secret in said:
-            raise ServiceError(
-                f"A model is gated, and Modal's secret '{secret}' is not there or has no HF_TOKEN: {said}. "
-                f"Create it: modal secret create {secret} HF_TOKEN=<token>. SERVICE_HUB_SECRET names another."
-            ) from error
+            raise no_hub_token(secret, said) from error
         raise ServiceError(f"Modal refuses to run the prefetch: {said}.") from error
     except (modal.exception.Error, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__

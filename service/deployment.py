@@ -62,6 +62,23 @@ class Deployment:
         )
         return cls(resolved, registry, spec, tier)
 
+    def with_hub_token(self, missing: Callable[[str], str | None]) -> Deployment:
+        """Attach the secret with the hub's token where any entry is gated: each model of the registry is served here.
+
+        Args:
+            missing: Returns why Modal has no such secret with HF_TOKEN; None when it has.
+
+        Raises:
+            ServiceError: It is missing, and the default model is gated or the user named the secret.
+        """
+        needed = self.settings.hub_secret
+        secret = needed or (DEFAULT_HUB_SECRET if any(spec.gated for spec in self.registry.specs.values()) else None)
+        if secret and (why := missing(secret)):
+            if needed:
+                raise no_hub_token(secret, why)
+            secret = None
+        return replace(self, settings=self.settings.model_copy(update={"hub_secret": secret}))
+
     def settled(self, token: str | None, say: Callable[[str], None]) -> Deployment:
         """Record the commits of models that name none: of the default one, and of all in the user's own file.
 
@@ -133,6 +150,14 @@ class Deployment:
             "experimental_options": {"enable_gpu_snapshot": True} if s.snapshot == "gpu" else None,
         }
         return {name: value for name, value in options.items() if value}
+
+
+def no_hub_token(secret: str, why: str) -> ServiceError:
+    """Return what is said where a gated model's secret is missing."""
+    return ServiceError(
+        f"A gated model needs Modal's secret '{secret}', which is not there or has no HF_TOKEN: {why}. "
+        f"Create it: modal secret create {secret} HF_TOKEN=<token>. SERVICE_HUB_SECRET names another."
+    )
 
 
 def _check_snapshot(snapshot: str, n_gpu: int) -> None:

@@ -106,7 +106,7 @@ def _gated(hub_id: str, page: str, *, has_token: bool) -> str:
         return f"{hub_id} is gated and this token has no access. Accept its licence at {page} with the token's account."
     return (
         f"{hub_id} is gated and no token is here. Accept its licence at {page}, then set HF_TOKEN (locally) or "
-        "create the secret: modal secret create huggingface HF_TOKEN=<token>."
+        "create the secret and deploy again: modal secret create huggingface HF_TOKEN=<token>."
     )
 
 

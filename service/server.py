@@ -17,9 +17,10 @@ from service import selftest
 from service.boot import Replica
 from service.caches import Caches
 from service.completion import request
+from service.control import missing_hub_token
 from service.deployment import Deployment
 from service.engine_env import versions
-from service.errors import EngineError, UsageError
+from service.errors import EngineError, ServiceError, UsageError
 from service.fetch import hub_token
 from service.image import image
 from service.keys import digests
@@ -31,7 +32,8 @@ try:
     DEPLOYMENT = Deployment.resolve()
     if modal.is_local():
         DEPLOYMENT = DEPLOYMENT.settled(hub_token(os.environ), lambda text: _log(text))  # noqa: PLW0108 - below
-except UsageError as error:
+        DEPLOYMENT = DEPLOYMENT.with_hub_token(missing_hub_token)
+except ServiceError as error:
     raise SystemExit(f"error: {error}") from None
 SETTINGS = DEPLOYMENT.settings
 

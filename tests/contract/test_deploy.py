@@ -18,6 +18,8 @@ from tests.contract.conftest import deploy, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane
 
 KEYS = list(Registry.load().specs)
+NO_HUB_TOKEN = "error: A gated model needs Modal's secret 'huggingface', which is not there or has no HF_TOKEN: "
+CREATE_HUB_TOKEN = "Create it: modal secret create huggingface HF_TOKEN=<token>."
 VOLUMES = {
     "/root/.cache/huggingface": "huggingface-cache",
     "/root/.cache/vllm": "vllm-cache",
@@ -52,7 +54,8 @@ def _published(plane: ModalPlane, app: str) -> Published:
     function = pb.Function()
     function.CopyFrom(plane.function(app, "Server"))
     asked = {request.deployment_name: list(request.required_keys) for request in plane.calls("SecretGetOrCreate")}
-    names = {modal.Secret.from_name(name).hydrate(plane.client()).object_id: name for name in asked}
+    there = asked.keys() & plane.secrets.names()
+    names = {modal.Secret.from_name(name).hydrate(plane.client()).object_id: name for name in there}
     secrets = {names[secret_id]: asked[names[secret_id]] for secret_id in function.secret_ids}
     images, image = plane.images, function.image_id
     return Published(function, secrets, images.env(image), images.layers(image))
@@ -82,7 +85,7 @@ def test_deploy_of_each_entry_publishes_the_class_in_the_contracts_shape(plane: 
     ids = {mount.volume_id: mount.mount_path for mount in function.volume_mounts if not mount.read_only}
     assert {ids[volume.id]: volume.name for volume in plane.volumes} == VOLUMES
     assert {volume.version for volume in plane.volumes} == {pb.VOLUME_FS_VERSION_V2}
-    assert published.secrets == ({"huggingface": ["HF_TOKEN"]} if spec.gated else {})
+    assert published.secrets == {"huggingface": ["HF_TOKEN"]}  # for the gated ones: one app serves all entries
     assert published.parameters == {
         "model": ("PARAM_TYPE_STRING", key),
         "fast_boot": ("PARAM_TYPE_BOOL", True),
@@ -216,9 +219,26 @@ def _definition(plane: ModalPlane) -> tuple[str, list[tuple[str, str]]]:
 
 
 def test_deploy_with_a_secret_that_lacks_its_key_names_the_key(plane: ModalPlane) -> None:
-    """A gated model's secret must have HF_TOKEN; without it nothing is published."""
+    """A gated default model's secret must have HF_TOKEN; without it nothing is published."""
     plane.secrets.put("huggingface", {"TOKEN": "hf_test"})
-    _refused(plane, {"SERVICE_MODEL": "llama-3.1-8b"}, "Error: Secret 'huggingface' is missing key(s): HF_TOKEN")
+    _refused(
+        plane,
+        {"SERVICE_MODEL": "llama-3.1-8b"},
+        f"{NO_HUB_TOKEN}Secret 'huggingface' is missing key(s): HF_TOKEN. {CREATE_HUB_TOKEN}",
+    )
+
+
+@pytest.mark.parametrize("values", [None, {"TOKEN": "hf_test"}])
+def test_deploy_of_an_ungated_model_needs_no_hub_token(plane: ModalPlane, values: dict[str, str] | None) -> None:
+    """No secret, or one without HF_TOKEN, is not attached; the next deploy after it was made attaches it."""
+    if values:
+        plane.secrets.put("huggingface", values)
+    deploy(plane)
+    assert not plane.function("vllm-h100", "Server").secret_ids
+
+    plane.secrets.put("huggingface", {"HF_TOKEN": "hf_test"})
+    deploy(plane)
+    assert _published(plane, "vllm-h100").secrets == {"huggingface": ["HF_TOKEN"]}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +267,10 @@ def test_deploy_with_a_secret_that_lacks_its_key_names_the_key(plane: ModalPlane
             "error: Models file '/nowhere.toml' cannot be read: No such file or directory. "
             "Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
         ),
-        ({"SERVICE_MODEL": "llama-3.1-8b"}, "Error: Secret 'huggingface' not found in environment 'main'"),
+        (
+            {"SERVICE_MODEL": "llama-3.1-8b"},
+            f"{NO_HUB_TOKEN}Secret 'huggingface' not found in environment 'main'. {CREATE_HUB_TOKEN}",
+        ),
         (
             {"SERVICE_MODEL": "gemma-3-27b", "SERVICE_GPU": "L40S"},
             "error: Model 'gemma-3-27b' does not fit on L40S: its weights are 54.9 GB, and vLLM uses 44.2 of 48 GB "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.deployment import Deployment
 from service.errors import (
     GpuMemoryError,
     RegistryError,
+    ServiceError,
     SettingsError,
     UnknownGpuError,
     UnknownModelError,
@@ -101,6 +103,49 @@ def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -
 def test_deployment_asks_for_the_secrets_it_needs(fields: dict[str, str], secrets: dict[str, list[str]]) -> None:
     """The hub's for gated models, the keys' where the engine keeps strangers out, no other."""
     assert resolve(**fields).secrets == secrets
+
+
+@pytest.mark.parametrize(
+    ("fields", "there", "secrets"),
+    [
+        ({}, {"huggingface"}, {"huggingface": ["HF_TOKEN"]}),
+        ({}, set(), {}),
+        ({"model": "gemma-3-12b"}, {"huggingface"}, {"huggingface": ["HF_TOKEN"]}),
+        ({"hub_secret": "mine"}, {"mine", "huggingface"}, {"mine": ["HF_TOKEN"]}),
+    ],
+)
+def test_deployment_with_a_gated_entry_attaches_the_hubs_secret_where_it_exists(
+    fields: dict[str, str], there: set[str], secrets: dict[str, list[str]]
+) -> None:
+    """Whatever the default model is: the app serves every model of the registry; the container has the same."""
+    here = resolve(**fields).with_hub_token(lambda name: None if name in there else "not found")
+
+    assert here.secrets == Deployment.resolve(here.settings.to_env()).secrets == secrets
+
+
+@pytest.mark.parametrize(
+    ("fields", "secret"),
+    [({"model": "gemma-3-12b"}, "huggingface"), ({"hub_secret": "mine"}, "mine")],
+)
+def test_deployment_without_the_hubs_secret_that_it_needs_names_the_command(
+    fields: dict[str, str], secret: str
+) -> None:
+    """It is needed where the default model is gated, or the user has named it."""
+    with pytest.raises(ServiceError) as caught:
+        resolve(**fields).with_hub_token(lambda name: f"Secret '{name}' not found")
+
+    assert f"Secret '{secret}' not found. Create it: modal secret create {secret} HF_TOKEN=<token>" in str(caught.value)
+
+
+def test_deployment_of_a_registry_without_gated_models_asks_for_no_secret() -> None:
+    """Modal is not asked either."""
+    deployment = resolve()
+    registry = Registry({key: spec for key, spec in deployment.registry.specs.items() if not spec.gated})
+
+    def missing(_: str) -> str:
+        raise AssertionError("nothing of it is needed")
+
+    assert dataclasses.replace(deployment, registry=registry).with_hub_token(missing).secrets == {}
 
 
 @pytest.mark.parametrize(
