@@ -24,12 +24,13 @@ import psutil
 
 from bench.processes import Timed, first_token, free_port, plain_vllm, service
 from bench.report import Report
-from service import charts, engine_env
+from service import engine_env
 from service.boot import Replica
+from service.boots import export
+from service.boots.records import BootRecord
 from service.caches import Caches
 from service.models import Registry
 from service.plan import Plan
-from service.records import BootRecord
 from tests.contract.memory import overwrite
 
 SETTLED_S, WATCHED_S = 5.0, 60.0
@@ -47,7 +48,7 @@ def main() -> int:
         bench.round()
         print(f"round {number}: " + ", ".join(f"{name} {times[-1]:.2f}" for name, times in bench.times.items()))
     if arguments.png:
-        charts.png(bench.records[-len(bench.records) // arguments.rounds :], arguments.png)
+        export.png(bench.records[-len(bench.records) // arguments.rounds :], arguments.png)
     return bench.report()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from service import records
+from service.boots import records
+from service.boots.records import BootRecord
 from service.plan import Plan
-from service.records import BootRecord
 
 
 class Afterwards:

@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from service import hardware, records, weights
+from service import hardware, weights
 from service.afterwards import Afterwards
+from service.boots import records
+from service.boots.phases import Phases
+from service.boots.records import BootRecord
 from service.caches import machine
 from service.engine import EngineProcess, Hold, State
 from service.engine_args import engine_command
 from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.keys import digest
-from service.phases import Phases
 from service.plan import Plan, Snapshot
 from service.readahead import Readahead
-from service.records import BootRecord
 
 _HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint
 

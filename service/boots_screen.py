@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.comparison import Group, groups, printable, shortened
-from service.records import BootRecord
+from service.boots.groups import Group, groups, printable, shortened
+from service.boots.records import BootRecord
 
 _WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
 _MODEL_WIDTH = 38  # what the other columns leave of it

@@ -106,7 +106,8 @@ def boots(
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the newest N.")] = None,
 ) -> None:
     """Show what the boots of replicas took, phase by phase, and compare the strategies."""
-    from service import boots_screen, records
+    from service import boots_screen
+    from service.boots import records
 
     if modal:
         from service import control
@@ -120,9 +121,9 @@ def boots(
         )
     found = found[-last:] if last else found
     if found and (html or png):
-        from service import charts
+        from service.boots import export
 
-        for file, write in ((html, charts.html), (png, charts.png)):
+        for file, write in ((html, export.html), (png, export.png)):
             if file:
                 write(found, file)
                 typer.echo(f"Wrote {file}", err=as_json)

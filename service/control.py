@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import modal
 
 from service import errors
+from service.boots.records import DIRECTORY, BootRecord, parse
 from service.deployment import no_hub_token
 from service.errors import ServiceError
 from service.prefetch import application
-from service.records import DIRECTORY, BootRecord, parse
 from service.stocking import Order, Word
 from service.volumes import HUB_CACHE, MOUNTS, VLLM_CACHE
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from service import engine_env, fetch, records, revisions, weights
+from service import engine_env, fetch, revisions, weights
 from service.boot import Replica
+from service.boots import records
 from service.caches import Caches
 from service.engine_args import cpu_memory_bytes
 from service.errors import EngineError, UnknownModelError

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from service import keys, records
+from service import keys
 from service.boot import Replica
+from service.boots import records
 from service.errors import EngineError, OpenDoorError
 from service.gateway.limits import Keyring, load_keyring
 from service.gateway.local_pool import Machine, new_key

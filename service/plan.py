@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from service.boots.records import BootRecord
 from service.caches import Caches
 from service.engine import HANG_S
 from service.errors import GpuCountError
 from service.locks import Lock
 from service.models import ModelSpec
-from service.records import BootRecord
 
 Snapshot = Literal["off", "cpu", "gpu"]
 DRAIN_S = 15.0  # of the 30 s that Modal gives a preempted container

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import modal
 
 from service import caches
-from service.records import DIRECTORY
+from service.boots.records import DIRECTORY
 
 HUB_CACHE = "/root/.cache/huggingface"
 VLLM_CACHE = "/root/.cache/vllm"

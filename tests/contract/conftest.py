@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from service import engine_env
-from service.records import BootRecord
+from service.boots.records import BootRecord
 from tests.engine.dialogues import QUESTION
 from tests.engine.running import BOOT_S, requests_running
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory

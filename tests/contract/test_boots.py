@@ -13,9 +13,9 @@ import modal
 import pytest
 
 from service import control
+from service.boots.records import BootRecord, Span, new_id
 from service.control import BOOTS_VOLUME
 from service.errors import ServiceError
-from service.records import BootRecord, Span, new_id
 from tests.fakes.modal import ModalPlane
 
 COMMAND = Path(sys.executable).with_name("vllm-service")

@@ -10,8 +10,9 @@ import pytest
 
 from service import engine_env
 from tests.contract.conftest import call, installed, modal_cli
-from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+from .gateways import APP, KEY, TAG, deploy_door, put_secrets
 
 
 def test_door_is_published_without_a_gpu_as_one_container_for_all(plane: ModalPlane) -> None:

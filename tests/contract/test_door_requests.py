@@ -18,10 +18,11 @@ import modal
 import pytest
 
 from tests.contract.conftest import CHAT, call, deploy, generating, posted, refused_websocket
-from tests.contract.doors import APP, KEY, TAG, deploy_door, put_secrets
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import check_stops
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
+
+from .gateways import APP, KEY, TAG, deploy_door, put_secrets
 
 
 @pytest.fixture(scope="module")

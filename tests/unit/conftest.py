@@ -16,9 +16,8 @@ import pytest
 from service.engine_args import IN_ENGINE, EngineCommand
 from service.models import Registry
 from service.plan import Plan
-
-from .hub_client import cache, hub, slept  # noqa: F401 - fixtures
-from .replicas import Place
+from tests.unit.hub_client import cache, hub, slept  # noqa: F401 - fixtures
+from tests.unit.replicas import Place
 
 _OURS = ("SERVICE_", "API_KEY", "HF_", "HUGGING", "MODAL_", "VLLM_", "CUDA_", "XDG_")
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")

@@ -17,8 +17,7 @@ from service.boot import Replica
 from service.engine import State
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
 from service.plan import Plan
-
-from .engines import eventually, group, scripted
+from tests.unit.engines import eventually, group, scripted
 
 
 def test_replica_without_a_snapshot_prepares_weights_only(plan: Plan) -> None:

@@ -11,12 +11,11 @@ import psutil
 import pytest
 
 from service.boot import Replica
+from service.boots.records import BootRecord
 from service.engine import EngineProcess, State
 from service.errors import EngineError, GpuCountError
 from service.plan import Plan
-from service.records import BootRecord
-
-from .engines import READY_S, eventually, group, scripted
+from tests.unit.engines import READY_S, eventually, group, scripted
 
 
 class Watched(Replica):

@@ -11,14 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from service import records
 from service.boot import Replica
+from service.boots import records
 from service.caches import Caches
 from service.engine import State
 from service.errors import EngineError
 from service.plan import Plan
-
-from .engines import eventually, scripted
+from tests.unit.engines import eventually, scripted
 
 VERSIONS = {"vllm": "1.2.3"}
 

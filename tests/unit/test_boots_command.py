@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from service import records
-from service.records import BootRecord, Span
+from service.boots import records
+from service.boots.records import BootRecord, Span
 
 from .test_records import record
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import archive
-
-from .replicas import H100, OLD_NS, Place, make
+from tests.unit.replicas import H100, OLD_NS, Place, make
 
 
 def put(shelf: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:

@@ -12,8 +12,7 @@ import pytest
 
 from service import archive, hardware
 from service.caches import Caches, machine
-
-from .replicas import H100, OLD_NS, SOFTWARE, Place, make
+from tests.unit.replicas import H100, OLD_NS, SOFTWARE, Place, make
 
 
 def test_caches_taken_in_elsewhere_are_the_same_to_the_nanosecond(place: Place) -> None:

@@ -28,8 +28,8 @@ from service.engine import EngineProcess, State
 from service.engine_args import IN_ENGINE, EngineCommand
 from service.errors import EngineError
 from service.plan import Plan
+from tests.unit.engines import READY_S, eventually, group, open_files, scripted
 
-from .engines import READY_S, eventually, group, open_files, scripted
 from .fake_engine import HOLDS, STEPS
 
 LIVES, AT_ONCE = 500, 16

@@ -17,8 +17,7 @@ import pytest
 from service.engine import EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError, EngineTimeoutError
-
-from .engines import READY_S, eventually, open_links
+from tests.unit.engines import READY_S, eventually, open_links
 
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]

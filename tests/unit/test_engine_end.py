@@ -21,8 +21,7 @@ import pytest
 from service.engine import EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError
-
-from .engines import READY_S, eventually, group, open_files
+from tests.unit.engines import READY_S, eventually, group, open_files
 
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]

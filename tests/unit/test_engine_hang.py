@@ -13,8 +13,7 @@ import pytest
 from service.engine import CUT_S, TERMINATE_S, EngineProcess, State
 from service.engine_args import EngineCommand
 from service.errors import EngineError
-
-from .engines import READY_S, eventually, group
+from tests.unit.engines import READY_S, eventually, group
 
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]

@@ -13,8 +13,7 @@ import pytest
 
 from service.engine import CUT_S, TERMINATE_S, EngineProcess, State
 from service.engine_args import EngineCommand
-
-from .engines import READY_S, eventually, group
+from tests.unit.engines import READY_S, eventually, group
 
 SLACK_S = 2.0  # of a busy machine
 GRACE_S = 30.0  # far more than any engine here needs

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from service.engine_args import IN_ENGINE
-
-from .conftest import FAKE_ENGINE
+from tests.unit.conftest import FAKE_ENGINE
 
 
 class Piped:

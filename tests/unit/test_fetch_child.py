@@ -16,8 +16,7 @@ import pytest
 from service import fetch
 from service.errors import GatedModelError, WeightsError
 from tests.fakes.hub import Hub
-
-from .hub_client import COMMIT, FILES
+from tests.unit.hub_client import COMMIT, FILES
 
 pytestmark = pytest.mark.usefixtures("cache")
 WANTED = fetch.Wanted("org/mine", COMMIT)

@@ -228,7 +228,7 @@ def test_body_with_a_large_image_is_read_and_rewritten_where_no_copy_has_room() 
     program = """
 import resource
 from service.gateway import bodies
-from tests.unit.test_gateway_bodies import IMAGE
+from tests.unit.gateway.test_request_fields import IMAGE
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4_000_000,) * 2)
 first, second = bodies.rewritten(IMAGE, {"model": bodies.read(IMAGE).model + "-h100"})

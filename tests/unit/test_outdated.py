@@ -12,8 +12,7 @@ from service.errors import WeightsError
 from service.models import ModelSpec, Registry
 from service.outdated import Pin, compare
 from tests.fakes.hub import Hub, Repository
-
-from .hub_client import COMMIT
+from tests.unit.hub_client import COMMIT
 
 NEW = "f" * 40
 

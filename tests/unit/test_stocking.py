@@ -15,8 +15,7 @@ from service.revisions import cache_record, lock_file, read, record
 from service.stocking import Done, Failed, Freed, Order, Said, Settled, stock
 from service.weights import Progress
 from tests.fakes.hub import Hub, Repository
-
-from .hub_client import COMMIT, FILES
+from tests.unit.hub_client import COMMIT, FILES
 
 OTHER = "f" * 40
 LOOSE = ModelSpec(key="loose", hub_id="org/mine")

@@ -14,8 +14,7 @@ import pytest
 from service import weights
 from service.errors import WeightsError
 from service.models import ModelSpec, Registry
-
-from .hub_client import COMMIT, FILES, SHARDS, SPEC, filled
+from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
 pytestmark = pytest.mark.usefixtures("cache", "slept")
 

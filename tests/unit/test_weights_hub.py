@@ -14,8 +14,7 @@ from service import download, fetch, weights
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.models import ModelSpec
 from tests.fakes.hub import Hub
-
-from .hub_client import COMMIT, FILES, SHARDS, SPEC, filled
+from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
 pytestmark = pytest.mark.usefixtures("cache", "slept", "fetched_here")
 

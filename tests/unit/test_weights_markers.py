@@ -14,8 +14,7 @@ from service.errors import WeightsError
 from service.locks import FlockLock
 from service.markers import File, Marker
 from service.selection import Wanted
-
-from .hub_client import COMMIT, FILES, SPEC, filled
+from tests.unit.hub_client import COMMIT, FILES, SPEC, filled
 
 MARKER = Marker(
     "org/mine", COMMIT, {path: File(len(content), "git:abc") for path, content in FILES.items()}, frozenset(FILES)

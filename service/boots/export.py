@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from service.comparison import Group, groups, printable
+from service.boots.groups import Group, groups, printable
+from service.boots.records import BootRecord, by_time, write_whole
+from service.boots.timeline import drawn
 from service.errors import ServiceError
-from service.records import BootRecord, by_time, write_whole
-from service.waterfall import drawn
 
 _BOOTS = (
     "id", "when (UTC)", "model", "revision", "GPU", "strategy", "restored", "fast boot", "outcome", "seconds",

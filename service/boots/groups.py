@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from service.records import BootRecord, by_time
+from service.boots.records import BootRecord, by_time
 
 _ORDER = ("off", "cpu", "gpu")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from service import comparison, records
-from service.records import BootRecord, Span
+from service.boots import groups, records
+from service.boots.records import BootRecord, Span
 
 RECORD = BootRecord(
     id="1m7xxpyr9hkan",
@@ -207,7 +207,7 @@ def test_local_directory_is_in_the_users_state(tmp_path: Path, monkeypatch: pyte
 
 def test_import_of_records_brings_in_the_standard_library_alone() -> None:
     """A replica imports it while somebody waits."""
-    program = "import sys; before = set(sys.modules); import service.records; print(*set(sys.modules) - before)"
+    program = "import sys; before = set(sys.modules); import service.boots.records; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     brought = {name.partition(".")[0] for name in done.stdout.split()}
 
@@ -226,7 +226,7 @@ def test_groups_hold_what_compares_in_the_order_of_strategies() -> None:
         record(strategy="off", restored=False, seconds=41, fast_boot=True),
         record(strategy="off", restored=False, seconds=4, model="a"),
     ]
-    found = comparison.groups(boots)
+    found = groups.groups(boots)
 
     assert [(group.subject, group.kind, group.median) for group in found] == [
         ("a on 2 x H200, without fast boot", "off", 4),
@@ -245,4 +245,4 @@ def test_groups_hold_what_compares_in_the_order_of_strategies() -> None:
 )
 def test_shortened_text_is_one_line_that_has_both_ends(text: str, short: str) -> None:
     """What stands in a record may be anybody's; on a screen it moves no cursor."""
-    assert comparison.shortened(text, max(len(short), 6)) == short
+    assert groups.shortened(text, max(len(short), 6)) == short

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from service.phases import Phases
+from service.boots.phases import Phases
 
 OFF = {"started": 1, "released": 0.5, "imported": 3, "building": 3.5, "loaded": 7, "canary": 8, "open": 8.5, "ready": 9}
 CPU = {"started": 1, "imported": 3, "released": 5, "building": 6, "loaded": 8, "canary": 9, "open": 9.5, "ready": 10}

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from service.comparison import Group, groups, printable, shortened
-from service.records import BootRecord, Span, by_time
+from service.boots.groups import Group, groups, printable, shortened
+from service.boots.records import BootRecord, Span, by_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.records import Span
+from service.boots.records import Span
 
 # phase, from the last of these marks, to this one
 _SPANS = (

@@ -16,11 +16,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from service import charts, waterfall
+from service.boots import export, timeline
+from service.boots.records import BootRecord, Span
 from service.errors import ServiceError
-from service.records import BootRecord, Span
-
-from .test_records import record
+from tests.unit.boots.test_records import record
 
 PHASES = (Span("import", -20, -3), Span("queue", 0, 0.4), Span("restore", 0.4, 60), Span("<odd> & new", 50, 180))
 EVIL = "<script>alert(1)</script> $x^2_{$ &amp; \x00\x1b[31m"
@@ -28,7 +27,7 @@ EVIL = "<script>alert(1)</script> $x^2_{$ &amp; \x00\x1b[31m"
 
 def png_of(records: Sequence[BootRecord], tmp_path: Path) -> Image.Image:
     """Write the picture and decode it whole."""
-    charts.png(records, tmp_path / "boots.png")
+    export.png(records, tmp_path / "boots.png")
     picture = Image.open(io.BytesIO((tmp_path / "boots.png").read_bytes()))
     picture.load()
     return picture.convert("RGB")
@@ -36,7 +35,7 @@ def png_of(records: Sequence[BootRecord], tmp_path: Path) -> Image.Image:
 
 def html_of(records: Sequence[BootRecord], tmp_path: Path) -> str:
     """Write the page."""
-    charts.html(records, tmp_path / "boots.html")
+    export.html(records, tmp_path / "boots.html")
     return (tmp_path / "boots.html").read_text()
 
 
@@ -55,7 +54,7 @@ def test_png_has_the_width_of_a_screen_and_grows_with_the_rows(tmp_path: Path) -
     """1800 pixels, and a row more for each boot."""
     sizes = [png_of(boots(count), tmp_path).size for count in (1, 3, 40)]
 
-    assert {width for width, _ in sizes} == {round(waterfall.WIDTH * waterfall.DPI)}
+    assert {width for width, _ in sizes} == {round(timeline.WIDTH * timeline.DPI)}
     rows = [(sizes[1][1] - sizes[0][1]) / 2, (sizes[2][1] - sizes[1][1]) / 37]
     assert all(30 < row < 60 for row in rows)
 
@@ -69,14 +68,14 @@ def test_png_shows_phases_in_their_colours(tmp_path: Path) -> None:
     """Short ones too; what came before the snapshot is not drawn."""
     picture = png_of(boots(1, seconds=180), tmp_path)
 
-    assert all(has(picture, waterfall._COLOURS[name]) for name in ("queue", "restore"))
-    assert not has(picture, waterfall._COLOURS["import"])
+    assert all(has(picture, timeline._COLOURS[name]) for name in ("queue", "restore"))
+    assert not has(picture, timeline._COLOURS["import"])
 
 
 def test_png_marks_boots_that_failed(tmp_path: Path) -> None:
     """In red, and no other boot is."""
-    assert has(png_of(boots(1, outcome="failed", reason="out of memory"), tmp_path), waterfall._FAILED)
-    assert not has(png_of(boots(1), tmp_path), waterfall._FAILED)
+    assert has(png_of(boots(1, outcome="failed", reason="out of memory"), tmp_path), timeline._FAILED)
+    assert not has(png_of(boots(1), tmp_path), timeline._FAILED)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def bars_and_texts(records: Sequence[BootRecord]) -> tuple[Any, list[Any]]:
     import matplotlib.style
 
     with matplotlib.style.context("default"):
-        figure = waterfall._Picture(records).figure
+        figure = timeline._Picture(records).figure
         figure.draw_without_rendering()
     return figure, [text for text in figure.axes[0].texts if text.get_text()]
 
@@ -157,8 +156,8 @@ def test_drawing_leaves_matplotlibs_state_alone(tmp_path: Path) -> None:
     """No pyplot, whose figures would pile up, and no settings changed."""
     program = f"""
 import sys, pathlib, matplotlib
-from service import charts
-from tests.unit.test_charts import boots
+from service.boots import export as charts
+from tests.unit.boots.test_export import boots
 before = matplotlib.rcParams.copy()
 charts.png(boots(2), pathlib.Path({str(tmp_path / "x.png")!r}))
 assert dict.__eq__(matplotlib.rcParams.copy(), before)  # the class's own == would choose a backend
@@ -171,7 +170,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_import_of_charts_brings_in_no_matplotlib() -> None:
     """Only a picture is worth it."""
-    program = "import sys, service.charts; print('matplotlib' in sys.modules, 'numpy' in sys.modules)"
+    program = "import sys, service.boots.export; print('matplotlib' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == ["False", "False"]
@@ -244,7 +243,7 @@ def test_html_tells_every_record_and_every_phase(tmp_path: Path) -> None:
     assert "What is typical" in text
 
 
-@pytest.mark.parametrize("write", [charts.png, charts.html])
+@pytest.mark.parametrize("write", [export.png, export.html])
 @pytest.mark.parametrize("place", ["/dev/null/boots", "none/boots", "/", "directory", "x" * 300])
 def test_file_that_cannot_be_written_is_a_sentence_and_leaves_nothing(
     write: Any, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -283,6 +282,6 @@ def test_spans_that_overlap_share_the_row(
     spans: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]
 ) -> None:
     """Others have all of it; a clock's rounding is no overlap."""
-    laid = waterfall.lanes([Span(*span) for span in spans], tolerance=0.05)
+    laid = timeline.lanes([Span(*span) for span in spans], tolerance=0.05)
 
     assert {span.name: (offset, height) for span, offset, height in laid} == places

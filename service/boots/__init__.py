@@ -1,0 +1,1 @@
+"""Records of boots: what each phase took, kept, compared and drawn."""
