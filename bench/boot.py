@@ -29,8 +29,8 @@ from service.boot import Replica
 from service.boots import export
 from service.boots.records import BootRecord
 from service.caches import Caches
-from service.models import Registry
 from service.plan import Plan
+from service.registry.models import Registry
 from tests.contract.memory import overwrite
 
 SETTLED_S, WATCHED_S = 5.0, 60.0

@@ -29,8 +29,8 @@ from service.boot import Replica
 from service.caches import Caches
 from service.engine import State
 from service.errors import EngineError
-from service.models import Registry
 from service.plan import Plan, Snapshot
+from service.registry.models import Registry
 
 STRATEGIES: tuple[Snapshot, ...] = ("off", "cpu", "gpu")
 

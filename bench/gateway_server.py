@@ -22,7 +22,7 @@ from service.gateway import listen
 from service.gateway.limits import load_keyring
 from service.gateway.local_pool import Engine, Machine
 from service.hardware import bound_port
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
 MODEL = "tiny"

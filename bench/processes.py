@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from service.models import Registry
+from service.registry.models import Registry
 
 POLL_S = 0.05
 LIMIT_S = 180.0

@@ -32,9 +32,9 @@ from service import engine_env
 from service.engine import EngineProcess, State
 from service.engine_args import engine_command
 from service.hardware import check_room
-from service.models import ModelSpec, Registry
 from service.page_cache import available_bytes
 from service.readahead import Readahead
+from service.registry.models import ModelSpec, Registry
 from service.weight_files import weight_files
 
 SHARDS = 8

@@ -34,7 +34,7 @@ SAMPLE_S = 0.05
 OURS = f"""
 import sys, time
 from service import weights
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 spec = ModelSpec(key="bench", hub_id="org/bench", revision="{COMMIT}")
 """
 FETCH = OURS + "weights.fetch(spec)"

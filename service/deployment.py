@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from service import revisions
 from service.errors import ServiceError, SettingsError, UnknownModelError
-from service.gpus import find_gpu
-from service.models import ModelSpec, Registry
+from service.registry.gpus import find_gpu
+from service.registry.models import ModelSpec, Registry
+from service.registry.tiers import Tier, check_weights, tier_of
 from service.settings import Settings
-from service.tiers import Tier, check_weights, tier_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

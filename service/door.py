@@ -18,9 +18,9 @@ from service.gateway.app import Door
 from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
 from service.gateway.process import expect_many_streams
 from service.image import carrying, light_image
-from service.models import Registry
+from service.registry.models import Registry
+from service.registry.tiers import check_weights
 from service.settings import Settings
-from service.tiers import check_weights
 
 APP = "vllm-gateway"
 MAX_INPUTS = 1000  # the most that Modal gives one container

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.models import DEFAULT_ALIAS, ModelSpec
+from service.registry.models import DEFAULT_ALIAS, ModelSpec
 
 IN_ENGINE = Path(__file__).parent / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info

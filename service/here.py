@@ -14,9 +14,9 @@ from service.engine_args import cpu_memory_bytes
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
 from service.hardware import check_gpu_count, check_memory, visible_gpus
-from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.page_cache import available_bytes
 from service.plan import Plan
+from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.settings import Settings
 
 DEFAULT_MODEL = "qwen3-0.6b"

@@ -13,7 +13,7 @@ import modal
 
 from service.engine_env import PINS, pinned
 from service.errors import RegistryError
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from service.revisions import lock_file
 from service.settings import Settings
 

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from service.errors import ServiceError, UsageError
-from service.gpus import Gpu, find_gpu
-from service.models import DEFAULT_ALIAS, ModelSpec, Registry
+from service.registry.gpus import Gpu, find_gpu
+from service.registry.models import DEFAULT_ALIAS, ModelSpec, Registry
+from service.registry.tiers import tier_of
 from service.settings import Settings
-from service.tiers import tier_of
 
 GATEWAY_KEY = "os.environ/VLLM_API_KEY"
 MASTER_KEY = "os.environ/LITELLM_MASTER_KEY"

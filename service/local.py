@@ -26,7 +26,7 @@ from service.gateway.limits import Keyring, load_keyring
 from service.gateway.local_pool import Machine, new_key
 from service.hardware import bound_port, claim_port, free_port, is_loopback
 from service.here import Here, Screen
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from service.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from service import hub
 from service.errors import ServiceError, WeightsError
 from service.hub_refusals import endpoint, explained
-from service.models import Registry
+from service.registry.models import Registry
 from service.selection import Wanted
 
 _AT_A_TIME = 8

@@ -12,7 +12,7 @@ from service.caches import Caches
 from service.engine import HANG_S
 from service.errors import GpuCountError
 from service.locks import Lock
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 
 Snapshot = Literal["off", "cpu", "gpu"]
 DRAIN_S = 15.0  # of the 30 s that Modal gives a preempted container

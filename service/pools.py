@@ -8,10 +8,10 @@ from typing import Any
 import modal
 
 from service.errors import UnknownModelError
-from service.gpus import find_gpu
-from service.models import Registry
+from service.registry.gpus import find_gpu
+from service.registry.models import Registry
+from service.registry.tiers import Tier, check_weights
 from service.settings import Settings
-from service.tiers import Tier, check_weights
 
 
 def variant(

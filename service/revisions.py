@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from service import hub, markers
 from service.errors import RegistryError, ServiceError, WeightsError
 from service.hub_refusals import endpoint
-from service.models import BUILT_IN, ModelSpec, Registry
+from service.registry.models import BUILT_IN, ModelSpec, Registry
 
 if TYPE_CHECKING:
     from service.locks import Lock

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from service.errors import ServiceError, UnknownModelError
-from service.gpus import PRICES_DATE, PRICES_SOURCE
 from service.local import Ready
-from service.models import Registry, looks_like_a_source
+from service.registry.gpus import PRICES_DATE, PRICES_SOURCE
+from service.registry.models import Registry, looks_like_a_source
 from service.settings import Settings
 
 _TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from service.models import ModelSpec
+    from service.registry.models import ModelSpec
 
 # Weights for other programs, and what only people look at.
 NEVER = (

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from service.errors import SettingsError, UnknownGpuError, did_you_mean
-from service.gpus import check_count, find_gpu
+from service.registry.gpus import check_count, find_gpu
 
 PREFIX = "SERVICE_"
 _TEXTS = {

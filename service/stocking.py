@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from service import revisions, weights
 from service.errors import ServiceError, UnknownModelError, UsageError
-from service.models import ModelSpec, Registry, unregistered
+from service.registry.models import ModelSpec, Registry, unregistered
 from service.weights import Progress
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from service.errors import WeightsError
 from service.hub_refusals import explained
 from service.locks import FlockLock, Lock
 from service.markers import Marker
-from service.models import ModelSpec
 from service.progress import Progress
+from service.registry.models import ModelSpec
 from service.selection import Wanted, draft_of, model_of, repositories_of
 
 __all__ = ["Lock", "Progress", "Weights", "ensure", "fetch", "find", "prune", "resolve", "verify"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from service.errors import UnknownModelError
 from service.gateway.openai import Refusal
 from service.gateway.pools import Pool
-from service.gpus import Gpu
-from service.models import DEFAULT_ALIAS, Choice, ModelSpec, Registry
+from service.registry.gpus import Gpu
+from service.registry.models import DEFAULT_ALIAS, Choice, ModelSpec, Registry
 
 LOCAL_SUFFIX = "-local"
 _REMEMBERED = 4096  # names, in all the ways to write them

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import UnknownModelError, UsageError, did_you_mean
 from service.gateway.openai import Refusal
 from service.keys import digest
-from service.models import Registry
+from service.registry.models import Registry
 
 ANONYMOUS = "anonymous"  # whom requests are counted under where no key is asked for
 _MINUTE_S = 60.0

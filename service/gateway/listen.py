@@ -20,7 +20,7 @@ from service.gateway.limits import Keyring
 from service.gateway.local_pool import Machine
 from service.gateway.process import for_many_streams
 from service.gateway.routes import BODY_LIMIT
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
 _GRACE_S = 1  # what the door takes to pass on the ends of the engines' streams

@@ -9,7 +9,7 @@ import json
 from service.gateway.directory import Directory
 from service.gateway.pools import Pool, State
 from service.gateway.routes import INFERENCE, OPEN
-from service.models import DEFAULT_ALIAS
+from service.registry.models import DEFAULT_ALIAS
 
 _OTHERS = {
     "/v1/models": "The models, with GPU, context, price and state; wakes nothing",

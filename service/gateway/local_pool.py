@@ -13,10 +13,10 @@ from typing import Protocol
 from service.errors import EngineError
 from service.gateway.pools import Address, Pool, WakeError
 from service.gateway.threads import in_thread
-from service.gpus import Gpu
 from service.hardware import free_port
 from service.keys import digest
-from service.models import ModelSpec
+from service.registry.gpus import Gpu
+from service.registry.models import ModelSpec
 
 PLACE = "this machine"
 _POLL_S = 0.05

@@ -22,11 +22,11 @@ from service.gateway.limits import load_keyring
 from service.gateway.openai import Refusal, unavailable
 from service.gateway.pools import Address, Pool, State, WakeError
 from service.gateway.upstream import session
-from service.gpus import Gpu, find_gpu
 from service.keys import digests
-from service.models import ModelSpec, Registry
+from service.registry.gpus import Gpu, find_gpu
+from service.registry.models import ModelSpec, Registry
+from service.registry.tiers import Tier, check_weights, tier_of
 from service.settings import Settings
-from service.tiers import Tier, check_weights, tier_of
 
 PROXY_SECRET = "vllm-proxy-token"  # noqa: S105 - the name of a secret, not its value
 _FRESH_S = 30.0  # how long an answer is taken for a sign that the next one comes too

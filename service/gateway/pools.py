@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from service.gateway.openai import Refusal, unavailable
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 
 State = Literal["cold", "waking", "ready", "not_deployed"]
 FAILED_FOR_S = 5.0  # whoever retries at once after a failed wake is told of that one: each costs a boot

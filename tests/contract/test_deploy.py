@@ -12,7 +12,7 @@ import pytest
 from modal_proto import api_pb2 as pb
 
 from service.deployment import Deployment
-from service.models import Registry
+from service.registry.models import Registry
 from service.settings import Settings
 from tests.contract.conftest import deploy, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane

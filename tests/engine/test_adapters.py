@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from service.engine_args import engine_command
-from service.models import Registry
+from service.registry.models import Registry
 
 from .dialogues import dialogue
 from .running import Service

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from service import engine_env
-from service.models import BUILT_IN, Registry
+from service.registry.models import BUILT_IN, Registry
 
 RENDER = """
 import ast, json, sys

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.engine_args import engine_command
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs
 WEIGHTS, DRAFT = Path("/weights/model"), Path("/weights/draft")

@@ -11,7 +11,7 @@ from typing import Any
 from service import engine_env
 from service.engine import EngineProcess, State
 from service.engine_args import engine_command
-from service.models import Registry
+from service.registry.models import Registry
 
 from .dialogues import dialogue
 from .running import BOOT_S, free_port

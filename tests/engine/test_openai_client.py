@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from service.models import Registry
+from service.registry.models import Registry
 
 from .dialogues import PLAIN, Dialogue, completion, dialogue
 from .running import Service

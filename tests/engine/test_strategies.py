@@ -16,8 +16,8 @@ import requests
 from bench.cycles import Lives
 from service.boot import Replica
 from service.engine_env import EngineEnv
-from service.models import Registry
 from service.plan import Plan
+from service.registry.models import Registry
 
 from .dialogues import dialogue
 from .running import Service, free_port, wait_until

@@ -11,7 +11,7 @@ import pytest
 from service.errors import UsageError
 from service.gateway.directory import Directory
 from service.gateway.limits import KeyLimits, Keyring, load_keyring, load_limits
-from service.models import Adapter, ModelSpec, Registry
+from service.registry.models import Adapter, ModelSpec, Registry
 from tests.gateway.upstream import SPECS, Engine, TestPool, answers, eventually, house, streams
 
 ASK = {"model": "tiny", "messages": []}

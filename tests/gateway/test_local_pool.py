@@ -12,7 +12,7 @@ import pytest
 from service.errors import EngineError, MemoryTooSmallError
 from service.gateway.local_pool import LocalPool, Machine
 from service.gateway.openai import Refusal
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from tests.gateway.upstream import eventually
 
 GB = 10**9

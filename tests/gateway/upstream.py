@@ -15,7 +15,7 @@ from service.gateway.app import Door, gateway
 from service.gateway.directory import Directory
 from service.gateway.limits import Keyring
 from service.gateway.pools import Address, Pool, WakeError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 SPECS = {
     "tiny": ModelSpec(key="tiny", path="assets/tiny", aliases=("small",), gpu="L4"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from tests.fakes.hub import Hub, Repository, serving
 from tests.unit.hub_client import cache, point_to  # noqa: F401 - a fixture
 

@@ -57,7 +57,7 @@ def python(program: str, before: list[str] | None = None) -> subprocess.Popen[st
 import sys
 from service import weights
 from service.errors import ServiceError
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 spec = ModelSpec(key="mine", hub_id="org/mine", revision="{"0123456789abcdef" * 2}01234567")
 say = lambda sentence: print(sentence, flush=True)
 """

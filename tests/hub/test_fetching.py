@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from service import download, fetch, markers, weights
-from service.models import Adapter, ModelSpec, Speculative
 from service.progress import Progress
+from service.registry.models import Adapter, ModelSpec, Speculative
 from tests.fakes.hub import Hub, Repository
 
 from .conftest import COMMIT, READ, SHARDS, SPEC, contents

@@ -20,10 +20,10 @@ from service.errors import (
     UnknownModelError,
     UsageError,
 )
-from service.gpus import GPUS
-from service.models import ModelSpec, Registry
+from service.registry.gpus import GPUS
+from service.registry.models import ModelSpec, Registry
+from service.registry.tiers import Tier
 from service.settings import Settings
-from service.tiers import Tier
 
 
 def resolve(**fields: str) -> Deployment:

@@ -13,7 +13,7 @@ import pytest
 from service import hub, image, revisions
 from service.deployment import Deployment
 from service.errors import RegistryError, WeightsError
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from service.settings import Settings
 
 A, B = "a" * 40, "b" * 40

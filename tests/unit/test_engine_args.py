@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.engine_args import IN_ENGINE, EngineCommand, engine_command
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs
 WEIGHTS = Path("/weights")

@@ -15,7 +15,7 @@ from service.gateway.directory import Directory
 from service.gateway.limits import load_keyring
 from service.gateway.modal_pool import Tiers
 from service.keys import digests
-from service.models import Registry
+from service.registry.models import Registry
 from service.settings import Settings
 
 KEYS = {"API_KEYS": "alice=sk-alice,bob=sk-bob", "API_LIMITS": '{"bob": {"models": ["qwen3-8b"]}}'}

@@ -15,7 +15,7 @@ import yaml
 from service import litellm
 from service.cli import app
 from service.errors import UnknownGpuError, UsageError
-from service.models import Registry
+from service.registry.models import Registry
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from service.errors import (
     UnknownModelError,
     UsageError,
 )
-from service.models import Registry
+from service.registry.models import Registry
 from service.settings import Settings
 
 REGISTRY = Registry.load()

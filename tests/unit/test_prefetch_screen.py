@@ -11,8 +11,8 @@ from rich.console import Console
 
 from service import revisions
 from service.errors import WeightsError
-from service.models import ModelSpec
 from service.prefetch_screen import Meter, duration, follow, size
+from service.registry.models import ModelSpec
 from service.stocking import Done, Failed, Freed, Order, Said, Settled
 from service.weights import Progress
 

@@ -10,7 +10,7 @@ import pytest
 
 from service import revisions
 from service.errors import RegistryError, WeightsError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
 SPEC = ModelSpec.model_validate(

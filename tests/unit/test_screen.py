@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import UnknownModelError
 from service.local import Ready
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 from service.screen import Terminal, print_models
 
 REGISTRY = Registry.load()

@@ -10,7 +10,7 @@ import pytest
 
 from service import stocking, weights
 from service.errors import UnknownModelError, UsageError, WeightsError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 from service.revisions import cache_record, lock_file, read, record
 from service.stocking import Done, Failed, Freed, Order, Said, Settled, stock
 from service.weights import Progress

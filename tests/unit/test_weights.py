@@ -13,7 +13,7 @@ import pytest
 
 from service import weights
 from service.errors import WeightsError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
 pytestmark = pytest.mark.usefixtures("cache", "slept")
@@ -103,7 +103,7 @@ def test_weights_in_hf_home_are_found_by_a_new_process(tmp_path: Path) -> None:
     snapshot = filled(tmp_path / "elsewhere" / "hub", FILES)
     program = (
         "import socket\ndef no(*_): raise SystemExit('connected')\nsocket.socket.connect = no\n"
-        "from service import weights; from service.models import ModelSpec\n"
+        "from service import weights; from service.registry.models import ModelSpec\n"
         f"print(weights.find(ModelSpec(key='mine', hub_id='org/mine', revision='{COMMIT}')).model)"
     )
     env = os.environ | {"HF_HOME": str(tmp_path / "elsewhere"), "PYTHONPATH": str(Path(__file__).parents[2])}

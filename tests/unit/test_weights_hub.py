@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from service import download, fetch, weights
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
-from service.models import ModelSpec
+from service.registry.models import ModelSpec
 from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.errors import RegistryError, UnknownGpuError, UnknownModelError, did_you_mean
-from service.gpus import BY_SLUG, GPUS, Gpu, check_count, find_gpu
+from service.registry.gpus import BY_SLUG, GPUS, Gpu, check_count, find_gpu
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
@@ -54,7 +54,7 @@ class Adapter(_Entry):
     @property
     def directory(self) -> Path | None:
         """Where the adapter lies when it does not come from the hub."""
-        return None if self.path is None else Path(__file__).parent / self.path
+        return None if self.path is None else Path(__file__).parents[1] / self.path
 
 
 class ModelSpec(_Entry):
@@ -129,7 +129,7 @@ class ModelSpec(_Entry):
     @property
     def directory(self) -> Path | None:
         """Where the model lies when it does not come from the hub."""
-        return None if self.path is None else Path(__file__).parent / self.path
+        return None if self.path is None else Path(__file__).parents[1] / self.path
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import UnknownModelError
-from service.gpus import GPUS
-from service.models import ModelSpec, Registry, looks_like_a_source, unregistered
+from service.registry.gpus import GPUS
+from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 
 REGISTRY = Registry.load()
 SPECS = REGISTRY.specs

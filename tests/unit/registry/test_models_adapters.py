@@ -9,7 +9,7 @@ import pytest
 
 from service.engine_args import engine_command
 from service.errors import RegistryError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 GOOD = '[models.mine]\nhub_id = "org/mine"\n'
 A = "a" * 40

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import RegistryError
-from service.models import ModelSpec, Registry
+from service.registry.models import ModelSpec, Registry
 
 GOOD = '[models.mine]\nhub_id = "org/mine"\n'
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from service.errors import GpuMemoryError, UnknownGpuError
-from service.gpus import GPUS, find_gpu
-from service.models import ModelSpec, Registry
-from service.tiers import Tier, check_weights, tier_of
+from service.registry.gpus import GPUS, find_gpu
+from service.registry.models import ModelSpec, Registry
+from service.registry.tiers import Tier, check_weights, tier_of
 
 SPECS = Registry.load().specs
 

@@ -7,7 +7,7 @@ import datetime
 import pytest
 
 from service.errors import UnknownGpuError
-from service.gpus import GPUS, PRICES_DATE, check_count, find_gpu
+from service.registry.gpus import GPUS, PRICES_DATE, check_count, find_gpu
 
 
 @pytest.mark.parametrize("name", sorted(GPUS))

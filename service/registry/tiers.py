@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from service.errors import GpuMemoryError
-from service.gpus import GPUS, Gpu, check_count
+from service.registry.gpus import GPUS, Gpu, check_count
 
 if TYPE_CHECKING:
-    from service.models import ModelSpec
+    from service.registry.models import ModelSpec
 
 # vLLM's default of gpu_memory_utilization; nothing here sets another. Source: vllm/config/cache.py of vLLM 0.32.0.
 ENGINE_SHARE = 0.92

@@ -1,0 +1,1 @@
+"""What can be served and on what: models, GPUs, tiers."""
