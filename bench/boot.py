@@ -24,11 +24,11 @@ import psutil
 
 from bench.processes import Timed, first_token, free_port, plain_vllm, service
 from bench.report import Report
-from service import engine_env
 from service.boot import Replica
 from service.boots import export
 from service.boots.records import BootRecord
 from service.caches import Caches
+from service.engine import environment
 from service.plan import Plan
 from service.registry.models import Registry
 from tests.contract.memory import overwrite
@@ -59,10 +59,10 @@ class Bench:
         self.times: dict[str, list[float]] = {}
         self.records: list[BootRecord] = []
         self.parent_mb: list[float] = []
-        env = engine_env.ensure(print)
+        env = environment.ensure(print)
         spec = Registry.load().specs["tiny"]
-        versions = engine_env.versions(env.device)
-        caches = Caches(engine_env.compiled(), versions, model=spec.key)
+        versions = environment.versions(env.device)
+        caches = Caches(environment.compiled(), versions, model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, versions=versions, caches=caches)
 
     def round(self) -> None:

@@ -24,10 +24,10 @@ import psutil
 
 from bench.processes import first_token, free_port
 from bench.report import Report
-from service import engine_env
 from service.boot import Replica
 from service.caches import Caches
-from service.engine import State
+from service.engine import environment
+from service.engine.process import State
 from service.errors import EngineError
 from service.plan import Plan, Snapshot
 from service.registry.models import Registry
@@ -86,9 +86,9 @@ class Lives:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        env = engine_env.ensure(print)
+        env = environment.ensure(print)
         spec = Registry.load().specs["tiny"]
-        caches = Caches(engine_env.compiled(), engine_env.versions(env.device), model=spec.key)
+        caches = Caches(environment.compiled(), environment.versions(env.device), model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
     def hold_and_release(self) -> Life:

@@ -72,9 +72,9 @@ def _engine(arguments: argparse.Namespace, model: str, flags: list[str]) -> dict
 
 
 def _engine_python(cpu: bool) -> str:
-    from service import engine_env  # noqa: PLC0415 - it is not there where --python is given
+    from service.engine import environment  # noqa: PLC0415 - it is not there where --python is given
 
-    return engine_env.ensure(print, "cpu" if cpu else "cuda").python
+    return environment.ensure(print, "cpu" if cpu else "cuda").python
 
 
 def _add(report: Report, name: str, facts: dict[str, Any], cycles: int) -> None:

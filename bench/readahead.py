@@ -28,9 +28,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.report import Report
-from service import engine_env
-from service.engine import EngineProcess, State
-from service.engine_args import engine_command
+from service.engine import environment
+from service.engine.args import engine_command
+from service.engine.process import EngineProcess, State
 from service.hardware import check_room
 from service.page_cache import available_bytes
 from service.readahead import Readahead
@@ -97,7 +97,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the weights are deleted on the way
-    env = engine_env.ensure(print)
+    env = environment.ensure(print)
     with (
         TemporaryDirectory(prefix="bench-readahead-", dir=options.directory) as name,
         _volume(Path(name), options.gb) as volume,
@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def _boots(
-    places: dict[str, Path], gb: float, env: engine_env.EngineEnv, rounds: int
+    places: dict[str, Path], gb: float, env: environment.EngineEnv, rounds: int
 ) -> dict[tuple[str, bool], list[Boot]]:
     found: dict[tuple[str, bool], list[Boot]] = defaultdict(list)
     _boot(places["warm"], gb, env, ahead=False)  # the engine's own files come into memory
@@ -156,7 +156,7 @@ def _model(directory: Path, gb: float, python: str) -> Path:
     return directory
 
 
-def _boot(directory: Path, gb: float, env: engine_env.EngineEnv, ahead: bool) -> Boot:
+def _boot(directory: Path, gb: float, env: environment.EngineEnv, ahead: bool) -> Boot:
     # the last of a flag given twice counts: CPU entries get a cache of 2 GiB
     small = ("--kv-cache-memory-bytes", str(256 * 1024**2))
     spec = ModelSpec(key="random", path=str(directory), max_model_len=1024, weights_gb=gb, extra_args=small)

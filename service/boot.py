@@ -23,8 +23,8 @@ from service.boots import records
 from service.boots.phases import Phases
 from service.boots.records import BootRecord
 from service.caches import machine
-from service.engine import EngineProcess, Hold, State
-from service.engine_args import engine_command
+from service.engine.args import engine_command
+from service.engine.process import EngineProcess, Hold, State
 from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.keys import digest
 from service.plan import Plan, Snapshot

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from service import engine_env, fetch, revisions, weights
+from service import fetch, revisions, weights
 from service.boot import Replica
 from service.boots import records
 from service.caches import Caches
-from service.engine_args import cpu_memory_bytes
+from service.engine import environment
+from service.engine.args import cpu_memory_bytes
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
 from service.hardware import check_gpu_count, check_memory, visible_gpus
@@ -99,8 +100,8 @@ class Here:
         self.check(spec)
         spec = self._settled(spec)
         self.screen.phase("environment")  # nothing is refused from here on: now things are made
-        env = engine_env.ensure(self.screen.say, "cuda" if self.gpus else "cpu")
-        versions = engine_env.versions(env.device)
+        env = environment.ensure(self.screen.say, "cuda" if self.gpus else "cpu")
+        versions = environment.versions(env.device)
         return Plan(
             spec=spec,
             default_key=spec.key,
@@ -116,7 +117,7 @@ class Here:
             hang_s=self.settings.hang_s,
             hub_token=fetch.hub_token(self.environ),
             versions=versions,
-            caches=Caches(engine_env.compiled(), versions, model=spec.key, say=self.screen.say),
+            caches=Caches(environment.compiled(), versions, model=spec.key, say=self.screen.say),
             records=records.local_directory(),
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import modal
 
-from service.engine_env import PINS, pinned
+from service.engine.environment import PINS, pinned
 from service.errors import RegistryError
 from service.registry.models import ModelSpec
 from service.revisions import lock_file

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from service.boots.records import BootRecord
 from service.caches import Caches
-from service.engine import HANG_S
+from service.engine.process import HANG_S
 from service.errors import GpuCountError
 from service.locks import Lock
 from service.registry.models import ModelSpec

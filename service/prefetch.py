@@ -13,7 +13,7 @@ from typing import Any
 import modal
 
 from service.dict_lock import DictLock
-from service.engine_env import pinned
+from service.engine.environment import pinned
 from service.errors import ServiceError
 from service.fetch import hub_token
 from service.image import fast_transfer, light_image

@@ -19,7 +19,7 @@ from service.caches import Caches
 from service.completion import request
 from service.control import missing_hub_token
 from service.deployment import Deployment
-from service.engine_env import versions
+from service.engine.environment import versions
 from service.errors import EngineError, ServiceError, UsageError
 from service.fetch import hub_token
 from service.image import image

@@ -22,8 +22,8 @@ import modal
 import psutil
 import pytest
 
-from service import engine_env
 from service.boots.records import BootRecord
+from service.engine import environment as engine_environment
 from tests.engine.dialogues import QUESTION
 from tests.engine.running import BOOT_S, requests_running
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
@@ -42,7 +42,7 @@ def client_mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine_runtime(client_mount: Path) -> ContainerRuntime:
     """Containers with the real engine."""
-    python = engine_env.ensure(lambda _: None).python
+    python = engine_environment.ensure(lambda _: None).python
     return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu"})
 
 
@@ -54,12 +54,12 @@ def image_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     directory = tmp_path_factory.mktemp("image")
     chosen = directory / "chosen.txt"
-    lock = engine_env.PINS / "engine-cuda.lock"
+    lock = engine_environment.PINS / "engine-cuda.lock"
     locked: dict[str, str] = {}
     for requirement in re.split(r"\n(?=\w)", lock.read_text()):
         name = requirement.partition("==")[0]
         locked[name] = f"{locked.get(name, '')}{requirement}\n"  # some have a version for each Python
-    wanted = (engine_env.PINS / "engine-cuda.in").read_text().splitlines()
+    wanted = (engine_environment.PINS / "engine-cuda.in").read_text().splitlines()
     own = "\n".join(name for name in wanted if not name.startswith(("vllm", "torch", "flashinfer")))
     compiling = ["pip", "compile", "--no-header", "--no-annotate", "--python", sys.executable, "-c", str(lock), "-"]
     done = subprocess.run([*UV, *compiling], input=own, capture_output=True, text=True, timeout=120, check=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service import engine_env
+from service.engine import environment as engine_environment
 from tests.contract.conftest import call, installed, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
@@ -102,7 +102,7 @@ def test_door_in_its_own_image_has_all_that_it_imports(
     tmp_path: Path, client_mount: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """With nothing but the light lock installed it starts, from a snapshot that holds its imports, and answers."""
-    python = installed(engine_env.PINS / "light.lock", tmp_path_factory.mktemp("light") / "venv")
+    python = installed(engine_environment.PINS / "light.lock", tmp_path_factory.mktemp("light") / "venv")
     with ModalPlane(tmp_path, container=ContainerRuntime(python=python, client_path=client_mount)) as plane:
         put_secrets(plane)
         imported: list[bool] = []

@@ -15,7 +15,7 @@ import modal
 import pytest
 from packaging.markers import Marker, default_environment
 
-from service.engine_env import PINS
+from service.engine.environment import PINS
 from service.image import PYTHON
 from tests.contract.conftest import REPOSITORY, deploy
 from tests.fakes.modal import ContainerRuntime, ModalPlane

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from service import engine_env
+from service.engine import environment as engine_environment
 
 from .running import GONE_S, Service
 
@@ -26,13 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine_env_() -> engine_env.EngineEnv:
+def engine_env_() -> engine_environment.EngineEnv:
     """The engine's environment, which is built when this machine has none."""
-    return engine_env.ensure(print)
+    return engine_environment.ensure(print)
 
 
 @pytest.fixture(scope="session")
-def engine_python(engine_env_: engine_env.EngineEnv) -> str:
+def engine_python(engine_env_: engine_environment.EngineEnv) -> str:
     """Interpreter of the engine's environment."""
     return engine_env_.python
 

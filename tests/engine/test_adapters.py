@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from service.engine_args import engine_command
+from service.engine.args import engine_command
 from service.registry.models import Registry
 
 from .dialogues import dialogue

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.engine_args import engine_command
+from service.engine.args import engine_command
 from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs

@@ -6,8 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from service import engine_env
-from service.engine_args import IN_ENGINE
+from service.engine import environment
+from service.engine.args import IN_ENGINE
 
 PROGRAM = """
 import os, sys
@@ -43,7 +43,7 @@ def test_unmet_model_is_inspected_in_a_fork(tmp_path: Path) -> None:
 
     Where that fails, or where vLLM would not fork, its own way is taken.
     """
-    python = engine_env.ensure(lambda _: None).python
+    python = environment.ensure(lambda _: None).python
     done = subprocess.run(
         [python, "-c", PROGRAM, str(IN_ENGINE)],
         env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)},

@@ -8,9 +8,9 @@ import socket
 import urllib.request
 from typing import Any
 
-from service import engine_env
-from service.engine import EngineProcess, State
-from service.engine_args import engine_command
+from service.engine import environment
+from service.engine.args import engine_command
+from service.engine.process import EngineProcess, State
 from service.registry.models import Registry
 
 from .dialogues import dialogue
@@ -19,7 +19,7 @@ from .running import BOOT_S, free_port
 
 def test_engine_held_asleep_has_no_port_and_wakes_with_the_same_canary() -> None:
     """Built, warmed and asleep without a listener; after the release it wakes, repeats its canary and serves."""
-    env = engine_env.ensure(lambda _: None)
+    env = environment.ensure(lambda _: None)
     spec = Registry.load().specs["tiny"]
     assert spec.directory
     port = free_port()

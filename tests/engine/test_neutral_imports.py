@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
-from service import engine_env
-from service.engine_args import IN_ENGINE
+from service.engine import environment
+from service.engine.args import IN_ENGINE
 
 LISTENER = """
 import importlib, json, sys
@@ -29,7 +29,7 @@ print(json.dumps({"asked": asked, "vllm": "vllm" in sys.modules, "imported": lis
 
 def test_neutral_imports_ask_for_no_gpu() -> None:
     """Neither torch.cuda nor vllm is touched by the imports before the hold."""
-    python = engine_env.ensure(lambda _: None).python
+    python = environment.ensure(lambda _: None).python
     done = subprocess.run(
         [python, "-c", LISTENER, str(IN_ENGINE)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -15,7 +15,7 @@ import requests
 
 from bench.cycles import Lives
 from service.boot import Replica
-from service.engine_env import EngineEnv
+from service.engine.environment import EngineEnv
 from service.plan import Plan
 from service.registry.models import Registry
 

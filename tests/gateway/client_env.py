@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from service import engine_env
+from service.engine import environment
 
 HERE = Path(__file__).parent
 LOCK = HERE / "clients.lock"
@@ -38,9 +38,9 @@ def _ensure(name: str, locks: list[Path], build: Callable[[Path], None]) -> Path
     digest = hashlib.sha256(f"{sys.version_info[:3]}{sys.base_prefix}".encode())
     for lock in locks:
         digest.update(lock.read_bytes())
-    root = engine_env._cache_home() / "tests" / f"{name}-{digest.hexdigest()[:12]}"
+    root = environment._cache_home() / "tests" / f"{name}-{digest.hexdigest()[:12]}"
     root.parent.mkdir(parents=True, exist_ok=True)
-    with engine_env._only_one(root.with_suffix(".lock"), lambda _: None):
+    with environment._only_one(root.with_suffix(".lock"), lambda _: None):
         if not (root / _MARK).exists():
             shutil.rmtree(root, ignore_errors=True)  # an attempt that was cut short
             build(root)
@@ -51,9 +51,9 @@ def _ensure(name: str, locks: list[Path], build: Callable[[Path], None]) -> Path
 def _build_python(root: Path) -> None:
     for arguments in (
         ["venv", "--quiet", "--python", sys.executable, str(root)],
-        engine_env._pip_install(root, ["--quiet", "--require-hashes", "--no-deps", "-r", str(LOCK)]),
+        environment._pip_install(root, ["--quiet", "--require-hashes", "--no-deps", "-r", str(LOCK)]),
     ):
-        done = engine_env._run_uv(*arguments, capture_output=True)
+        done = environment._run_uv(*arguments, capture_output=True)
         assert done.returncode == 0, f"uv {arguments[0]} failed with {done.returncode}:\n{done.stderr.decode()}"
 
 

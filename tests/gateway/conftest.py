@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service import engine_env
+from service.engine import environment
 from tests.engine.running import GONE_S, Service
 
 from .clients import KEY, LiteLLM, models_file
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model behind a key, as `vllm-service up` serves it."""
-    engine_env.ensure(print)
+    environment.ensure(print)
     keys, directory = f"clients={KEY},other=sk-of-somebody-else", tmp_path_factory.mktemp("served")
     own = str(models_file(directory))
     with Service(directory, "tiny", API_KEYS=keys, SERVICE_MODELS_FILE=own) as service:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service import engine_env
+from service.engine import environment
 from service.gateway import bodies
 
 CHANGES: dict[str, str | float] = {"model": "qwen3-8b", "temperature": 0.3, "tool_choice": "auto"}
@@ -70,7 +70,7 @@ def read() -> Any:
     asked = [(path, base64.b64encode(body).decode()) for path, body in every_body()]
     env = {"PATH": os.defpath, "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "HOME": os.environ["HOME"]}
     done = subprocess.run(
-        [engine_env.ensure(print).python, "-c", PROGRAM],
+        [environment.ensure(print).python, "-c", PROGRAM],
         env=env,
         input=json.dumps(asked),
         capture_output=True,

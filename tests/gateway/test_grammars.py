@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service import engine_env
+from service.engine import environment
 from service.gateway import bodies
 from service.gateway.compiler import COMPILE_S, PROGRAM
 from service.gateway.grammars import Grammars
@@ -145,7 +145,7 @@ def own_compilers() -> Callable[[], list[psutil.Process]]:
 @pytest.fixture(scope="module")
 def engine_python() -> str:
     """Interpreter of the engine's environment."""
-    return engine_env.ensure(print).python
+    return environment.ensure(print).python
 
 
 class Running:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import requests
 
-from service import engine_env
+from service.engine import environment
 from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import Service, check_stops, requests_running, wait_until
 
@@ -24,7 +24,7 @@ IDLE_S = 8
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model served, and a second entry of it that nobody has asked for yet."""
-    engine_env.ensure(print)
+    environment.ensure(print)
     directory = tmp_path_factory.mktemp("many")
     models = directory / "models.toml"
     models.write_text(f'[models.second]\npath = "{TINY}"\nweights_gb = 0.004\nmax_model_len = 2048\n')

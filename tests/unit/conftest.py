@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service.engine_args import IN_ENGINE, EngineCommand
+from service.engine.args import IN_ENGINE, EngineCommand
 from service.plan import Plan
 from service.registry.models import Registry
 from tests.unit.hub_client import cache, hub, slept  # noqa: F401 - fixtures

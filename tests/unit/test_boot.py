@@ -14,7 +14,7 @@ import pytest
 
 from service import weights
 from service.boot import Replica
-from service.engine import State
+from service.engine.process import State
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
 from service.plan import Plan
 from tests.unit.engines import eventually, group, scripted

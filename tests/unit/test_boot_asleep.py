@@ -12,7 +12,7 @@ import pytest
 
 from service.boot import Replica
 from service.boots.records import BootRecord
-from service.engine import EngineProcess, State
+from service.engine.process import EngineProcess, State
 from service.errors import EngineError, GpuCountError
 from service.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, scripted

@@ -14,7 +14,7 @@ import pytest
 from service.boot import Replica
 from service.boots import records
 from service.caches import Caches
-from service.engine import State
+from service.engine.process import State
 from service.errors import EngineError
 from service.plan import Plan
 from tests.unit.engines import eventually, scripted

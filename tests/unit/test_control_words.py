@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.engine_args import IN_ENGINE
+from service.engine.args import IN_ENGINE
 
 PROGRAM = """
 import json, os, sys

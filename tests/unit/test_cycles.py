@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 
 from service.boot import Replica
-from service.engine import EngineProcess, State
-from service.engine_args import IN_ENGINE, EngineCommand
+from service.engine.args import IN_ENGINE, EngineCommand
+from service.engine.process import EngineProcess, State
 from service.errors import EngineError
 from service.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, open_files, scripted

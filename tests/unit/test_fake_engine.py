@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from service.engine_args import IN_ENGINE
+from service.engine.args import IN_ENGINE
 from tests.unit.conftest import FAKE_ENGINE
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service import engine_env, fetch, here, local, weights
+from service import fetch, here, local, weights
+from service.engine import environment
 from service.errors import (
     EngineError,
     GpuCountError,
@@ -50,18 +51,18 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Refuse to build an engine's environment; return the list of attempts."""
     attempts: list[str] = []
 
-    def ensure(*_: object) -> engine_env.EngineEnv:
+    def ensure(*_: object) -> environment.EngineEnv:
         attempts.append("build")
         raise ServiceError("this would have built the engine's environment")
 
-    monkeypatch.setattr(engine_env, "ensure", ensure)
+    monkeypatch.setattr(environment, "ensure", ensure)
     return attempts
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
     """Make the fake engine the environment of this machine; nothing of it is left after the test."""
-    monkeypatch.setattr(engine_env, "ensure", lambda *_: engine_env.EngineEnv("cpu", fake_python))
+    monkeypatch.setattr(environment, "ensure", lambda *_: environment.EngineEnv("cpu", fake_python))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before

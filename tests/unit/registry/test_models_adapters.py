@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine_args import engine_command
+from service.engine.args import engine_command
 from service.errors import RegistryError
 from service.registry.models import ModelSpec, Registry
 

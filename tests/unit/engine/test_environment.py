@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service import engine_env
+from service.engine import environment
 from service.errors import DiskSpaceError, EnvironmentBuildError, ServiceError, UnsupportedPlatformError
 
 Say = Callable[[str], None]
@@ -51,8 +51,8 @@ class Installer:
 def installer(monkeypatch: pytest.MonkeyPatch) -> Installer:
     """Put the fake in uv's place, on a machine without a GPU."""
     fake = Installer()
-    monkeypatch.setattr(engine_env, "_run_uv", fake)
-    monkeypatch.setattr(engine_env, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "_run_uv", fake)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     return fake
 
 
@@ -66,32 +66,32 @@ def said() -> list[str]:
 def pins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a copy of the pins that the test may change."""
     copy = tmp_path / "pins"
-    shutil.copytree(engine_env.PINS, copy)
-    monkeypatch.setattr(engine_env, "PINS", copy)
+    shutil.copytree(environment.PINS, copy)
+    monkeypatch.setattr(environment, "PINS", copy)
     return copy
 
 
 def test_env_missing_is_built_once_and_then_reused_silently(installer: Installer, said: list[str]) -> None:
     """One sentence with version, device and place; the second start says nothing and runs nothing."""
-    built = engine_env.ensure(said.append)
+    built = environment.ensure(said.append)
     assert len(said) == 1
-    assert f"vLLM {engine_env.vllm_version('cpu')} for cpu" in said[0]
+    assert f"vLLM {environment.vllm_version('cpu')} for cpu" in said[0]
     assert built.device == "cpu"
     assert Path(built.python).is_file()
 
     calls = len(installer.calls)
-    assert engine_env.ensure(said.append) == built
+    assert environment.ensure(said.append) == built
     assert (len(installer.calls), len(said)) == (calls, 1)
 
 
 def test_env_is_in_the_users_cache(installer: Installer, said: list[str], tmp_path: Path) -> None:
     """`XDG_CACHE_HOME` moves it; the checkout stays clean."""
-    assert Path(engine_env.ensure(said.append).python).is_relative_to(tmp_path / "cache" / "vllm-service" / "engines")
+    assert Path(environment.ensure(said.append).python).is_relative_to(tmp_path / "cache" / "vllm-service" / "engines")
 
 
 def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Installer, said: list[str]) -> None:
     """Everything by hash, but torch's CPU build, which comes from pip's directories where those have it."""
-    engine_env.ensure(said.append)
+    environment.ensure(said.append)
 
     assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt"]
     locked, torch = installer.calls[1], installer.calls[2]
@@ -102,7 +102,7 @@ def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Inst
 def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Installer, said: list[str]) -> None:
     """Elsewhere its CPU builds are on PyTorch's own index."""
     installer.no_local_torch = True
-    engine_env.ensure(said.append)
+    environment.ensure(said.append)
 
     assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt", "engine-cpu-torch.txt"]
     assert installer.calls[-1][5:7] == ("--torch-backend", "cpu")
@@ -112,39 +112,39 @@ def test_env_with_a_gpu_installs_the_cuda_lock_alone(
     installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same lock makes Modal's image."""
-    monkeypatch.setattr(engine_env, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
 
-    assert engine_env.ensure(said.append).device == "cuda"
+    assert environment.ensure(said.append).device == "cuda"
     assert installer.locks == ["engine-cuda.lock"]
 
 
 @pytest.mark.parametrize("changed", ["engine-cpu.lock", "engine-cpu-torch.txt"])
 def test_env_of_changed_pins_is_another(installer: Installer, said: list[str], pins: Path, changed: str) -> None:
     """A new lock never reuses an old environment."""
-    first = engine_env.ensure(said.append)
+    first = environment.ensure(said.append)
     (pins / changed).write_text((pins / changed).read_text() + "\n# changed\n")
 
-    assert engine_env.ensure(said.append) != first
+    assert environment.ensure(said.append) != first
     assert len(said) == 2
 
 
 def test_env_of_other_pins_is_the_same(installer: Installer, said: list[str], pins: Path) -> None:
     """The light environment's lock and the other device's have no part in it."""
-    first = engine_env.ensure(said.append)
+    first = environment.ensure(said.append)
     for other in ("light.lock", "engine-cuda.lock"):
         (pins / other).write_text("# changed\n")
 
-    assert engine_env.ensure(said.append) == first
+    assert environment.ensure(said.append) == first
 
 
 def test_env_of_another_python_is_another(
     installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled wheels fit one version."""
-    first = engine_env.ensure(said.append)
+    first = environment.ensure(said.append)
     monkeypatch.setattr(sys, "base_prefix", "/another/python")
 
-    assert engine_env.ensure(said.append) != first
+    assert environment.ensure(said.append) != first
 
 
 @pytest.mark.parametrize("step", ["venv", "--require-hashes", "--torch-backend"])
@@ -154,20 +154,20 @@ def test_env_whose_installer_fails_is_an_error_and_no_environment(
     """The sentence says which step and what to do; the next start begins anew and succeeds."""
     installer.fails_at, installer.no_local_torch = step, True
     with pytest.raises(EnvironmentBuildError, match=r"uv .* failed with code 1 .* run the same command again"):
-        engine_env.ensure(said.append)
+        environment.ensure(said.append)
 
     installer.fails_at = None
-    assert Path(engine_env.ensure(said.append).python).is_file()
+    assert Path(environment.ensure(said.append).python).is_file()
     assert len(said) == 2
 
 
 def test_env_that_was_cut_short_is_built_anew(installer: Installer, said: list[str]) -> None:
     """Without its mark a directory is rubbish."""
-    python = Path(engine_env.ensure(said.append).python)
+    python = Path(environment.ensure(said.append).python)
     root = python.parents[1]
     (root / ".complete").unlink()
     (root / "rubbish").touch()
-    engine_env.ensure(said.append)
+    environment.ensure(said.append)
 
     assert not (root / "rubbish").exists()
     assert (root / ".complete").exists()
@@ -177,7 +177,7 @@ def test_env_wanted_by_two_is_built_by_one_while_the_other_waits(installer: Inst
     """The second says that it waits, and finds it done."""
     said: dict[str, list[str]] = {"first": [], "second": []}
     begun, waits = threading.Event(), threading.Event()
-    found: list[engine_env.EngineEnv] = []
+    found: list[environment.EngineEnv] = []
 
     def build_slowly() -> None:
         begun.set()
@@ -188,10 +188,10 @@ def test_env_wanted_by_two_is_built_by_one_while_the_other_waits(installer: Inst
         waits.set()
 
     installer.before = build_slowly
-    first = threading.Thread(target=lambda: found.append(engine_env.ensure(said["first"].append)))
+    first = threading.Thread(target=lambda: found.append(environment.ensure(said["first"].append)))
     first.start()
     assert begun.wait(10)
-    second = threading.Thread(target=lambda: found.append(engine_env.ensure(second_says)))
+    second = threading.Thread(target=lambda: found.append(environment.ensure(second_says)))
     second.start()
     first.join(10)
     second.join(10)
@@ -207,7 +207,7 @@ def test_env_without_room_is_refused_before_anything_is_made(
     """What, how much, where, and where else: nothing was run."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 10**9))
     with pytest.raises(DiskSpaceError, match=r"engine's environment needs 3\.5 GB and .* has 1\.0 GB.*XDG_CACHE_HOME"):
-        engine_env.ensure(said.append)
+        environment.ensure(said.append)
 
     assert installer.calls == []
     assert said == []
@@ -220,7 +220,7 @@ def test_env_with_a_cache_that_cannot_be_written_is_refused_in_words(
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
 
     with pytest.raises(ServiceError, match=r"/dev/null.*XDG_CACHE_HOME"):
-        engine_env.ensure(said.append)
+        environment.ensure(said.append)
 
 
 def test_env_on_an_unsupported_platform_is_refused_first(
@@ -229,7 +229,7 @@ def test_env_on_an_unsupported_platform_is_refused_first(
     """There is nothing to build."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UnsupportedPlatformError):
-        engine_env.ensure(said.append)
+        environment.ensure(said.append)
 
     assert installer.calls == []
 
@@ -239,7 +239,7 @@ def test_installer_failing_for_real_is_reported_with_its_code(monkeypatch: pytes
     monkeypatch.setattr(sys, "executable", "/bin/false")
 
     with pytest.raises(EnvironmentBuildError, match="uv venv --quiet failed with code 1"):
-        engine_env._uv("venv", "--quiet")
+        environment._uv("venv", "--quiet")
 
 
 @pytest.mark.parametrize(
@@ -260,12 +260,12 @@ def test_installer_is_told_where_pip_looks(
         return subprocess.CompletedProcess([], 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    engine_env._run_uv("venv")
+    environment._run_uv("venv")
 
     assert seen[0]["UV_FIND_LINKS"] == handed_on
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_vllm_version_is_one_on_both_sides(device: engine_env.Device) -> None:
+def test_vllm_version_is_one_on_both_sides(device: environment.Device) -> None:
     """What is tested on the CPU is what is deployed."""
-    assert engine_env.vllm_version(device) == engine_env.vllm_version("cpu")
+    assert environment.vllm_version(device) == environment.vllm_version("cpu")

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from service.engine import EngineProcess, State
-from service.engine_args import EngineCommand
+from service.engine.args import EngineCommand
+from service.engine.process import EngineProcess, State
 from service.errors import EngineError
 from tests.unit.engines import READY_S, eventually, group, open_files
 
@@ -240,13 +240,14 @@ def test_parent_killed_takes_the_engine_with_it(fake_python: str, fake_command: 
     """`kill -9` of the parent leaves no time for anything: the engine sees its pipe end and kills its own group."""
     command = fake_command(ignore_sigterm=True, grandchild=True)
     program = (
-        "import time\nfrom service.engine import EngineProcess, State\nfrom service.engine_args import EngineCommand\n"
+        "import time\nfrom service.engine.process import EngineProcess, State\n"
+        "from service.engine.args import EngineCommand\n"
         f"engine = EngineProcess(EngineCommand({command.argv!r}, {dict(command.env)!r}, '127.0.0.1', {command.port}), "
         f"python={fake_python!r})\n"
         "engine.spawn(); engine.release(); engine.wait_for(State.READY, 20)\n"
         "print(engine.pid, flush=True); time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3])
     assert parent.stdout is not None
     pgid = int(parent.stdout.readline())
     try:

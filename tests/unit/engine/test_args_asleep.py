@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_engine_args import command, value
+from tests.unit.engine.test_args import command, value
 
 
 @pytest.mark.parametrize("sleeps", [True, False])

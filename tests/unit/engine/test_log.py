@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from service.engine_log import KEPT_LINES, EngineLog, root_line
+from service.engine.log import KEPT_LINES, EngineLog, root_line
 
 _SERVER = "(APIServer pid=101) "
 _CORE = "(EngineCore pid=117) "

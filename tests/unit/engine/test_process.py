@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from service.engine import EngineProcess, State
-from service.engine_args import EngineCommand
+from service.engine.args import EngineCommand
+from service.engine.process import EngineProcess, State
 from service.errors import EngineError, EngineTimeoutError
 from tests.unit.engines import READY_S, eventually, open_links
 

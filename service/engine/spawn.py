@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.engine_args import ENTRY, EngineCommand
+from service.engine.args import ENTRY, EngineCommand
 from service.errors import EngineError
 
 _LONGEST = 60  # a socket's path has room for 107 characters, and its name has 36 and a prefix

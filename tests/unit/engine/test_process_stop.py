@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from service.engine import CUT_S, TERMINATE_S, EngineProcess, State
-from service.engine_args import EngineCommand
+from service.engine.args import EngineCommand
+from service.engine.process import CUT_S, TERMINATE_S, EngineProcess, State
 from tests.unit.engines import READY_S, eventually, group
 
 SLACK_S = 2.0  # of a busy machine

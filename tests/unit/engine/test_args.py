@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine_args import IN_ENGINE, EngineCommand, engine_command
+from service.engine.args import IN_ENGINE, EngineCommand, engine_command
 from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs

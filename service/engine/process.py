@@ -26,12 +26,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from service.engine_args import EngineCommand
-from service.engine_log import EngineLog
+from service.engine.args import EngineCommand
+from service.engine.health import answers_healthy
+from service.engine.log import EngineLog
+from service.engine.process_group import KILL_WAIT_S, kill_group
+from service.engine.spawn import Program, spawn
 from service.errors import EngineError, EngineTimeoutError
-from service.health import answers_healthy
-from service.process_group import KILL_WAIT_S, kill_group
-from service.spawn import Program, spawn
 
 Hold = Literal["", "imported", "asleep"]
 POLL_S = 0.01

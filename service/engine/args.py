@@ -13,7 +13,7 @@ from pathlib import Path
 
 from service.registry.models import DEFAULT_ALIAS, ModelSpec
 
-IN_ENGINE = Path(__file__).parent / "in_engine"
+IN_ENGINE = Path(__file__).parents[1] / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info
 ENTRY = f"{PLUGIN}.main"
 SHUTDOWN_TIMEOUT_S = 1  # what is in flight has ended before SIGTERM comes; 0 hung in 3 of 6 runs
@@ -114,7 +114,7 @@ def _door(host: str, port: int) -> list[str]:
 
 def _sleep(device: str, sleeps: bool) -> list[str]:
     """Return what every engine can be told to do besides serving, and what one that sleeps needs."""
-    flags = ["--worker-extension-cls", f"{PLUGIN}.worker.WorkerExtension"]
+    flags = ["--worker-extension-cls", f"{PLUGIN}.worker_extension.WorkerExtension"]
     if sleeps and device == "cuda":  # on CPU vLLM refuses the flag, and the scheduler sleeps without it
         # weights are read into memory of the engine's own: a mapped file is one that the snapshot has open
         flags += ["--enable-sleep-mode", "--safetensors-load-strategy", "eager"]
@@ -141,7 +141,7 @@ def _parsers(spec: ModelSpec) -> list[str]:
     if spec.reasoning_parser:
         flags += ["--reasoning-parser", spec.reasoning_parser]
     if spec.chat_template:
-        flags += ["--chat-template", str(Path(__file__).parent / spec.chat_template)]
+        flags += ["--chat-template", str(Path(__file__).parents[1] / spec.chat_template)]
     # A schema alone lets a model write white space for ever, so none is free. "auto" refuses that switch, and
     # "guidance" cannot read the grammars of forced and strict tool calls in vLLM 0.32 (400 'triggers').
     flags += ["--structured-outputs-config", _json({"backend": "xgrammar", "disable_any_whitespace": True})]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.engine import CUT_S, TERMINATE_S, EngineProcess, State
-from service.engine_args import EngineCommand
+from service.engine.args import EngineCommand
+from service.engine.process import CUT_S, TERMINATE_S, EngineProcess, State
 from service.errors import EngineError
 from tests.unit.engines import READY_S, eventually, group
 

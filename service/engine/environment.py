@@ -21,7 +21,7 @@ from typing import Literal
 from service.errors import EnvironmentBuildError
 from service.hardware import check_driver, check_platform, check_room, visible_gpus
 
-PINS = Path(__file__).with_name("pins")
+PINS = Path(__file__).parents[1] / "pins"
 _NEEDED_GB = {"cpu": 3.5, "cuda": 16.0}  # cpu: measured, 2.4 GB and its download cache; cuda: an estimate
 _MARK = ".complete"
 Device = Literal["cpu", "cuda"]
