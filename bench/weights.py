@@ -33,7 +33,7 @@ SAMPLE_S = 0.05
 # What a replica runs; no connection may be made where none is needed.
 OURS = f"""
 import sys, time
-from service import weights
+from service.weights import store as weights
 from service.registry.models import ModelSpec
 spec = ModelSpec(key="bench", hub_id="org/bench", revision="{COMMIT}")
 """

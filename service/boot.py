@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from service import hardware, weights
+from service import hardware
 from service.afterwards import Afterwards
 from service.boots import records
 from service.boots.phases import Phases
@@ -29,6 +29,7 @@ from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.keys import digest
 from service.plan import Plan, Snapshot
 from service.readahead import Readahead
+from service.weights import store
 
 _HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint
 
@@ -69,7 +70,7 @@ class Replica:
         self._restored = self._serving = self._compiled_here = False
         self._serving_lock = threading.Lock()
         self._machine = ""
-        self._weights: weights.Weights | None = None
+        self._weights: store.Weights | None = None
         self._readahead: Readahead | None = None
         self._engine: EngineProcess | None = None
 
@@ -93,7 +94,7 @@ class Replica:
         with self._nothing_left_on_failure():
             self.plan.check()
             with self.phases.during("weights"):
-                self._weights = weights.ensure(self.plan.spec, self.plan.hub_token, self._say, self.plan.lock)
+                self._weights = store.ensure(self.plan.spec, self.plan.hub_token, self._say, self.plan.lock)
                 if self._weights.fetched:
                     share()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s

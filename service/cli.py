@@ -47,16 +47,17 @@ def models(
     outdated: Annotated[bool, typer.Option("--outdated", help="Ask the hub which have newer commits.")] = False,
 ) -> None:
     """List the registry: GPU, price, context, parsers, gated or not."""
-    from service import revisions
     from service.settings import Settings
+    from service.weights import revisions
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
     if outdated:
-        from service import fetch, outdated_screen
-        from service.outdated import compare
+        from service import outdated_screen
+        from service.weights import download_process
+        from service.weights.outdated import compare
 
-        outdated_screen.show(compare(registry, fetch.hub_token(os.environ)), as_json)
+        outdated_screen.show(compare(registry, download_process.hub_token(os.environ)), as_json)
         return
     from service import screen
 
@@ -74,22 +75,24 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fetch the weights of models before they are needed, and verify them."""
-    from service import prefetch_screen, revisions, stocking
+    from service import prefetch_screen
     from service.settings import Settings
+    from service.weights import prefetch as weights_prefetch
+    from service.weights import revisions
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
-    wanted = stocking.order(
+    wanted = weights_prefetch.order(
         names or [], registry, settings.models_file, everything, modal, verify=verify, prune=prune, update=update
     )
     if modal:
         from service import control
 
-        words = control.prefetch(wanted, stocking.secret(wanted, settings.hub_secret))
+        words = control.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret))
     else:
-        from service.fetch import hub_token
+        from service.weights.download_process import hub_token
 
-        words = stocking.stock(wanted, hub_token(os.environ))
+        words = weights_prefetch.stock(wanted, hub_token(os.environ))
     try:
         prefetch_screen.follow(wanted, words, as_json)
     except KeyboardInterrupt:
@@ -146,8 +149,9 @@ def litellm(
     as_json: Annotated[bool, typer.Option("--json", help="JSON, not YAML.")] = False,
 ) -> None:
     """Print the configuration of a LiteLLM proxy: every model as <key> and <key>-<gpu>, one URL, one key."""
-    from service import litellm, revisions
+    from service import litellm
     from service.settings import Settings
+    from service.weights import revisions
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)

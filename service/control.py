@@ -13,8 +13,8 @@ from service.boots.records import DIRECTORY, BootRecord, parse
 from service.deployment import no_hub_token
 from service.errors import ServiceError
 from service.prefetch import application
-from service.stocking import Order, Word
 from service.volumes import HUB_CACHE, MOUNTS, VLLM_CACHE
+from service.weights.prefetch import Order, Word
 
 BOOTS_VOLUME, HUB_VOLUME = MOUNTS[VLLM_CACHE], MOUNTS[HUB_CACHE]
 _AT_A_TIME = 16  # a file is two round trips; hundreds of them one after the other would take a minute

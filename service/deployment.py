@@ -7,17 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from service import revisions
 from service.errors import ServiceError, SettingsError, UnknownModelError
 from service.registry.gpus import find_gpu
 from service.registry.models import ModelSpec, Registry
 from service.registry.tiers import Tier, check_weights, tier_of
 from service.settings import Settings
+from service.weights import revisions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from service.locks import Lock
+    from service.weights.locks import Lock
 
 STARTUP_MARGIN_S = 60  # so that a boot which takes too long is ended, and explained, by us before Modal does
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value

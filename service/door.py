@@ -12,7 +12,6 @@ from typing import Any
 
 import modal
 
-from service import revisions
 from service.errors import UnknownModelError, UsageError
 from service.gateway.app import Door
 from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
@@ -21,6 +20,7 @@ from service.image import carrying, light_image
 from service.registry.models import Registry
 from service.registry.tiers import check_weights
 from service.settings import Settings
+from service.weights import revisions
 
 APP = "vllm-gateway"
 MAX_INPUTS = 1000  # the most that Modal gives one container

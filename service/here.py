@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from service import fetch, revisions, weights
 from service.boot import Replica
 from service.boots import records
 from service.caches import Caches
@@ -19,6 +18,7 @@ from service.page_cache import available_bytes
 from service.plan import Plan
 from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.settings import Settings
+from service.weights import download_process, revisions, store
 
 DEFAULT_MODEL = "qwen3-0.6b"
 OFFLINE_MODEL = "tiny"
@@ -52,7 +52,7 @@ def choose_model(name: str | None, registry: Registry, say: Callable[[str], None
                 raise
             return unregistered(name)
     spec = registry.find(DEFAULT_MODEL).spec
-    if weights.find(spec) or fetch.hub_in_reach():
+    if store.find(spec) or download_process.hub_in_reach():
         return spec
     say(f"No model hub is in reach, so this serves the built-in '{OFFLINE_MODEL}' model, which knows a few dialogues.")
     return registry.find(OFFLINE_MODEL).spec
@@ -93,7 +93,7 @@ class Here:
     def fetch(self, spec: ModelSpec) -> None:
         """Fetch the weights of a model that somebody asked for."""
         self.check(spec)
-        weights.ensure(self._settled(spec), fetch.hub_token(self.environ), self.screen.say)
+        store.ensure(self._settled(spec), download_process.hub_token(self.environ), self.screen.say)
 
     def plan(self, spec: ModelSpec, port: int, gpus: tuple[int, ...] = ()) -> Plan:
         """Return what a replica of the model is to be; builds what is missing."""
@@ -115,7 +115,7 @@ class Here:
             startup_timeout_s=self.settings.startup_timeout_s,
             drain_s=DRAIN_S,
             hang_s=self.settings.hang_s,
-            hub_token=fetch.hub_token(self.environ),
+            hub_token=download_process.hub_token(self.environ),
             versions=versions,
             caches=Caches(environment.compiled(), versions, model=spec.key, say=self.screen.say),
             records=records.local_directory(),
@@ -148,7 +148,7 @@ class Here:
 
     def _settled(self, spec: ModelSpec) -> ModelSpec:
         file = revisions.lock_file(self.settings.models_file) if spec.key in self.registry.specs else None
-        asking = revisions.asking(fetch.hub_token(self.environ))
+        asking = revisions.asking(download_process.hub_token(self.environ))
         return revisions.settle(spec, asking, revisions.noting(file, self.screen.say))
 
 

@@ -14,8 +14,8 @@ import modal
 from service.engine.environment import PINS, pinned
 from service.errors import RegistryError
 from service.registry.models import ModelSpec
-from service.revisions import lock_file
 from service.settings import Settings
+from service.weights.revisions import lock_file
 
 # nvcc and headers are needed at run time (FlashInfer and DeepGEMM compile kernels), hence -devel; vLLM 0.32 is built
 # for CUDA 13.0, which Modal's driver (580) runs.

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from service.outdated import Pin
+from service.weights.outdated import Pin
 
 _WIDTH = 120
 _ADVICE = (

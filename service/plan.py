@@ -11,8 +11,8 @@ from service.boots.records import BootRecord
 from service.caches import Caches
 from service.engine.process import HANG_S
 from service.errors import GpuCountError
-from service.locks import Lock
 from service.registry.models import ModelSpec
+from service.weights.locks import Lock
 
 Snapshot = Literal["off", "cpu", "gpu"]
 DRAIN_S = 15.0  # of the 30 s that Modal gives a preempted container

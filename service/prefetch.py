@@ -12,13 +12,13 @@ from typing import Any
 
 import modal
 
-from service.dict_lock import DictLock
 from service.engine.environment import pinned
 from service.errors import ServiceError
-from service.fetch import hub_token
 from service.image import fast_transfer, light_image
-from service.stocking import Order, Word, stock
 from service.volumes import HUB_CACHE, volumes
+from service.weights.dict_lock import DictLock
+from service.weights.download_process import hub_token
+from service.weights.prefetch import Order, Word, stock
 
 APP = "vllm-prefetch"
 LOCKS = "vllm-locks"

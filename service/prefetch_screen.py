@@ -17,9 +17,9 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRem
 from rich.progress import Progress as Bar
 
 from service.errors import WeightsError
-from service.revisions import noting
-from service.stocking import Done, Failed, Freed, Order, Said, Settled, Word
-from service.weights import Progress
+from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled, Word
+from service.weights.revisions import noting
+from service.weights.store import Progress
 
 _LINE_EVERY_S = 5.0
 

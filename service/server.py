@@ -21,12 +21,12 @@ from service.control import missing_hub_token
 from service.deployment import Deployment
 from service.engine.environment import versions
 from service.errors import EngineError, ServiceError, UsageError
-from service.fetch import hub_token
 from service.image import image
 from service.keys import digests
 from service.plan import Plan
 from service.prefetch import fleet_lock
 from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_caches, records_directory, volumes
+from service.weights.download_process import hub_token
 
 try:
     DEPLOYMENT = Deployment.resolve()

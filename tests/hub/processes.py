@@ -10,15 +10,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Self
 
-from service.download import download
-from service.selection import Wanted
+from service.weights.download import download
+from service.weights.files import Wanted
 
 ROOT = Path(__file__).parents[2]
-_IMPORTED = ["service.download", "requests", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
+_IMPORTED = ["service.weights.download", "requests", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
 
 
 class Downloads:
-    """Forks processes that do what the child of `service.fetch` does, without its second of imports."""
+    """Forks processes that do what the child of `download_process` does, without its second of imports."""
 
     def __init__(self) -> None:
         self._context = get_context("forkserver")
@@ -55,7 +55,7 @@ def python(program: str, before: list[str] | None = None) -> subprocess.Popen[st
     """
     known = f"""
 import sys
-from service import weights
+from service.weights import store as weights
 from service.errors import ServiceError
 from service.registry.models import ModelSpec
 spec = ModelSpec(key="mine", hub_id="org/mine", revision="{"0123456789abcdef" * 2}01234567")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from service import download, fetch, markers, weights
-from service.progress import Progress
 from service.registry.models import Adapter, ModelSpec, Speculative
+from service.weights import download, download_process, manifest, store
+from service.weights.progress import Progress
 from tests.fakes.hub import Hub, Repository
 
 from .conftest import COMMIT, READ, SHARDS, SPEC, contents
@@ -24,22 +24,22 @@ SOON_S = 10
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process: a child would import the client for a second."""
-    monkeypatch.setattr(fetch, "in_child", download.download)
+    monkeypatch.setattr(download_process, "in_child", download.download)
 
 
 def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache: Path) -> None:
     """Every byte right; no pickles, no second trees, no code; a marker with the hub's checksums."""
     told: list[Progress] = []
-    found = weights.fetch(SPEC, on_progress=told.append)
+    found = store.fetch(SPEC, on_progress=told.append)
 
-    assert found == weights.Weights(cache / "models--org--mine" / "snapshots" / COMMIT, fetched=True)
+    assert found == store.Weights(cache / "models--org--mine" / "snapshots" / COMMIT, fetched=True)
     assert contents(found.model) == READ
     assert told[-1].files_done == told[-1].files == len(READ)
     assert told[-1].done_bytes == told[-1].total_bytes == sum(map(len, READ.values()))
-    marker = markers.read("org/mine", COMMIT)
+    marker = manifest.read("org/mine", COMMIT)
     assert marker is not None
     assert marker.verified == READ.keys()
-    assert not markers.is_begun("org/mine", COMMIT)
+    assert not manifest.is_begun("org/mine", COMMIT)
     assert not list(cache.rglob("*.incomplete"))
 
 
@@ -47,7 +47,7 @@ def test_ensure_with_complete_weights_makes_no_connection(
     hub: Hub, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An outage of the hub cannot stop a boot, and neither can a slow one."""
-    first = weights.ensure(SPEC)
+    first = store.ensure(SPEC)
     asked = len(hub.asked)
 
     def connect(_: socket.socket, address: Any) -> None:
@@ -55,10 +55,10 @@ def test_ensure_with_complete_weights_makes_no_connection(
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     began = time.monotonic()
-    again = weights.ensure(SPEC)
+    again = store.ensure(SPEC)
     took = time.monotonic() - began
 
-    assert again == weights.fetch(SPEC) == weights.find(SPEC) == weights.Weights(first.model)
+    assert again == store.fetch(SPEC) == store.find(SPEC) == store.Weights(first.model)
     assert took < 5
     assert len(hub.asked) == asked
 
@@ -67,26 +67,26 @@ def test_fetch_reads_lists_page_by_page(hub: Hub, here: None) -> None:
     """A repository of a thousand shards has more than one page."""
     hub.page = 3
 
-    assert contents(weights.fetch(SPEC).model) == READ
+    assert contents(store.fetch(SPEC).model) == READ
 
 
 def test_fetch_of_a_model_that_runs_its_own_code_brings_the_code(hub: Hub, here: None) -> None:
     """Only the entry that asks for it gets it; the other stays complete with what it has."""
     trusting = SPEC.model_copy(update={"extra_args": ("--trust-remote-code",)})
-    weights.fetch(SPEC)
-    assert weights.find(trusting) is None
-    assert (weights.ensure(trusting).model / "modeling_mine.py").is_file()
-    assert weights.find(SPEC)
+    store.fetch(SPEC)
+    assert store.find(trusting) is None
+    assert (store.ensure(trusting).model / "modeling_mine.py").is_file()
+    assert store.find(SPEC)
     assert len(hub.downloads(next(iter(SHARDS)))) == 1
 
 
 def test_fetch_of_a_model_without_safetensors_brings_the_pickles(hub: Hub, here: None) -> None:
     """They are all there is."""
     hub.repositories["org/old"] = Repository(COMMIT, {"config.json": b"{}", "pytorch_model.bin": b"1", "x.onnx": b"2"})
-    found = weights.fetch(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+    found = store.fetch(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
 
     assert contents(found.model) == {"config.json": b"{}", "pytorch_model.bin": b"1"}
-    assert weights.find(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+    assert store.find(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
 
 
 def test_fetch_brings_draft_and_adapters_along(hub: Hub, here: None, tmp_path: Path) -> None:
@@ -100,26 +100,26 @@ def test_fetch_brings_draft_and_adapters_along(hub: Hub, here: None, tmp_path: P
         Adapter(name="own", path=str(tmp_path)),
     )
     spec = SPEC.model_copy(update={"speculative": draft, "adapters": adapters})
-    weights.fetch(SPEC)
-    assert weights.find(spec) is None
+    store.fetch(SPEC)
+    assert store.find(spec) is None
 
-    found = weights.ensure(spec)
+    found = store.ensure(spec)
     assert found.draft is not None
     assert contents(found.draft) == {"config.json": b"{}", "model.safetensors": b"guess"}
     assert set(contents(found.adapters["sql"])) == {"adapter_config.json", "adapter_model.safetensors"}
     assert found.adapters["own"] == tmp_path
-    assert weights.find(spec) == weights.Weights(found.model, found.draft, found.adapters)
-    assert weights.verify(spec) == []
+    assert store.find(spec) == store.Weights(found.model, found.draft, found.adapters)
+    assert store.verify(spec) == []
 
 
 def test_fetch_without_a_pin_is_by_the_commit_that_was_newest(hub: Hub, here: None) -> None:
     """No request for a file names a branch, so that no file comes of another commit than the list."""
-    found = weights.fetch(SPEC.model_copy(update={"revision": None}))
+    found = store.fetch(SPEC.model_copy(update={"revision": None}))
 
     assert found.model.name == COMMIT
     assert not [line for line in hub.asked if "/resolve/main/" in line or "/tree/main" in line]
-    assert weights.find(SPEC.model_copy(update={"revision": None})) == weights.find(SPEC)
-    assert weights.resolve("org/mine") == COMMIT
+    assert store.find(SPEC.model_copy(update={"revision": None})) == store.find(SPEC)
+    assert store.resolve("org/mine") == COMMIT
 
 
 def test_fetch_of_what_somebody_else_brought_verifies_it(hub: Hub, here: None, cache: Path) -> None:
@@ -128,11 +128,11 @@ def test_fetch_of_what_somebody_else_brought_verifies_it(hub: Hub, here: None, c
 
     snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
     hub.asked.clear()
-    assert weights.find(SPEC)
-    assert markers.read("org/mine", COMMIT) is None
-    assert weights.fetch(SPEC).fetched
+    assert store.find(SPEC)
+    assert manifest.read("org/mine", COMMIT) is None
+    assert store.fetch(SPEC).fetched
     assert hub.downloads() == []
-    assert markers.read("org/mine", COMMIT) is not None
+    assert manifest.read("org/mine", COMMIT) is not None
 
 
 def test_fetch_of_what_somebody_else_brought_damaged_brings_it_again(hub: Hub, here: None, cache: Path) -> None:
@@ -146,7 +146,7 @@ def test_fetch_of_what_somebody_else_brought_damaged_brings_it_again(hub: Hub, h
     hub.asked.clear()
     said: list[str] = []
 
-    assert contents(weights.fetch(SPEC, say=said.append).model).items() >= READ.items()
+    assert contents(store.fetch(SPEC, say=said.append).model).items() >= READ.items()
     assert len(hub.downloads()) == 1
     assert f"{shard} of org/mine is damaged" in "".join(said)
 
@@ -155,7 +155,7 @@ def test_fetch_by_a_name_that_was_changed_says_the_new_one(hub: Hub, here: None)
     """The hub redirects; the commit is the same, and so is what comes."""
     hub.renamed["old/name"] = "org/mine"
     said: list[str] = []
-    found = weights.fetch(SPEC.model_copy(update={"hub_id": "old/name"}), say=said.append)
+    found = store.fetch(SPEC.model_copy(update={"hub_id": "old/name"}), say=said.append)
 
     assert contents(found.model) == READ
     assert "old/name is now called org/mine" in "".join(said)
@@ -190,7 +190,7 @@ def test_fetch_whose_holder_is_killed_goes_on_with_the_next(hub: Hub) -> None:
     hub.resume()
 
     assert second.communicate(timeout=SOON_S)[0].split()[-1] == "True"
-    found = weights.find(SPEC)
+    found = store.find(SPEC)
     assert found is not None
     assert contents(found.model) == READ
 
@@ -202,22 +202,22 @@ def test_prune_removes_only_what_no_entry_names_and_only_what_was_fetched_here(
     from huggingface_hub import snapshot_download
 
     newer = "f" * 40
-    weights.fetch(SPEC)
+    store.fetch(SPEC)
     old = hub.repositories["org/mine"]
     shard = next(iter(SHARDS))
     hub.repositories["org/mine"] = Repository(newer, {**old.files, shard: b"newer"}, large=old.large)  # type: ignore[arg-type]
-    weights.fetch(SPEC.model_copy(update={"revision": newer}))
+    store.fetch(SPEC.model_copy(update={"revision": newer}))
     hub.repositories["org/theirs"] = Repository(COMMIT, {"config.json": b"{}", "model.safetensors": b"1"})
     snapshot_download("org/theirs", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
     keep = SPEC.model_copy(update={"revision": newer})
 
     removed = [("org/mine", COMMIT, len(SHARDS[shard]))]
-    assert weights.prune([SPEC, keep]) == []
-    assert weights.prune([keep], dry_run=True) == removed
-    assert weights.find(SPEC)
-    assert weights.prune([keep]) == removed
-    assert weights.find(SPEC) is None
-    assert weights.find(keep)
-    assert weights.verify(keep) == []
-    assert weights.prune([]) == [("org/mine", newer, sum(map(len, READ.values())) - len(SHARDS[shard]) + 5)]
+    assert store.prune([SPEC, keep]) == []
+    assert store.prune([keep], dry_run=True) == removed
+    assert store.find(SPEC)
+    assert store.prune([keep]) == removed
+    assert store.find(SPEC) is None
+    assert store.find(keep)
+    assert store.verify(keep) == []
+    assert store.prune([]) == [("org/mine", newer, sum(map(len, READ.values())) - len(SHARDS[shard]) + 5)]
     assert [path.name for path in cache.glob("models--*")] == ["models--org--theirs"]

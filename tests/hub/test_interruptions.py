@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service import markers, weights
-from service.selection import Wanted
+from service.weights import manifest, store
+from service.weights.files import Wanted
 from tests.fakes.hub import Hub
 
 from .conftest import COMMIT, READ, SPEC, contents
@@ -39,7 +39,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
     assert hub.stopped.wait(SOON_S)
     process.kill()
     process.join()
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
     kept = finished(cache)
     hub.resume()
     hub.asked.clear()
@@ -47,7 +47,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
     again = downloads.start(WANTED)
     again.join(SOON_S)
     assert again.exitcode == 0
-    found = weights.find(SPEC)
+    found = store.find(SPEC)
     assert found is not None
     assert contents(found.model) == READ
     assert not [path for path in kept if hub.downloads(path)]
@@ -68,15 +68,15 @@ def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, d
     time.sleep(random.Random(seed).random() * 0.06)  # noqa: S311 - amid the verification, or a little after
     process.kill()
     process.join()
-    assert (weights.find(SPEC) is None) == (markers.read("org/mine", COMMIT) is None)
+    assert (store.find(SPEC) is None) == (manifest.read("org/mine", COMMIT) is None)
     hub.asked.clear()
     again = downloads.start(WANTED)
     again.join(SOON_S)
 
     assert again.exitcode == 0
     assert hub.downloads() == []
-    assert weights.find(SPEC) is not None
-    assert not markers.is_begun("org/mine", COMMIT)
+    assert store.find(SPEC) is not None
+    assert not manifest.is_begun("org/mine", COMMIT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -87,10 +87,10 @@ def test_fetch_whose_asker_is_ended_leaves_nothing_half(hub: Hub, cache: Path, n
     assert hub.stopped.wait(SOON_S)
     os.kill(asker.pid, number)
     asker.communicate(timeout=SOON_S)
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
     kept = finished(cache)
     hub.resume()
     hub.asked.clear()
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert not [path for path in kept if hub.downloads(path)]

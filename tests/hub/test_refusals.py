@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service import download, fetch, hub_refusals, weights
 from service.errors import DiskSpaceError, GatedModelError, ServiceError, WeightsError
-from service.selection import Wanted
+from service.weights import download, download_process, huggingface_errors, store
+from service.weights.files import Wanted
 from tests.fakes.hub import Fault, Hub
 from tests.unit.hub_client import slept  # noqa: F401 - a fixture
 
@@ -28,15 +28,15 @@ SOON_S = 20
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process, whose clock the test has."""
-    monkeypatch.setattr(fetch, "in_child", download.download)
+    monkeypatch.setattr(download_process, "in_child", download.download)
 
 
 def refused(kind: type[ServiceError], token: str | None = None, spec: Any = SPEC) -> str:
     """Fetch, and return the one sentence of the refusal; nothing is served then."""
     with pytest.raises(kind) as caught:
-        weights.ensure(spec, token)
+        store.ensure(spec, token)
     assert type(caught.value) is kind
-    assert weights.find(spec) is None
+    assert store.find(spec) is None
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert not token or token not in sentence
@@ -65,7 +65,7 @@ def test_gated_model_with_access_is_fetched(hub: Hub) -> None:
     """The token goes to the hub and not to the CDN, which the fake checks."""
     hub.repositories["org/mine"].gated = "all"
 
-    assert contents(weights.ensure(SPEC, hub.token).model) == READ
+    assert contents(store.ensure(SPEC, hub.token).model) == READ
 
 
 def test_token_that_the_hub_does_not_know_is_named_as_the_cause(hub: Hub) -> None:
@@ -115,17 +115,17 @@ def test_no_hub_without_complete_weights_names_it_soon(hub: Hub, slept: list[flo
 
 def test_no_hub_with_complete_weights_serves_them(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked, so nothing fails."""
-    first = weights.ensure(SPEC)
+    first = store.ensure(SPEC)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
-    assert weights.ensure(SPEC) == weights.Weights(first.model)
+    assert store.ensure(SPEC) == store.Weights(first.model)
 
 
 def test_wrong_content_under_the_right_size_is_fetched_again(hub: Hub) -> None:
     """Once may be a broken proxy: the checksum finds it, and the second one is right."""
     hub.faults.append(Fault(f"GET cdn:.*{SHARD}", content=bytes(len(SHARDS[SHARD]))))
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads(SHARD)) == 2
 
 
@@ -138,7 +138,7 @@ def test_wrong_content_again_and_again_is_refused(hub: Hub) -> None:
     assert "the other files are kept" in sentence
     hub.faults.clear()
     hub.asked.clear()
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads()) == 1
 
 
@@ -160,7 +160,7 @@ def test_rate_limit_is_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa
         Fault("HEAD .*config.json", 1, 429, {"Retry-After": "5"}),
         Fault(f"GET cdn:.*{SHARD}", 1, 429, {"Retry-After": "6"}),
     ]
-    assert contents(weights.ensure(SPEC, say=said.append).model) == READ
+    assert contents(store.ensure(SPEC, say=said.append).model) == READ
     assert {7, 10} <= set(slept)  # the client adds one
     assert "waiting 7 s. A token (HF_TOKEN) raises the limit" in "".join(said)
 
@@ -178,7 +178,7 @@ def test_burst_of_server_errors_is_waited_out(hub: Hub, where: str) -> None:
     """Three in a row at every kind of request."""
     hub.faults.append(Fault(where, 3, 503))
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
 
 
 @pytest.mark.parametrize("where", ["/api/models", "HEAD .*json", "GET cdn:"])
@@ -196,7 +196,7 @@ def test_cut_connections_are_gone_on_with(hub: Hub) -> None:
     """After some bytes, a few times: the rest is asked for by Range, not the whole again."""
     hub.faults += [Fault("GET cdn:", 6, cut_after=50_000), Fault("GET .*config.json", 1, cut_after=3)]
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert hub.served < sum(map(len, READ.values())) * 1.5
 
 
@@ -204,16 +204,16 @@ def test_slow_connection_is_a_slow_download(hub: Hub) -> None:
     """As long as bytes come, it goes on."""
     hub.faults.append(Fault(f"GET cdn:.*{SHARD}", bytes_per_s=400_000))
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
 
 
 def test_connection_that_answers_nothing_is_given_up_and_tried_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's time-outs, and ours where it has none: for the list of files."""
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr("service.hub.ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("service.weights.huggingface.ANSWER_TIMEOUT_S", 0.3)
     hub.faults += [Fault(f"GET cdn:.*{SHARD}", stalls=True), Fault("/tree/", stalls=True), Fault("/rev", stalls=True)]
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
 
 
 def test_repository_without_a_model_says_so(hub: Hub) -> None:
@@ -278,7 +278,7 @@ def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp
 def test_full_disk_in_each_of_its_forms_is_named(hub: Hub, cache: Path, error: Exception, words: str) -> None:
     """A quota and a full disk differ in the number alone, and Xet says it in text."""
     cache.mkdir(parents=True)
-    with pytest.raises(DiskSpaceError, match=words), hub_refusals.explained(Wanted("org/mine", COMMIT), None):
+    with pytest.raises(DiskSpaceError, match=words), huggingface_errors.explained(Wanted("org/mine", COMMIT), None):
         raise error
 
 

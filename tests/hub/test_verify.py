@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from service import download, fetch, markers, weights
 from service.errors import WeightsError
-from service.progress import Progress
+from service.weights import download, download_process, manifest, store
+from service.weights.progress import Progress
 from tests.fakes.hub import Hub
 
 from .conftest import COMMIT, READ, SHARDS, SPEC, contents
@@ -20,18 +20,18 @@ SHARD = "model-00002-of-00004.safetensors"
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process: a child would import the client for a second."""
-    monkeypatch.setattr(fetch, "in_child", download.download)
+    monkeypatch.setattr(download_process, "in_child", download.download)
 
 
 def test_verify_of_good_files_is_silent_and_asks_nobody(hub: Hub) -> None:
     """The marker has the checksums."""
-    weights.fetch(SPEC)
+    store.fetch(SPEC)
     asked, told = len(hub.asked), []
 
     def note(progress: Progress) -> None:
         told.append(progress)
 
-    assert weights.verify(SPEC, on_progress=note) == []
+    assert store.verify(SPEC, on_progress=note) == []
     assert len(hub.asked) == asked
     total = sum(map(len, READ.values()))
     assert told[-1] == Progress("org/mine", total, total, len(READ), len(READ), "verifying")
@@ -40,32 +40,32 @@ def test_verify_of_good_files_is_silent_and_asks_nobody(hub: Hub) -> None:
 @pytest.mark.parametrize("path", [SHARD, "config.json"])
 def test_verify_finds_a_flipped_bit_and_ensure_mends_it(hub: Hub, path: str) -> None:
     """One sentence; from then on the model is not found, until that one file was fetched again."""
-    directory = weights.fetch(SPEC).model
+    directory = store.fetch(SPEC).model
     (directory / path).resolve().write_bytes(READ[path][:-1] + b"~")
-    assert weights.find(SPEC)  # sizes are right
-    (sentence,) = weights.verify(SPEC)
+    assert store.find(SPEC)  # sizes are right
+    (sentence,) = store.verify(SPEC)
     assert sentence.startswith(f"{path} of org/mine is damaged")
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
     hub.asked.clear()
 
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads()) == len(hub.downloads(path)) == 1
-    assert weights.verify(SPEC) == []
+    assert store.verify(SPEC) == []
 
 
 def test_verify_finds_missing_and_torn_files(hub: Hub) -> None:
     """A link without its content, and one that was cut short: so does `find`, by itself."""
-    directory = weights.fetch(SPEC).model
+    directory = store.fetch(SPEC).model
     (directory / "tokenizer.json").resolve().unlink()
     torn = (directory / SHARD).resolve()
     torn.write_bytes(SHARDS[SHARD][:1000])
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
-    assert sorted(sentence.partition(".")[0] for sentence in weights.verify(SPEC)) == [
+    assert sorted(sentence.partition(".")[0] for sentence in store.verify(SPEC)) == [
         "model-00002-of-00004",
         "tokenizer",
     ]
-    assert contents(weights.ensure(SPEC).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
 
 
 def test_verify_of_what_somebody_else_brought_asks_the_hub(hub: Hub, cache: Path) -> None:
@@ -73,13 +73,13 @@ def test_verify_of_what_somebody_else_brought_asks_the_hub(hub: Hub, cache: Path
     from huggingface_hub import snapshot_download
 
     directory = Path(snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache))
-    assert weights.verify(SPEC) == []
-    assert markers.read("org/mine", COMMIT)
-    markers.remove("org/mine", COMMIT)
+    assert store.verify(SPEC) == []
+    assert manifest.read("org/mine", COMMIT)
+    manifest.remove("org/mine", COMMIT)
     (directory / SHARD).resolve().write_bytes(bytes(len(SHARDS[SHARD])))
-    assert weights.find(SPEC)
-    assert len(weights.verify(SPEC)) == 1
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC)
+    assert len(store.verify(SPEC)) == 1
+    assert store.find(SPEC) is None
 
 
 def test_verify_of_what_somebody_else_brought_without_a_hub_says_why_not(
@@ -91,9 +91,9 @@ def test_verify_of_what_somebody_else_brought_without_a_hub_says_why_not(
     snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"cannot be fetched from http://127\.0\.0\.1:9"):
-        weights.verify(SPEC)
+        store.verify(SPEC)
 
 
 def test_verify_of_what_is_not_here_says_so(hub: Hub) -> None:
     """Nothing to read."""
-    assert weights.verify(SPEC) == [f"org/mine at revision {COMMIT} is not here. Fetch it: vllm-service prefetch."]
+    assert store.verify(SPEC) == [f"org/mine at revision {COMMIT} is not here. Fetch it: vllm-service prefetch."]

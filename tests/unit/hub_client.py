@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
-from service import hub as hub_module
 from service.registry.models import ModelSpec
+from service.weights import huggingface as hub_module
 from tests.fakes.hub import Hub, Repository, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from service import weights
 from service.boot import Replica
 from service.engine.process import State
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
 from service.plan import Plan
+from service.weights import store
 from tests.unit.engines import eventually, group, scripted
 
 
@@ -226,7 +226,7 @@ def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypa
     """A volume's commit is for news, and comes before the engine opens a file."""
     shared: list[str] = []
     Replica(plan).prepare(share=lambda: shared.append("found"))
-    monkeypatch.setattr(weights, "ensure", lambda *_: weights.Weights(Path("/w"), fetched=True))
+    monkeypatch.setattr(store, "ensure", lambda *_: store.Weights(Path("/w"), fetched=True))
     Replica(plan).prepare(share=lambda: shared.append("fetched"))
 
     assert shared == ["fetched"]

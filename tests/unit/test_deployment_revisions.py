@@ -10,11 +10,12 @@ from typing import Any
 import modal
 import pytest
 
-from service import hub, image, revisions
+from service import image
 from service.deployment import Deployment
 from service.errors import RegistryError, WeightsError
 from service.registry.models import ModelSpec
 from service.settings import Settings
+from service.weights import huggingface, revisions
 
 A, B = "a" * 40, "b" * 40
 MODELS = '[models.mine]\nhub_id = "org/mine"\n[models.fixed]\nhub_id = "org/fixed"\nrevision = "' + B + '"\n'
@@ -48,8 +49,8 @@ def hub_with(monkeypatch: pytest.MonkeyPatch, commits: dict[str, str] | None) ->
             raise WeightsError(f"no {hub_id}")
         return commits[hub_id]
 
-    monkeypatch.setattr(hub, "in_reach", lambda: commits is not None)
-    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(huggingface, "in_reach", lambda: commits is not None)
+    monkeypatch.setattr(huggingface, "resolve", resolve)
     return asked
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service import fetch, here, local, weights
+from service import here, local
 from service.engine import environment
 from service.errors import (
     EngineError,
@@ -26,6 +26,7 @@ from service.errors import (
 )
 from service.registry.models import Registry
 from service.settings import Settings
+from service.weights import download_process, store
 
 REGISTRY = Registry.load()
 
@@ -70,8 +71,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
 
 def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False) -> None:
     """Decide what the hub and the cache have."""
-    monkeypatch.setattr(fetch, "hub_in_reach", lambda: in_reach)
-    monkeypatch.setattr(weights, "find", lambda _: weights.Weights(Path("/cached")) if cached else None)
+    monkeypatch.setattr(download_process, "hub_in_reach", lambda: in_reach)
+    monkeypatch.setattr(store, "find", lambda _: store.Weights(Path("/cached")) if cached else None)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
 )  # fmt: skip
 def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
-    monkeypatch.setattr(fetch, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(download_process, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
 
     assert here.choose_model(name, REGISTRY, lambda _: None).key == key
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from service import revisions
 from service.errors import WeightsError
 from service.prefetch_screen import Meter, duration, follow, size
 from service.registry.models import ModelSpec
-from service.stocking import Done, Failed, Freed, Order, Said, Settled
-from service.weights import Progress
+from service.weights import revisions
+from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled
+from service.weights.store import Progress
 
 A = "a" * 40
 ORDER = Order(specs=(ModelSpec(key="mine", hub_id="org/mine", revision=A, weights_gb=9.4),))

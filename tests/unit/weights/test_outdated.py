@@ -9,8 +9,8 @@ import pytest
 
 from service import outdated_screen
 from service.errors import WeightsError
-from service.outdated import Pin, compare
 from service.registry.models import ModelSpec, Registry
+from service.weights.outdated import Pin, compare
 from tests.fakes.hub import Hub, Repository
 from tests.unit.hub_client import COMMIT
 

@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from service import hub, markers, verification
 from service.errors import WeightsError
 from service.hardware import check_room
-from service.hub_refusals import endpoint, explained
-from service.markers import File, Marker
-from service.progress import Progress
-from service.selection import Wanted
+from service.weights import checksums, huggingface, manifest
+from service.weights.files import Wanted
+from service.weights.huggingface_errors import endpoint, explained
+from service.weights.manifest import File, Marker
+from service.weights.progress import Progress
 
 POLL_S = 0.05
 VERIFIERS = 2
@@ -43,8 +43,8 @@ def download(
         WeightsError: The hub cannot be reached, has no such repository or revision, broke off, or sends files that
             are not what it lists.
     """
-    with explained(wanted, token), hub.connected(say):
-        return _Download(wanted, hub.plan(wanted, token, say), token, say, on_progress).run()
+    with explained(wanted, token), huggingface.connected(say):
+        return _Download(wanted, huggingface.plan(wanted, token, say), token, say, on_progress).run()
 
 
 class _Download:
@@ -57,12 +57,12 @@ class _Download:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.wanted, self.listed, self.token, self.say, self.on_progress = wanted, listed, token, say, on_progress
-        self.directory = markers.snapshot(listed.hub_id, listed.revision)
-        self.blobs = markers.repository(listed.hub_id) / "blobs"
+        self.directory = manifest.snapshot(listed.hub_id, listed.revision)
+        self.blobs = manifest.repository(listed.hub_id) / "blobs"
         self.files = listed.chosen(wanted)
         self.total = sum(file.size for file in self.files.values())
         self._changing = threading.Lock()
-        known = markers.known(listed.hub_id, listed.revision)
+        known = manifest.known(listed.hub_id, listed.revision)
         verified = known.verified & listed.files.keys() if known else frozenset()
         self.marker = replace(listed, verified=frozenset(filter(self._is_whole, verified)))
         self._hashed_bytes = sum(file.size for path, file in self.files.items() if path in self.marker.verified)
@@ -70,16 +70,16 @@ class _Download:
     def run(self) -> Path:
         if not self.files:
             raise WeightsError(f"{self.wanted.at} has no file that the engine reads. Correct the entry's hub_id.")
-        _sweep(self.blobs, markers.locks(self.marker.hub_id))
+        _sweep(self.blobs, manifest.locks(self.marker.hub_id))
         for path in self.files:
             if not self._is_whole(path):  # torn or missing
                 _discard(self.directory / path)
         were_here = self.files.keys() - self._absent()
         missing = sum(self.files[path].size - self._present(self.files[path]) for path in self._absent())
         check_room(
-            markers.hub_cache(), missing / 1e9, self.wanted.hub_id, "set HF_HOME to a directory on a larger disk"
+            manifest.hub_cache(), missing / 1e9, self.wanted.hub_id, "set HF_HOME to a directory on a larger disk"
         )
-        markers.write(self.marker, partial=True)
+        manifest.write(self.marker, partial=True)
         self.say(f"Fetching {self.wanted.at}: {missing / 1e9:.1f} GB")
         blamed: Counter[str] = Counter()
         while faults := self._round():
@@ -93,7 +93,7 @@ class _Download:
                     )
                 self.say(f"{path} of {self.wanted.hub_id} {why}; it is fetched again.")
         self._remember_newest()
-        markers.write(self.marker)
+        manifest.write(self.marker)
         return self.directory
 
     def _round(self) -> dict[str, str]:
@@ -106,7 +106,7 @@ class _Download:
             checking.start()
             try:
                 if self._absent():
-                    hub.patiently(self._fetch, self._bytes_here)
+                    huggingface.patiently(self._fetch, self._bytes_here)
             finally:
                 all_here.set()
                 checking.join()
@@ -121,7 +121,7 @@ class _Download:
         snapshot_download(
             self.marker.hub_id,
             revision=self.marker.revision,
-            cache_dir=markers.hub_cache(),
+            cache_dir=manifest.hub_cache(),
             endpoint=endpoint(),
             allow_patterns=[glob.escape(path) for path in absent],
             token=self.token,
@@ -146,14 +146,14 @@ class _Download:
                 checks.append(pool.submit(self._check, path, faults))
 
     def _check(self, path: str, faults: dict[str, str]) -> None:
-        why = verification.fault(self.directory / path, self.files[path], self._count)
+        why = checksums.fault(self.directory / path, self.files[path], self._count)
         with self._changing:
             if why:
                 faults[path] = why
                 self._hashed_bytes -= self.files[path].size
                 return
             self.marker = replace(self.marker, verified=self.marker.verified | {path})
-            markers.write(self.marker, partial=True)
+            manifest.write(self.marker, partial=True)
 
     def _count(self, count: int) -> None:
         with self._changing:
@@ -164,11 +164,11 @@ class _Download:
         return [path for path in self.files if not (self.directory / path).exists()]
 
     def _is_whole(self, path: str) -> bool:
-        return markers.has_size(self.directory / path, self.listed.files[path].size)
+        return manifest.has_size(self.directory / path, self.listed.files[path].size)
 
     def _present(self, file: File) -> int:
         """Return how much of an absent file's content is here nevertheless, under another revision's name."""
-        return file.size if markers.has_size(self.blobs / file.blob, file.size) else 0
+        return file.size if manifest.has_size(self.blobs / file.blob, file.size) else 0
 
     def _bytes_here(self) -> int:
         """Return the bytes of finished and unfinished files on the disk."""
@@ -212,7 +212,7 @@ class _Download:
     def _remember_newest(self) -> None:
         """Write down which commit the newest is, as the client does: an entry without a pin is found by it."""
         if self.wanted.revision is None:
-            ref = markers.repository(self.wanted.hub_id) / "refs" / "main"
+            ref = manifest.repository(self.wanted.hub_id) / "refs" / "main"
             ref.parent.mkdir(parents=True, exist_ok=True)
             draft = ref.with_name("main.vllm-service.tmp")
             draft.write_text(self.marker.revision)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from service import markers, weights
 from service.errors import WeightsError
-from service.locks import FlockLock
-from service.markers import File, Marker
-from service.selection import Wanted
+from service.weights import manifest, store
+from service.weights.files import Wanted
+from service.weights.locks import FlockLock
+from service.weights.manifest import File, Marker
 from tests.unit.hub_client import COMMIT, FILES, SPEC, filled
 
 MARKER = Marker(
@@ -23,13 +23,13 @@ MARKER = Marker(
 
 def test_marker_is_read_as_it_was_written(cache: Path) -> None:
     """Beside the repository, whole or partial, and gone with it."""
-    markers.write(MARKER, partial=True)
-    assert markers.is_begun("org/mine", COMMIT)
-    markers.write(MARKER)
+    manifest.write(MARKER, partial=True)
+    assert manifest.is_begun("org/mine", COMMIT)
+    manifest.write(MARKER)
 
-    assert markers.read("org/mine", COMMIT) == MARKER == markers.known("org/mine", COMMIT)
-    assert not markers.is_begun("org/mine", COMMIT)
-    assert list(markers.all_marked()) == [("org/mine", COMMIT)]
+    assert manifest.read("org/mine", COMMIT) == MARKER == manifest.known("org/mine", COMMIT)
+    assert not manifest.is_begun("org/mine", COMMIT)
+    assert list(manifest.all_marked()) == [("org/mine", COMMIT)]
     assert [path.relative_to(cache) for path in cache.rglob("*.json")] == [
         Path("models--org--mine", "vllm-service", f"{COMMIT}.json")
     ]
@@ -38,41 +38,41 @@ def test_marker_is_read_as_it_was_written(cache: Path) -> None:
 def test_marker_of_files_with_another_size_is_not_believed(cache: Path) -> None:
     """Somebody wrote into the cache, or a disk lost what it had not written."""
     snapshot = filled(cache, FILES)
-    markers.write(MARKER)
-    assert weights.find(SPEC)
+    manifest.write(MARKER)
+    assert store.find(SPEC)
     (snapshot / "tokenizer.json").resolve().write_bytes(b"{} ")
 
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
 
 def test_marker_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache: Path) -> None:
     """All files look complete, and were not verified yet."""
     filled(cache, FILES)
-    assert weights.find(SPEC)
-    markers.write(Marker("org/mine", COMMIT, MARKER.files), partial=True)
+    assert store.find(SPEC)
+    manifest.write(Marker("org/mine", COMMIT, MARKER.files), partial=True)
 
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 2}', '{"version": 1, "files": {"a": 1}}'])
 def test_marker_that_cannot_be_read_is_none(cache: Path, content: str) -> None:
     """Cut short, or of a later version."""
-    markers.write(MARKER)
+    manifest.write(MARKER)
     path = next(cache.rglob("*.json"))
     path.write_text(content)
 
-    assert markers.read("org/mine", COMMIT) is None
-    assert list(markers.all_marked()) == []
+    assert manifest.read("org/mine", COMMIT) is None
+    assert list(manifest.all_marked()) == []
 
 
 def test_marker_covers_only_what_was_fetched(cache: Path) -> None:
     """Another entry of the same repository may want more of it."""
     filled(cache, FILES)
     part = Marker("org/mine", COMMIT, MARKER.files, MARKER.verified - {"tokenizer.json"})
-    markers.write(part)
+    manifest.write(part)
 
     assert not part.covers(Wanted("org/mine", COMMIT))
-    assert weights.find(SPEC.model_copy(update={"ignore_patterns": ("tokenizer.json",)}))
+    assert store.find(SPEC.model_copy(update={"ignore_patterns": ("tokenizer.json",)}))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_hub_cache_is_where_the_client_has_it(
     asks = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     client = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True).stdout.strip()
 
-    assert str(markers.hub_cache()) == expected.format(home=Path.home()) == client
+    assert str(manifest.hub_cache()) == expected.format(home=Path.home()) == client
 
 
 def test_client_still_has_the_constant_that_the_download_sets() -> None:

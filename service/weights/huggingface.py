@@ -1,7 +1,7 @@
 """What the hub is asked, through its own client, and what is said when it does not answer or refuses.
 
-The client leaves sockets and threads behind: a download happens in a child (`service.fetch`). Its own retries are kept;
-added here are time limits where it has none, and a bound on how long a rate limit is waited out.
+The client leaves sockets and threads behind: a download happens in a child (`download_process`). Its own retries are
+kept; added here are time limits where it has none, and a bound on how long a rate limit is waited out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from service.errors import ServiceError, WeightsError
-from service.hub_refusals import ADVICE, endpoint, explained, why_full
-from service.markers import File, Marker
-from service.selection import Wanted
+from service.weights.files import Wanted
+from service.weights.huggingface_errors import ADVICE, endpoint, explained, why_full
+from service.weights.manifest import File, Marker
 
 if TYPE_CHECKING:
     import httpx2

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from service import hub
 from service.errors import ServiceError, WeightsError
-from service.hub_refusals import endpoint, explained
 from service.registry.models import Registry
-from service.selection import Wanted
+from service.weights import huggingface
+from service.weights.files import Wanted
+from service.weights.huggingface_errors import endpoint, explained
 
 _AT_A_TIME = 8
 
@@ -43,7 +43,7 @@ def compare(registry: Registry, token: str | None) -> list[Pin]:
     Raises:
         WeightsError: The hub is not in reach.
     """
-    if not hub.in_reach():
+    if not huggingface.in_reach():
         raise WeightsError(
             f"{endpoint()} is not in reach, and only it knows the newest commits. Check the connection; HF_ENDPOINT "
             "names another hub."
@@ -62,12 +62,14 @@ def _newest(hub_ids: Iterable[str], token: str | None) -> dict[str, tuple[str | 
     def ask(hub_id: str) -> tuple[str | None, str | None]:
         try:
             with explained(Wanted(hub_id), token):
-                return hub.patiently(lambda: api.model_info(hub_id, timeout=hub.ANSWER_TIMEOUT_S).sha), None
+                return huggingface.patiently(
+                    lambda: api.model_info(hub_id, timeout=huggingface.ANSWER_TIMEOUT_S).sha
+                ), None
         except ServiceError as error:
             return None, str(error)
 
     found = sorted(hub_ids)
-    with hub.connected(), ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with huggingface.connected(), ThreadPoolExecutor(_AT_A_TIME) as pool:
         try:
             return dict(zip(found, pool.map(ask, found), strict=True))
         finally:

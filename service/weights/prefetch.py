@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from service import revisions, weights
 from service.errors import ServiceError, UnknownModelError, UsageError
 from service.registry.models import ModelSpec, Registry, unregistered
-from service.weights import Progress
+from service.weights import revisions, store
+from service.weights.store import Progress
 
 if TYPE_CHECKING:
-    from service.locks import Lock
+    from service.weights.locks import Lock
 
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
 _SHOWN_EVERY_S = 0.2
@@ -231,18 +231,18 @@ def _work(wanted: Order, token: str | None, lock: Lock | None, tell: _Teller) ->
     if wanted.prune:
         known = revisions.read(revisions.cache_record())
         kept = [settled.get(spec.key) or revisions.pinned(spec, known) for spec in wanted.keep]
-        for hub_id, revision, size in weights.prune(kept):
+        for hub_id, revision, size in store.prune(kept):
             tell(Freed(hub_id, revision, size))
 
 
 def _fetched(spec: ModelSpec, token: str | None, lock: Lock | None, tell: _Teller) -> Done:
-    found = weights.fetch(spec, token, tell, lock, lambda text: tell(Said(text)))
+    found = store.fetch(spec, token, tell, lock, lambda text: tell(Said(text)))
     places = [found.model, *([found.draft] if found.draft else []), *found.adapters.values()]
     return Done(spec.key, spec.hub_id, spec.revision, sum(map(_size, places)), found.fetched)
 
 
 def _verified(spec: ModelSpec, tell: _Teller) -> Done:
-    damage = weights.verify(spec, on_progress=tell)
+    damage = store.verify(spec, on_progress=tell)
     return Done(spec.key, spec.hub_id, spec.revision, damage=tuple(damage))
 
 

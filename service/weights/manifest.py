@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.selection import Wanted, chosen
+from service.weights.files import Wanted, chosen
 
 _VERSION = 1
 _FOLDER = "vllm-service"

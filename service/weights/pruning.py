@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from service import markers
-from service.locks import FlockLock
-from service.selection import Wanted
+from service.weights import manifest
+from service.weights.files import Wanted
+from service.weights.locks import FlockLock
 
 
 def prune(keep: Iterable[Wanted], *, dry_run: bool = False) -> list[tuple[str, str, int]]:
@@ -18,7 +18,7 @@ def prune(keep: Iterable[Wanted], *, dry_run: bool = False) -> list[tuple[str, s
     """
     kept = {(wanted.hub_id.lower(), wanted.revision) for wanted in keep}
     removed = []
-    for hub_id, revision in markers.all_marked():
+    for hub_id, revision in manifest.all_marked():
         if (hub_id.lower(), revision) in kept or (hub_id.lower(), None) in kept:
             continue
         with FlockLock().held(hub_id, lambda _: None):
@@ -29,12 +29,12 @@ def prune(keep: Iterable[Wanted], *, dry_run: bool = False) -> list[tuple[str, s
 def _remove(hub_id: str, revision: str, *, dry_run: bool) -> int:
     from huggingface_hub import DeleteCacheStrategy  # noqa: PLC0415 - knows what repositories share
 
-    folder, directory = markers.repository(hub_id), markers.snapshot(hub_id, revision)
+    folder, directory = manifest.repository(hub_id), manifest.snapshot(hub_id, revision)
     others = [other for other in (folder / "snapshots").glob("*") if other != directory]
     blobs = _blobs(directory).difference(*map(_blobs, others))
     freed = sum(blob.stat().st_size for blob in blobs)
     if not dry_run:
-        markers.remove(hub_id, revision)  # first: nobody finds what is about to go
+        manifest.remove(hub_id, revision)  # first: nobody finds what is about to go
         listing = folder / "trees" / f"{revision}.json"
         strategy = DeleteCacheStrategy(
             expected_freed_size=freed,
@@ -43,7 +43,7 @@ def _remove(hub_id: str, revision: str, *, dry_run: bool) -> int:
             repos=frozenset(() if others else (folder,)),
             snapshots=frozenset((directory,) if directory.is_dir() else ()),
             files=frozenset((listing,)),
-            cache_dir=markers.hub_cache(),
+            cache_dir=manifest.hub_cache(),
         )
         strategy.execute()
     return freed

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from service import stocking, weights
 from service.errors import UnknownModelError, UsageError, WeightsError
 from service.registry.models import ModelSpec, Registry
-from service.revisions import cache_record, lock_file, read, record
-from service.stocking import Done, Failed, Freed, Order, Said, Settled, stock
-from service.weights import Progress
+from service.weights import prefetch, store
+from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled, stock
+from service.weights.revisions import cache_record, lock_file, read, record
+from service.weights.store import Progress
 from tests.fakes.hub import Hub, Repository
 from tests.unit.hub_client import COMMIT, FILES
 
@@ -25,7 +25,7 @@ REGISTRY = Registry({"mine": SPEC, "tiny": Registry.load().specs["tiny"]})
 
 def ordered(*names: str, everything: bool = False, on_modal: bool = False, **options: bool) -> Order:
     """Return the order for these names of a registry of two."""
-    return stocking.order(list(names), REGISTRY, None, everything, on_modal, **options)
+    return prefetch.order(list(names), REGISTRY, None, everything, on_modal, **options)
 
 
 def test_order_of_names_has_each_model_once() -> None:
@@ -73,11 +73,11 @@ def test_order_with_update_forgets_what_the_lock_file_settles(tmp_path: Path) ->
     models = tmp_path / "models.toml"
     models.write_text(f'[models.loose]\nhub_id = "org/loose"\n[models.pinned]\nhub_id = "a/b"\nrevision = "{COMMIT}"\n')
     record(lock_file(models), {"org/loose": OTHER})
-    locked = stocking.revisions.registry(models)
+    locked = prefetch.revisions.registry(models)
     names = ["loose", "pinned"]
 
-    plain = stocking.order(names, locked, str(models), everything=False, on_modal=False)
-    updated = stocking.order(names, locked, str(models), everything=False, on_modal=False, update=True)
+    plain = prefetch.order(names, locked, str(models), everything=False, on_modal=False)
+    updated = prefetch.order(names, locked, str(models), everything=False, on_modal=False, update=True)
     assert [spec.revision for spec in plain.specs] == [OTHER, COMMIT]
     assert [spec.revision for spec in updated.specs] == [None, COMMIT]
 
@@ -107,7 +107,7 @@ def test_secret_is_asked_for_when_a_model_is_gated(gated: bool, named: str | Non
     """Or when the user named one: a draft may be gated too."""
     order = Order(specs=(SPEC.model_copy(update={"gated": gated}),))
 
-    assert stocking.secret(order, named) == expected
+    assert prefetch.secret(order, named) == expected
 
 
 def test_stock_fetches_and_tells(cache: Path, hub: Hub) -> None:
@@ -156,7 +156,7 @@ def test_stock_verifies_what_is_here(cache: Path, hub: Hub) -> None:
     """A damaged file is named; nothing is fetched until somebody asks for that."""
     list(stock(Order(specs=(SPEC,))))
     (good,) = [word for word in stock(Order(specs=(SPEC,), verify=True)) if isinstance(word, Done)]
-    found = weights.find(SPEC)
+    found = store.find(SPEC)
     assert found is not None
     blob = (found.model / "model.safetensors.index.json").resolve()
     blob.chmod(0o644)
@@ -178,7 +178,7 @@ def test_stock_prunes_what_no_entry_names(cache: Path, hub: Hub) -> None:
 
     assert [(word.hub_id, word.revision) for word in freed] == [("org/old", OTHER)]
     assert freed[0].size >= sum(map(len, FILES.values())) - 10
-    assert (weights.find(old), weights.find(SPEC) is None) == (None, False)
+    assert (store.find(old), store.find(SPEC) is None) == (None, False)
 
 
 def test_stock_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> None:
@@ -201,7 +201,7 @@ def test_stock_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> None:
 def test_progress_is_told_as_often_as_an_eye_can_follow() -> None:
     """The first, the last and a few a second between, of each repository and phase."""
     told: list[object] = []
-    teller = stocking._Teller(told.append, threading.Event())
+    teller = prefetch._Teller(told.append, threading.Event())
     for phase in ("fetching", "verifying"):
         for done in range(1001):
             teller(Progress("org/mine", done, 1000, 0, 1, phase))

@@ -39,7 +39,7 @@ class Store(Protocol):
 
 
 class DictLock:
-    """Keeps containers from fetching one repository at once; `service.locks.Lock` is what it is.
+    """Keeps containers from fetching one repository at once; `service.weights.locks.Lock` is what it is.
 
     Args:
         store: The dictionary, or what opens it: a boot that has its weights must not wait for one.

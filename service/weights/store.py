@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service import fetch as fetching
-from service import hub, markers, pruning, unmarked, verification
 from service.errors import WeightsError
-from service.hub_refusals import explained
-from service.locks import FlockLock, Lock
-from service.markers import Marker
-from service.progress import Progress
 from service.registry.models import ModelSpec
-from service.selection import Wanted, draft_of, model_of, repositories_of
+from service.weights import checksums, huggingface, manifest, pruning, unmarked
+from service.weights import download_process as fetching
+from service.weights.files import Wanted, draft_of, model_of, repositories_of
+from service.weights.huggingface_errors import explained
+from service.weights.locks import FlockLock, Lock
+from service.weights.manifest import Marker
+from service.weights.progress import Progress
 
 __all__ = ["Lock", "Progress", "Weights", "ensure", "fetch", "find", "prune", "resolve", "verify"]
 
@@ -116,7 +116,7 @@ def resolve(hub_id: str, token: str | None = None) -> str:
     Raises:
         WeightsError: The hub cannot be reached, or has no such repository.
     """
-    return hub.resolve(hub_id, token)
+    return huggingface.resolve(hub_id, token)
 
 
 class _Bringing:
@@ -177,39 +177,39 @@ def _existing(directory: Path | None, key: str) -> Path:
 
 def _marked(wanted: Wanted) -> Path | None:
     """Return the directory of a revision that this service has verified."""
-    revision = wanted.revision or markers.newest_known(wanted.hub_id)
-    marker = markers.read(wanted.hub_id, revision) if revision else None
-    return markers.snapshot(wanted.hub_id, marker.revision) if marker and marker.covers(wanted) else None
+    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
+    marker = manifest.read(wanted.hub_id, revision) if revision else None
+    return manifest.snapshot(wanted.hub_id, marker.revision) if marker and marker.covers(wanted) else None
 
 
 def _here(wanted: Wanted) -> Path | None:
     """Return the directory of a complete revision, whoever brought it."""
     if path := _marked(wanted):
         return path
-    revision = wanted.revision or markers.newest_known(wanted.hub_id)
-    if revision is None or markers.is_ours(wanted.hub_id, revision):
+    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
+    if revision is None or manifest.is_ours(wanted.hub_id, revision):
         return None
-    directory = markers.snapshot(wanted.hub_id, revision)
+    directory = manifest.snapshot(wanted.hub_id, revision)
     return directory if unmarked.is_complete(directory, wanted) else None
 
 
 def _verify(wanted: Wanted, workers: int, on_progress: Callable[[Progress], None]) -> list[str]:
-    revision = wanted.revision or markers.newest_known(wanted.hub_id)
-    if revision is None or not markers.snapshot(wanted.hub_id, revision).is_dir():
+    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
+    if revision is None or not manifest.snapshot(wanted.hub_id, revision).is_dir():
         return [f"{wanted.at} is not here. Fetch it: vllm-service prefetch."]
     with FlockLock().held(wanted.hub_id, lambda _: None):
-        marker = markers.known(wanted.hub_id, revision) or _listed(Wanted(wanted.hub_id, revision))
+        marker = manifest.known(wanted.hub_id, revision) or _listed(Wanted(wanted.hub_id, revision))
         files = marker.chosen(wanted)
-        progress = verification.Meter(wanted.hub_id, files, on_progress)
-        faults = verification.faults(markers.snapshot(wanted.hub_id, revision), files, workers, progress.add)
+        progress = checksums.Meter(wanted.hub_id, files, on_progress)
+        faults = checksums.faults(manifest.snapshot(wanted.hub_id, revision), files, workers, progress.add)
         if faults:
-            markers.distrust(marker, faults)
+            manifest.distrust(marker, faults)
         else:
-            markers.write(Marker(marker.hub_id, revision, marker.files, marker.verified | files.keys()))
+            manifest.write(Marker(marker.hub_id, revision, marker.files, marker.verified | files.keys()))
     return [f"{path} of {wanted.hub_id} {why}. Fetch it again: vllm-service prefetch." for path, why in faults.items()]
 
 
 def _listed(wanted: Wanted) -> Marker:
     token = fetching.hub_token(os.environ)
-    with explained(wanted, token), hub.connected():
-        return hub.plan(wanted, token)
+    with explained(wanted, token), huggingface.connected():
+        return huggingface.plan(wanted, token)

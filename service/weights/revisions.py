@@ -15,13 +15,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import hub, markers
 from service.errors import RegistryError, ServiceError, WeightsError
-from service.hub_refusals import endpoint
 from service.registry.models import BUILT_IN, ModelSpec, Registry
+from service.weights import huggingface, manifest
+from service.weights.huggingface_errors import endpoint
 
 if TYPE_CHECKING:
-    from service.locks import Lock
+    from service.weights.locks import Lock
 
 Resolve = Callable[[str], str]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,7 +39,7 @@ def lock_file(models_file: str | Path | None) -> Path:
 
 def cache_record() -> Path:
     """Return the record beside the hub's cache, which the hub's client does not know of."""
-    return markers.hub_cache().parent / "vllm-service.revisions.toml"
+    return manifest.hub_cache().parent / "vllm-service.revisions.toml"
 
 
 def registry(models_file: str | Path | None) -> Registry:
@@ -134,13 +134,13 @@ def asking(token: str | None) -> Resolve:
 
     def resolve(hub_id: str) -> str:
         if not reached:
-            reached.append(hub.in_reach())
+            reached.append(huggingface.in_reach())
         if not reached[0]:
             raise WeightsError(
                 f"{hub_id} is at no known commit: its entry names none, none is recorded in {cache_record()}, and "
                 f"{endpoint()} is not in reach. Check the connection, or write the revision into the entry."
             )
-        return hub.resolve(hub_id, token)
+        return huggingface.resolve(hub_id, token)
 
     return resolve
 
@@ -150,7 +150,7 @@ def _newest(hub_id: str, resolve: Resolve) -> str:
     try:
         return resolve(hub_id)
     except ServiceError:
-        if noted := markers.newest_known(hub_id):
+        if noted := manifest.newest_known(hub_id):
             return noted
         raise
 

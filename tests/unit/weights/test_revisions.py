@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service import revisions
 from service.errors import RegistryError, WeightsError
 from service.registry.models import ModelSpec, Registry
+from service.weights import revisions
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
 SPEC = ModelSpec.model_validate(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service import download, fetch, weights
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.registry.models import ModelSpec
+from service.weights import download, download_process, store
 from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("cache", "slept", "fetched_here")
 @pytest.fixture
 def fetched_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process, whose client and clock the fixtures have; `test_fetch_child.py` has the child."""
-    monkeypatch.setattr(fetch, "in_child", download.download)
+    monkeypatch.setattr(download_process, "in_child", download.download)
 
 
 def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
     """Every file, into the cache, announced with size and revision; afterwards the hub is not asked again."""
     said: list[str] = []
-    found = weights.ensure(SPEC, None, said.append)
+    found = store.ensure(SPEC, None, said.append)
 
     assert found.fetched
     assert {file.name: file.read_bytes() for file in found.model.iterdir()} == FILES
@@ -37,14 +37,14 @@ def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
     assert "org/mine" in said[0]
     assert COMMIT in said[0]
     asked = len(hub.asked)
-    assert weights.ensure(SPEC, None, said.append) == weights.Weights(found.model)
+    assert store.ensure(SPEC, None, said.append) == store.Weights(found.model)
     assert (len(hub.asked), len(said)) == (asked, 1)
 
 
 def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
     """Finished files are kept, the missing shard is fetched."""
     filled(cache, {name: content for name, content in FILES.items() if name != SHARDS[1]})
-    found = weights.ensure(SPEC)
+    found = store.ensure(SPEC)
 
     assert (found.model / SHARDS[1]).read_bytes() == b"numbers"
     assert not [line for line in hub.asked if line.startswith("GET") and line.endswith(SHARDS[0])]
@@ -53,14 +53,14 @@ def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
 def test_weights_in_other_formats_are_not_fetched(hub: Hub) -> None:
     """The same numbers again as a pickle, and what the entry itself leaves out."""
     hub.repositories["org/mine"].files |= {"pytorch_model.bin": b"x", "original/a.pth": b"x", "metal/m.bin": b"x"}
-    found = weights.ensure(SPEC.model_copy(update={"ignore_patterns": ("original/*", "metal/*")}))
+    found = store.ensure(SPEC.model_copy(update={"ignore_patterns": ("original/*", "metal/*")}))
 
     assert {file.name for file in found.model.iterdir()} == set(FILES)
 
 
 def test_weights_without_a_pinned_revision_are_the_newest(hub: Hub) -> None:
     """A hub id that is in no registry has no pin."""
-    assert weights.ensure(SPEC.model_copy(update={"revision": None})).model.name == COMMIT
+    assert store.ensure(SPEC.model_copy(update={"revision": None})).model.name == COMMIT
 
 
 def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -69,7 +69,7 @@ def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
 
     with pytest.raises(DiskSpaceError, match=r"org/mine needs 0\.0 GB and .* has 0\.0 GB free.*HF_HOME"):
-        weights.ensure(SPEC)
+        store.ensure(SPEC)
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
 
 
@@ -83,7 +83,7 @@ def test_weights_room_is_asked_of_the_disk_that_gets_them(
     monkeypatch.setenv("HF_HUB_CACHE", str(elsewhere))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere))
     monkeypatch.setattr(download, "check_room", lambda directory, *_: asked.append(directory))
-    weights.ensure(SPEC)
+    store.ensure(SPEC)
 
     assert asked == [elsewhere]
 
@@ -93,7 +93,7 @@ def test_weights_of_a_gated_model_without_a_token_name_page_and_token(hub: Hub, 
     """Accept the licence there, then set the token: locally so, on Modal so."""
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError) as caught:
-        weights.ensure(SPEC)
+        store.ensure(SPEC)
 
     for part in ("org/mine is gated", f"{hub.url}/org/mine", "HF_TOKEN", "modal secret create huggingface"):
         assert part in str(caught.value)
@@ -104,7 +104,7 @@ def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
     """The licence was not accepted with that account."""
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError, match="Accept its licence") as caught:
-        weights.ensure(SPEC, "hf_stranger")
+        store.ensure(SPEC, "hf_stranger")
 
     assert "hf_stranger" not in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
 def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub) -> None:
     """The token goes to the hub and nowhere else."""
     hub.repositories["org/mine"].gated = "all"
-    found = weights.ensure(SPEC, hub.token)
+    found = store.ensure(SPEC, hub.token)
 
     assert (found.model / "config.json").is_file()
 
@@ -121,20 +121,20 @@ def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub) -> None:
 def test_weights_of_no_repository_say_so(hub: Hub, token: str | None) -> None:
     """Missing or private: the hub does not tell which."""
     with pytest.raises(WeightsError, match=f"no repository 'org/gone'.*{hub.url}/org/gone"):
-        weights.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}), token)
+        store.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}), token)
 
 
 def test_weights_of_no_revision_say_so(hub: Hub) -> None:
     """A pin that was mistyped."""
     with pytest.raises(WeightsError, match=f"org/mine has no revision '{'f' * 40}'"):
-        weights.ensure(SPEC.model_copy(update={"revision": "f" * 40}))
+        store.ensure(SPEC.model_copy(update={"revision": "f" * 40}))
 
 
 def test_weights_from_a_broken_hub_name_it(hub: Hub) -> None:
     """The sentence has the hub's address, what it answered, and the model that needs none."""
     hub.fails_with = 500
     with pytest.raises(WeightsError) as caught:
-        weights.ensure(SPEC)
+        store.ensure(SPEC)
 
     assert hub.url in str(caught.value)
     assert "500" in str(caught.value)
@@ -145,31 +145,31 @@ def test_weights_from_a_broken_hub_name_it(hub: Hub) -> None:
 def test_weights_without_a_hub_name_it_soon(slept: list[float]) -> None:
     """Nobody listens there, and trying again for half a minute does not change that."""
     with pytest.raises(WeightsError, match=r"cannot be fetched from http://127\.0\.0\.1.*HF_ENDPOINT"):
-        weights.ensure(SPEC)
+        store.ensure(SPEC)
     assert sum(slept) < 5
 
 
 def test_weights_of_a_name_that_the_client_refuses_say_so() -> None:
     """The hub's client has rules of its own for names; its complaint is no crash of ours."""
     with pytest.raises(WeightsError, match="a/b--c"):
-        weights.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
+        store.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
 
 
 def test_hub_in_reach_tells_whether_it_answers(hub: Hub) -> None:
     """Any answer counts, a refusal too."""
-    assert fetch.hub_in_reach()
+    assert download_process.hub_in_reach()
     hub.fails_with = 503
-    assert fetch.hub_in_reach()
+    assert download_process.hub_in_reach()
 
 
 def test_hub_in_reach_without_a_hub_is_false() -> None:
     """Nobody listens there."""
-    assert not fetch.hub_in_reach()
+    assert not download_process.hub_in_reach()
 
 
 def test_hub_in_reach_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """`HF_HUB_OFFLINE=1` is the user's word, and the client would fetch nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    assert not fetch.hub_in_reach()
+    assert not download_process.hub_in_reach()
     assert hub.asked == []

@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from service import markers
 from service.errors import WeightsError
+from service.weights import manifest
 
 # Network file systems that know no locks. The hub's client is sound without: two only fetch the same twice.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
@@ -38,7 +38,7 @@ class FlockLock:
     @contextmanager
     def held(self, hub_id: str, say: Callable[[str], None]) -> Iterator[None]:
         """Wait until no other process of this machine fetches the repository."""
-        with _opened(markers.locks(hub_id)) as file:
+        with _opened(manifest.locks(hub_id)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -56,5 +56,5 @@ def _opened(directory: Path) -> IO[str]:
         return (directory / "vllm-service.lock").open("w")
     except OSError as error:
         raise WeightsError(
-            f"The cache '{markers.hub_cache()}' cannot be written: {error.strerror}. Point HF_HOME at one that can."
+            f"The cache '{manifest.hub_cache()}' cannot be written: {error.strerror}. Point HF_HOME at one that can."
         ) from error

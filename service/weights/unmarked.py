@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from service.markers import has_size, repository
-from service.selection import Wanted, chosen
+from service.weights.files import Wanted, chosen
+from service.weights.manifest import has_size, repository
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")  # one of several: only their index tells which all are
 

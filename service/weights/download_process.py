@@ -1,7 +1,7 @@
 """From the hub into the cache, in a process of its own.
 
 The hub's client downloads on threads that no interrupt ends, and leaves sockets and open files on a volume behind. A
-child can be killed, and takes all that with it before a snapshot is taken. Run as `python -m service.fetch`: the
+child can be killed, and takes all that with it before a snapshot is taken. Run as `python -m` with this module: the
 order comes as JSON on standard input, which stays open for as long as the parent lives; sentences, progress and the
 result go out as JSON lines; what the client itself says goes to standard error.
 """
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from service import errors
-from service.download import download
 from service.errors import ServiceError, WeightsError
-from service.hub import in_reach as hub_in_reach
-from service.progress import Progress
-from service.selection import Wanted
+from service.weights.download import download
+from service.weights.files import Wanted
+from service.weights.huggingface import in_reach as hub_in_reach
+from service.weights.progress import Progress
 
 PIECE_BYTES = 1 << 18
 STALL_S = 300.0  # without one byte: what the client waits for will not come
@@ -52,10 +52,10 @@ def in_child(
         DiskSpaceError: The cache has too little room for what is missing, or got full.
         WeightsError: Anything else that keeps the files from being here whole.
     """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if token:
         env["HF_TOKEN"] = token
-    command = [sys.executable, "-m", "service.fetch"]
+    command = [sys.executable, "-m", "service.weights.download_process"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as child:
         try:

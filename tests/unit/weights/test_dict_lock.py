@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.dict_lock import DictLock, Value
+from service.weights.dict_lock import DictLock, Value
 
 NAME = "org/mine"
 

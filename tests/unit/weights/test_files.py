@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.registry.models import ModelSpec
-from service.selection import Wanted, chosen, model_of
+from service.weights.files import Wanted, chosen, model_of
 
 TENSORS = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 

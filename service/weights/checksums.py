@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from service.markers import File
-from service.progress import Progress
+from service.weights.manifest import File
+from service.weights.progress import Progress
 
 _CHUNK = 1 << 20  # hashing releases the interpreter's lock; larger pieces were no faster
 

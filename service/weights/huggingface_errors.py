@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from service.errors import DiskSpaceError, GatedModelError, ServiceError, WeightsError
-from service.markers import hub_cache
-from service.selection import Wanted
+from service.weights.files import Wanted
+from service.weights.manifest import hub_cache
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from service import weights
 from service.errors import WeightsError
 from service.registry.models import ModelSpec, Registry
+from service.weights import store
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
 pytestmark = pytest.mark.usefixtures("cache", "slept")
@@ -34,14 +34,14 @@ def test_weights_complete_in_the_cache_are_found_with_no_connection(cache: Path,
     """An outage of the hub cannot stop a boot."""
     snapshot = filled(cache, FILES)
 
-    assert weights.find(SPEC) == weights.ensure(SPEC) == weights.Weights(snapshot)
+    assert store.find(SPEC) == store.ensure(SPEC) == store.Weights(snapshot)
 
 
 def test_weights_in_one_file_are_found(cache: Path, no_network: None) -> None:
     """Small models have no index."""
     snapshot = filled(cache, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"numbers"})
 
-    assert weights.find(SPEC) == weights.Weights(snapshot)
+    assert store.find(SPEC) == store.Weights(snapshot)
 
 
 @pytest.mark.parametrize("lost", ["config.json", *SHARDS])
@@ -49,14 +49,14 @@ def test_weights_without_a_file_that_the_engine_reads_are_not_found(cache: Path,
     """A download that was cut short is no model."""
     filled(cache, {name: content for name, content in FILES.items() if name != lost})
 
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
 
 def test_weights_with_a_shard_and_no_index_are_not_found(cache: Path, no_network: None) -> None:
     """The name says `00001-of-00002`: the index and the other shard had not come yet."""
     filled(cache, {"config.json": b"{}", "tokenizer.json": b"{}", SHARDS[0]: b"numbers"})
 
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
 
 def test_weights_whose_blob_was_deleted_are_not_found(cache: Path, no_network: None) -> None:
@@ -64,14 +64,14 @@ def test_weights_whose_blob_was_deleted_are_not_found(cache: Path, no_network: N
     snapshot = filled(cache, FILES)
     (snapshot / SHARDS[1]).resolve().unlink()
 
-    assert weights.find(SPEC) is None
+    assert store.find(SPEC) is None
 
 
 def test_weights_of_another_revision_are_not_found(cache: Path, no_network: None) -> None:
     """The pinned commit is what is served."""
     filled(cache, FILES)
 
-    assert weights.find(SPEC.model_copy(update={"revision": "f" * 40})) is None
+    assert store.find(SPEC.model_copy(update={"revision": "f" * 40})) is None
 
 
 def test_weights_of_an_entry_with_a_draft_need_both(cache: Path, no_network: None) -> None:
@@ -79,23 +79,23 @@ def test_weights_of_an_entry_with_a_draft_need_both(cache: Path, no_network: Non
     speculative = {"method": "eagle3", "num_speculative_tokens": 7, "hub_id": "org/draft", "revision": COMMIT}
     spec = ModelSpec.model_validate({**SPEC.model_dump(), "speculative": speculative})
     snapshot = filled(cache, FILES)
-    assert weights.find(spec) is None
+    assert store.find(spec) is None
 
     draft = filled(cache, FILES, "org/draft")
-    assert weights.find(spec) == weights.Weights(snapshot, draft)
+    assert store.find(spec) == store.Weights(snapshot, draft)
 
 
 def test_weights_of_the_tiny_model_are_in_the_package(no_network: None) -> None:
     """Its directory, with no hub and no cache."""
     spec = Registry.load().specs["tiny"]
 
-    assert weights.ensure(spec) == weights.Weights(spec.directory)  # type: ignore[arg-type]
+    assert store.ensure(spec) == store.Weights(spec.directory)  # type: ignore[arg-type]
 
 
 def test_weights_directory_without_a_configuration_is_named(tmp_path: Path) -> None:
     """The sentence has the directory, the model and what to give instead."""
     with pytest.raises(WeightsError, match=f"'{tmp_path}' of model 'here' has no config.json"):
-        weights.find(ModelSpec(key="here", path=str(tmp_path)))
+        store.find(ModelSpec(key="here", path=str(tmp_path)))
 
 
 def test_weights_in_hf_home_are_found_by_a_new_process(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_weights_in_hf_home_are_found_by_a_new_process(tmp_path: Path) -> None:
     snapshot = filled(tmp_path / "elsewhere" / "hub", FILES)
     program = (
         "import socket\ndef no(*_): raise SystemExit('connected')\nsocket.socket.connect = no\n"
-        "from service import weights; from service.registry.models import ModelSpec\n"
+        "from service.weights import store as weights; from service.registry.models import ModelSpec\n"
         f"print(weights.find(ModelSpec(key='mine', hub_id='org/mine', revision='{COMMIT}')).model)"
     )
-    env = os.environ | {"HF_HOME": str(tmp_path / "elsewhere"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"HF_HOME": str(tmp_path / "elsewhere"), "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == str(snapshot)
