@@ -24,13 +24,13 @@ import psutil
 
 from bench.processes import Timed, first_token, free_port, plain_vllm, service
 from bench.report import Report
-from service.boot import Replica
 from service.boots import export
 from service.boots.records import BootRecord
-from service.caches import Caches
 from service.engine import environment
-from service.plan import Plan
 from service.registry.models import Registry
+from service.replica.compile_caches import Caches
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from tests.contract.memory import overwrite
 
 SETTLED_S, WATCHED_S = 5.0, 60.0

@@ -24,13 +24,13 @@ import psutil
 
 from bench.processes import first_token, free_port
 from bench.report import Report
-from service.boot import Replica
-from service.caches import Caches
 from service.engine import environment
 from service.engine.process import State
 from service.errors import EngineError
-from service.plan import Plan, Snapshot
 from service.registry.models import Registry
+from service.replica.compile_caches import Caches
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan, Snapshot
 
 STRATEGIES: tuple[Snapshot, ...] = ("off", "cpu", "gpu")
 

@@ -32,10 +32,10 @@ from service.engine import environment
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, State
 from service.hardware import check_room
-from service.page_cache import available_bytes
-from service.readahead import Readahead
 from service.registry.models import ModelSpec, Registry
-from service.weight_files import weight_files
+from service.replica.page_cache import available_bytes
+from service.replica.readahead import Readahead
+from service.replica.weight_files import weight_files
 
 SHARDS = 8
 LIMIT_S = 300.0

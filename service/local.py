@@ -19,7 +19,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from service import keys
-from service.boot import Replica
 from service.boots import records
 from service.errors import EngineError, OpenDoorError
 from service.gateway.limits import Keyring, load_keyring
@@ -27,6 +26,7 @@ from service.gateway.local_pool import Machine, new_key
 from service.hardware import bound_port, claim_port, free_port, is_loopback
 from service.here import Here, Screen
 from service.registry.models import ModelSpec
+from service.replica.lifecycle import Replica
 from service.settings import Settings
 
 if TYPE_CHECKING:

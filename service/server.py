@@ -14,8 +14,6 @@ import modal
 import modal.experimental
 
 from service import selftest
-from service.boot import Replica
-from service.caches import Caches
 from service.completion import request
 from service.control import missing_hub_token
 from service.deployment import Deployment
@@ -23,8 +21,10 @@ from service.engine.environment import versions
 from service.errors import EngineError, ServiceError, UsageError
 from service.image import image
 from service.keys import digests
-from service.plan import Plan
 from service.prefetch import fleet_lock
+from service.replica.compile_caches import Caches
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_caches, records_directory, volumes
 from service.weights.download_process import hub_token
 

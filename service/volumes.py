@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import modal
 
-from service import caches
 from service.boots.records import DIRECTORY
+from service.replica import compile_caches as replica_compile_caches
 
 HUB_CACHE = "/root/.cache/huggingface"
 VLLM_CACHE = "/root/.cache/vllm"
@@ -30,7 +30,7 @@ def records_directory() -> Path:
 
 def compile_caches() -> dict[str, Path]:
     """Return where the volume of each store of compile caches is, in the container."""
-    return {caches.VLLM: _here(VLLM_CACHE), caches.FLASHINFER: _here(FLASHINFER_CACHE)}
+    return {replica_compile_caches.VLLM: _here(VLLM_CACHE), replica_compile_caches.FLASHINFER: _here(FLASHINFER_CACHE)}
 
 
 def _here(mount: str) -> Path:

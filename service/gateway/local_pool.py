@@ -24,7 +24,7 @@ _ANSWERS_S, _TOLD_S = 5.0, 1.0  # the second: until its death is told, with the 
 
 
 class Engine(Protocol):
-    """What a pool needs of a `service.boot.Replica`. All block."""
+    """What a pool needs of a `service.replica.lifecycle.Replica`. All block."""
 
     def prepare(self) -> None:
         """Fetch the weights."""

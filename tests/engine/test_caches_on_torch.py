@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.caches import Caches, machine
+from service.replica.compile_caches import Caches, machine
 
 SCRIPT = """
 import json, sys
@@ -61,7 +61,7 @@ def test_second_replica_compiles_nothing_anew(
     engine_python: str, replica: Callable[[], Caches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one made is found by the next on an empty disk, and there is nothing new to copy out."""
-    monkeypatch.setattr("service.archive._SETTLED_S", 0)  # the child has ended: nothing is being written
+    monkeypatch.setattr("service.replica.archive._SETTLED_S", 0)  # the child has ended: nothing is being written
     first = replica()
     first.take_in()
     assert boot(first, engine_python)["fxgraph_cache_miss"] == 1

@@ -14,10 +14,10 @@ import pytest
 import requests
 
 from bench.cycles import Lives
-from service.boot import Replica
 from service.engine.environment import EngineEnv
-from service.plan import Plan
 from service.registry.models import Registry
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 
 from .dialogues import dialogue
 from .running import Service, free_port, wait_until

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from service.engine.args import IN_ENGINE, EngineCommand
-from service.plan import Plan
 from service.registry.models import Registry
+from service.replica.plan import Plan
 from tests.unit.hub_client import cache, hub, slept  # noqa: F401 - fixtures
 from tests.unit.replicas import Place
 

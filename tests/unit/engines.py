@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from service.plan import Plan
+from service.replica.plan import Plan
 
 READY_S = 20.0  # what a busy machine may need; nothing here waits so long
 

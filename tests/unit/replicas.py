@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from service import caches
-from service.caches import Caches
+from service.replica import compile_caches
+from service.replica.compile_caches import Caches
 
 SOFTWARE = {"vllm": "0.32.0", "torch": "2.13.0"}
 H100 = "NVIDIA H100 80GB HBM3, 580.95.05"
@@ -18,7 +18,7 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.volumes = {store: root / f"{store}-volume" for store in caches.STORES}
+        self.volumes = {store: root / f"{store}-volume" for store in compile_caches.STORES}
         self.said: list[str] = []
 
     def replica(self, disk: str, software: dict[str, str] | None = None, model: str = "tiny") -> Caches:

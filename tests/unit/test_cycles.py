@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 
-from service.boot import Replica
 from service.engine.args import IN_ENGINE, EngineCommand
 from service.engine.process import EngineProcess, State
 from service.errors import EngineError
-from service.plan import Plan
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, open_files, scripted
 
 from .fake_engine import HOLDS, STEPS

@@ -210,7 +210,7 @@ def test_locks_of_both_engines_pin_one_vllm() -> None:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [("service.cli", {"modal", "huggingface_hub", "requests", "pydantic", "vllm", "torch"}),
-     ("service.boot", {"modal", "vllm", "torch", "huggingface_hub"})],
+     ("service.replica.lifecycle", {"modal", "vllm", "torch", "huggingface_hub"})],
 )  # fmt: skip
 def test_import_brings_in_nothing_heavy(module: str, forbidden: set[str]) -> None:
     """`--help` is fast, and the parent of an engine is small, because of what is not imported."""

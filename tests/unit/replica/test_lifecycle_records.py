@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from service.boot import Replica
 from service.boots import records
-from service.caches import Caches
 from service.engine.process import State
 from service.errors import EngineError
-from service.plan import Plan
+from service.replica.compile_caches import Caches
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from tests.unit.engines import eventually, scripted
 
 VERSIONS = {"vllm": "1.2.3"}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from service.boots.records import BootRecord
-from service.caches import Caches
 from service.engine.process import HANG_S
 from service.errors import GpuCountError
 from service.registry.models import ModelSpec
+from service.replica.compile_caches import Caches
 from service.weights.locks import Lock
 
 Snapshot = Literal["off", "cpu", "gpu"]

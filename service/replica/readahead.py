@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.page_cache import available_bytes, is_cached
-from service.weight_files import weight_files
+from service.replica.page_cache import available_bytes, is_cached
+from service.replica.weight_files import weight_files
 
 # vLLM prefetches with 8; on two cores, beside 2.7 GB from a disk, imports took 1.2 s longer with 8, 0.3 s with 2.
 THREADS = max(min(os.cpu_count() or 2, 8), 2)

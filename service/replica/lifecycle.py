@@ -18,17 +18,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from service import hardware
-from service.afterwards import Afterwards
 from service.boots import records
 from service.boots.phases import Phases
 from service.boots.records import BootRecord
-from service.caches import machine
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, Hold, State
 from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.keys import digest
-from service.plan import Plan, Snapshot
-from service.readahead import Readahead
+from service.replica.compile_caches import machine
+from service.replica.plan import Plan, Snapshot
+from service.replica.readahead import Readahead
+from service.replica.results import Afterwards
 from service.weights import store
 
 _HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint

@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from service.boot import Replica
 from service.engine.process import State
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
-from service.plan import Plan
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from service.weights import store
 from tests.unit.engines import eventually, group, scripted
 

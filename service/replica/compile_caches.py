@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from service import archive, hardware
-from service.archive import DamagedArchiveError, Stamp
+from service import hardware
+from service.replica import archive
+from service.replica.archive import DamagedArchiveError, Stamp
 
 STORES = VLLM, FLASHINFER = "vllm", "flashinfer"
 _NOBODY = "nobody"  # where the engine's paths lead until the machine is known: importing torch makes directories there

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from service.boots import records
 from service.boots.records import BootRecord
-from service.plan import Plan
+from service.replica.plan import Plan
 
 
 class Afterwards:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service import archive
+from service.replica import archive
 from tests.unit.replicas import H100, OLD_NS, Place, make
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service import archive, hardware
-from service.caches import Caches, machine
+from service import hardware
+from service.replica import archive
+from service.replica.compile_caches import Caches, machine
 from tests.unit.replicas import H100, OLD_NS, SOFTWARE, Place, make
 
 
@@ -213,7 +214,7 @@ def test_temporary_and_local_files_do_not_travel(place: Place) -> None:
 
 def test_file_that_may_still_be_being_written_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A linker writes in place, so a file of this moment may be half of one."""
-    monkeypatch.setattr("service.archive._SETTLED_S", 60)
+    monkeypatch.setattr("service.replica.archive._SETTLED_S", 60)
     replica = place.booted("a")
     path = make(replica, "vllm/x.so", mtime_ns=time.time_ns())
 

@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from service.boot import Replica
 from service.boots.records import BootRecord
 from service.engine.process import EngineProcess, State
 from service.errors import EngineError, GpuCountError
-from service.plan import Plan
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, scripted
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from service import page_cache, readahead
-from service.readahead import PIECE, STRETCH, THREADS, Readahead
-from service.weight_files import weight_files
+from service.replica import page_cache, readahead
+from service.replica.readahead import PIECE, STRETCH, THREADS, Readahead
+from service.replica.weight_files import weight_files
 
 END_S = 30.0
 MIB = 1024**2
@@ -213,14 +213,14 @@ def test_readahead_that_hangs_is_left_behind_in_time(model: Path, hanging: threa
 def test_readahead_that_hangs_does_not_keep_its_process(model: Path) -> None:
     """The process ends as if there were no thread."""
     program = (
-        "import os, sys, threading, time; from pathlib import Path; from service.readahead import Readahead\n"
+        "import os, sys, threading, time; from pathlib import Path; from service.replica.readahead import Readahead\n"
         "begun = threading.Event()\n"
         "os.preadv = lambda *_: (begun.set(), time.sleep(600))\n"
         f"Readahead(Path({str(model)!r})).start()\n"
         "begun.wait(30)"
     )
     began = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=END_S)
 
     assert time.monotonic() - began < 10
