@@ -30,7 +30,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from vllm_service import control
+from vllm_service import parent_pipe
 
 STEPS = (
     *("start", "imported", "released", "building", "loaded", "canary", "asleep", "awake", "woken", "open", "listening"),
@@ -88,7 +88,7 @@ class Fake:
         if self.script.get("die_at") == name:
             self.die(self.script.get("code", 1))
 
-    def run(self, link: control.Control, hold: str) -> None:
+    def run(self, link: parent_pipe.Control, hold: str) -> None:
         """Go through the life that main.py and barrier.py have."""
         link.tell("started", pid=os.getpid())
         for line in self.script.get("output", []):
@@ -134,7 +134,7 @@ class Fake:
             door.bind(f"{place}/{os.getpid()}-socket")
         os.mkdir(f"{place}/{os.getpid()}-directory")  # noqa: PTH102 - nor pathlib
 
-    def wake(self, link: control.Control) -> None:
+    def wake(self, link: parent_pipe.Control) -> None:
         """Sing again, and end when the song is another."""
         different = "token 1 is 9 instead of 1" if self.script.get("different") else None
         link.tell("woken", tokens=[9 if different else 1, 2, 3], different=different)
@@ -144,20 +144,20 @@ class Fake:
             self.die(1)
         self.step("woken")
 
-    def beat(self, link: control.Control) -> None:
+    def beat(self, link: parent_pipe.Control) -> None:
         """Give a pulse for ever."""
         while True:
             time.sleep(PULSE_S)
             link.tell("pulse")
 
-    def drain(self, link: control.Control, grace_s: float) -> None:
+    def drain(self, link: parent_pipe.Control, grace_s: float) -> None:
         """Tell that nothing is in flight any more: at once, or when the grace is over."""
         say(f"drain {json.dumps({'grace_s': grace_s})}")
         cut = 1 if self.script.get("in_flight") else 0
         time.sleep(grace_s * cut)
         link.tell("drained", cut=cut)
 
-    def await_release(self, link: control.Control) -> None:
+    def await_release(self, link: parent_pipe.Control) -> None:
         """Block until the parent says so, and write what it said."""
         say(f"release {json.dumps(link.wait_for_release())}")
         self.step("released")
@@ -201,7 +201,7 @@ def main() -> None:
             refuse(f"the hold {known}")
     if script.get("only", hold) != hold:
         script = {key: value for key, value in script.items() if key not in {"die_at", "hang_at"}}
-    link = control.current()
+    link = parent_pipe.current()
     if link is None:
         refuse("a life without pipes")
     if script.get("ignore_sigterm"):

@@ -14,7 +14,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_service import control, drain
+from vllm_service import drain, parent_pipe
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -65,7 +65,7 @@ class Guard:
     @property
     def _digests(self) -> list[str]:
         if self._given is None:
-            link = control.current()
+            link = parent_pipe.current()
             if link is None or "digests" not in link.release:
                 raise RuntimeError("The guard got no word about keys; it serves nobody.")
             self._given = list(link.release["digests"])

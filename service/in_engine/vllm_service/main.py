@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 
-from vllm_service import control, forks
+from vllm_service import fork_start, parent_pipe
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
 HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a pulse
@@ -50,7 +50,7 @@ CPU_WORKER = (  # what the forked engine core would import by itself; on a GPU n
 
 def main() -> None:
     """Import, hold, serve."""
-    link = control.current()
+    link = parent_pipe.current()
     if link is None:
         sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
     link.tell("started", pid=os.getpid())
@@ -87,11 +87,11 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    forks.prefer()
+    fork_start.prefer()
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
     validate_parsed_serve_args(args)
-    if link := control.current():
+    if link := parent_pipe.current():
         link.tell("building")
     uvloop.run(run_server(args))
 

@@ -29,7 +29,7 @@ DOOR = (
     *("--shutdown-timeout", "1"),
     *("--disable-access-log-for-endpoints", "/health,/metrics"),
 )
-WORKER = ("--worker-extension-cls", "vllm_service.worker.WorkerExtension")
+WORKER = ("--worker-extension-cls", "vllm_service.worker_extension.WorkerExtension")
 STRUCTURED = ("--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}')
 
 

@@ -13,7 +13,7 @@ def test_command_gives_every_worker_our_words(device: str, sleeps: bool) -> None
     """An engine that never sleeps renews its randomness too: a CPU snapshot keeps the seed."""
     argv = command("qwen3-8b", device=device, sleeps=sleeps).argv
 
-    assert value(argv, "--worker-extension-cls") == "vllm_service.worker.WorkerExtension"
+    assert value(argv, "--worker-extension-cls") == "vllm_service.worker_extension.WorkerExtension"
 
 
 def test_command_of_an_engine_that_sleeps_on_a_gpu_has_sleep_mode_and_maps_no_file() -> None:

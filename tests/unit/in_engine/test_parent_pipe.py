@@ -16,7 +16,7 @@ from service.engine.args import IN_ENGINE
 
 PROGRAM = """
 import json, os, sys
-from vllm_service import control
+from vllm_service import parent_pipe as control
 
 def show(what):
     os.write(1, (json.dumps(what) + "\\n").encode())

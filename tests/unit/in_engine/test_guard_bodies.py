@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_service import control
+from vllm_service import parent_pipe
 from vllm_service.guard import BODY_LIMIT, MIB, TEXT_BODY_LIMIT, Guard
 
-from .test_guard import DIGEST, KEY, Behind, ask, bearer
+from tests.unit.in_engine.test_guard import DIGEST, KEY, Behind, ask, bearer
 
 LIMITS = [("/v1/chat/completions", BODY_LIMIT), ("/tokenize", TEXT_BODY_LIMIT), ("/detokenize", TEXT_BODY_LIMIT)]
 
@@ -149,7 +149,7 @@ def test_lifespan_passes() -> None:
 @pytest.mark.parametrize("link", [None, SimpleNamespace(release={}), SimpleNamespace(release={"word": "release"})])
 def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.MonkeyPatch, link: Any) -> None:
     """Silence is not the same as "no keys": it fails closed."""
-    monkeypatch.setattr(control, "current", lambda: link)
+    monkeypatch.setattr(parent_pipe, "current", lambda: link)
     behind = Behind()
 
     with pytest.raises(RuntimeError, match="no word about keys"):
@@ -160,7 +160,7 @@ def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.Monke
 def test_guard_takes_the_keys_that_the_release_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     """VLLM constructs the guard before the keys arrive; they are read at the first request."""
     link = SimpleNamespace(release={})
-    monkeypatch.setattr(control, "current", lambda: link)
+    monkeypatch.setattr(parent_pipe, "current", lambda: link)
     guard = Guard(Behind())
     link.release = {"word": "release", "digests": [DIGEST]}
 

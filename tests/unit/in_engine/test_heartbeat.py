@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_service import pulse
+from vllm_service import heartbeat
 
 LOOK_S = 0.001
 NEVER_S = 1000.0
@@ -69,7 +69,7 @@ class Steps:
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     """Return the counter that the pulse reads."""
     counter = Steps()
-    monkeypatch.setattr(pulse, "_steps", counter)
+    monkeypatch.setattr(heartbeat, "_steps", counter)
     return counter
 
 
@@ -85,7 +85,7 @@ def pulses(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s: fl
 
     async def scene() -> Engine:
         engine: Engine = make()
-        beating = asyncio.ensure_future(pulse.beat(engine, lambda: told.append(None), LOOK_S, probe_s))
+        beating = asyncio.ensure_future(heartbeat.beat(engine, lambda: told.append(None), LOOK_S, probe_s))
         await asyncio.wait_for(getattr(engine, until).wait(), 20)
         await asyncio.sleep(after_s)
         beating.cancel()
@@ -178,4 +178,4 @@ def test_pulse_counts_steps_by_the_histograms_count(monkeypatch: pytest.MonkeyPa
     registry = SimpleNamespace(restricted_registry=restricted)
     monkeypatch.setitem(sys.modules, "prometheus_client", SimpleNamespace(REGISTRY=registry))
 
-    assert pulse._steps() == 5.0
+    assert heartbeat._steps() == 5.0

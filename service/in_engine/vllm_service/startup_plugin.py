@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from vllm_service import canary, control, drain, pulse, warmup
+from vllm_service import canary, drain, heartbeat, parent_pipe, warmup
 from vllm_service.main import HANG_VARIABLE, HOLD_VARIABLE
 
 WATCH_S = 0.25
@@ -36,7 +36,7 @@ class Barrier:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
         """Generate the canary; hold asleep when told to; return, and vLLM listens."""
-        link = control.current()
+        link = parent_pipe.current()
         if engine_client is None or link is None:
             return
         if completions := getattr(state, "openai_serving_completion", None):
@@ -50,12 +50,14 @@ class Barrier:
             raise
         _drain_when_told(link)
         self._pulse = asyncio.create_task(
-            pulse.beat(engine_client, lambda: link.tell("pulse"), *pulse.intervals(float(os.environ[HANG_VARIABLE])))
+            heartbeat.beat(
+                engine_client, lambda: link.tell("pulse"), *heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
+            )
         )
         link.tell("open")
 
 
-async def _come_to_release(link: control.Control, engine: Any, state: Any) -> None:
+async def _come_to_release(link: parent_pipe.Control, engine: Any, state: Any) -> None:
     """Show that the engine can generate, and wait for the parent's word, asleep or awake."""
     link.tell("loaded")
     if os.environ.get(HOLD_VARIABLE) == "asleep":
@@ -66,14 +68,14 @@ async def _come_to_release(link: control.Control, engine: Any, state: Any) -> No
         await _release(link)
 
 
-async def _release(link: control.Control) -> None:
+async def _release(link: parent_pipe.Control) -> None:
     """Wait for the parent's word; in the loop, so that nothing keeps this process from ending."""
     released, loop = asyncio.Event(), asyncio.get_running_loop()
     link.when_released(lambda: loop.call_soon_threadsafe(released.set))
     await released.wait()
 
 
-async def _sleep_and_wake(link: control.Control, engine: Any, state: Any) -> None:
+async def _sleep_and_wake(link: parent_pipe.Control, engine: Any, state: Any) -> None:
     """Warm up, sleep until the release, wake, and prove that it is the same engine.
 
     It is rehearsed first: an engine that cannot do that would boot cold at every restore.
@@ -112,7 +114,7 @@ async def _renew_randomness(engine: Any) -> None:
     await engine.collective_rpc("renew_randomness", args=(secrets.randbits(31),))
 
 
-def _drain_when_told(link: control.Control) -> None:
+def _drain_when_told(link: parent_pipe.Control) -> None:
     loop, jobs = asyncio.get_running_loop(), set()
 
     async def end(grace_s: float) -> None:

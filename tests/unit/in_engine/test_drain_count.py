@@ -10,8 +10,8 @@ from vllm_service import drain
 from vllm_service.drain import Drain, Message
 from vllm_service.guard import Guard
 
-from .test_drain import CHAT, LONG_S, SSE, Client, run
-from .test_guard import Behind
+from tests.unit.in_engine.test_drain import CHAT, LONG_S, SSE, Client, run
+from tests.unit.in_engine.test_guard import Behind
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -11,7 +11,7 @@ import pytest
 from vllm_service.drain import RETRY_AFTER_S, TEXT, Drain, Message
 from vllm_service.guard import Guard
 
-from .test_guard import DIGEST, ROUTES, Answer, Behind, ask, bearer
+from tests.unit.in_engine.test_guard import DIGEST, ROUTES, Answer, Behind, ask, bearer
 
 CHAT = "/v1/chat/completions"
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]

@@ -13,7 +13,7 @@ PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from vllm.model_executor.models import registry
-from vllm_service import forks
+from vllm_service import fork_start as forks
 interpreters, start = [], registry._run_in_subprocess
 forked, fork = [], forks.in_fork
 def fresh(look):

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from vllm_service import forks
+from vllm_service import fork_start
 
 
 def test_fork_returns_what_the_call_returns() -> None:
@@ -19,7 +19,7 @@ def test_fork_returns_what_the_call_returns() -> None:
         changed.append(1)
         return os.getpid(), changed
 
-    pid, there = forks.in_fork(call, 10)
+    pid, there = fork_start.in_fork(call, 10)
     assert pid != os.getpid()
     assert (there, changed) == ([1], [])
     assert multiprocessing.active_children() == []
@@ -27,22 +27,22 @@ def test_fork_returns_what_the_call_returns() -> None:
 
 def test_fork_that_raises_tells_what(capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing of it is on stderr: the first traceback of an engine's log is taken for the cause of its death."""
-    with pytest.raises(forks.ForkError, match="ZeroDivisionError: division by zero"):
-        forks.in_fork(lambda: 1 / 0, 10)
-    with pytest.raises(forks.ForkError, match="pickle"):
-        forks.in_fork(lambda: lambda: 1, 10)
+    with pytest.raises(fork_start.ForkError, match="ZeroDivisionError: division by zero"):
+        fork_start.in_fork(lambda: 1 / 0, 10)
+    with pytest.raises(fork_start.ForkError, match="pickle"):
+        fork_start.in_fork(lambda: lambda: 1, 10)
     assert capfd.readouterr().err == ""
 
 
 def test_fork_that_is_killed_has_no_result() -> None:
     """As the kernel does when memory runs out."""
     with pytest.raises(EOFError):
-        forks.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL), 10)
+        fork_start.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL), 10)
     assert multiprocessing.active_children() == []
 
 
 def test_fork_that_hangs_is_killed() -> None:
     """Nothing is left of it."""
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
-        forks.in_fork(lambda: time.sleep(60), 0.1)
+        fork_start.in_fork(lambda: time.sleep(60), 0.1)
     assert multiprocessing.active_children() == []
