@@ -18,8 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 from service import keys, local
-from service.gateway import listen
-from service.gateway.limits import load_keyring
+from service.gateway import local_server
+from service.gateway.clients import load_keyring
 from service.gateway.local_pool import Engine, Machine
 from service.hardware import bound_port
 from service.registry.models import ModelSpec, Registry
@@ -53,10 +53,10 @@ def serve(port: int, upstream: int) -> None:
         bound_port("127.0.0.1", port) as address,
         local._lines(Path(os.devnull)) as access,
     ):
-        door = listen.door(
+        door = local_server.door(
             registry, spec, machine, keyring, python=sys.executable, settings=Settings.load(), access=access
         )
-        listener = listen.Listener(door, address, machine, on_open=_ready, on_drain=lambda: None)
+        listener = local_server.Listener(door, address, machine, on_open=_ready, on_drain=lambda: None)
         listener.run((signal.SIGTERM,))
 
 

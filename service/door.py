@@ -15,7 +15,7 @@ import modal
 from service.errors import UnknownModelError, UsageError
 from service.gateway.app import Door
 from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
-from service.gateway.process import expect_many_streams
+from service.gateway.process_limits import expect_many_streams
 from service.image import carrying, light_image
 from service.registry.models import Registry
 from service.registry.tiers import check_weights

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from service import keys
 from service.boots import records
 from service.errors import EngineError, OpenDoorError
-from service.gateway.limits import Keyring, load_keyring
+from service.gateway.clients import Keyring, load_keyring
 from service.gateway.local_pool import Machine, new_key
 from service.hardware import bound_port, claim_port, free_port, is_loopback
 from service.here import Here, Screen
@@ -30,10 +30,10 @@ from service.replica.lifecycle import Replica
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.gateway.listen import Listener
+    from service.gateway.local_server import Listener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LISTEN = "service.gateway.listen"  # half a second of imports, which are done while the engine does its own
+_LISTEN = "service.gateway.local_server"  # half a second of imports, which are done while the engine does its own
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class _Run:
             raise self._death
 
     def _listen(self, machine: Machine, address: socket.socket, python: str, on_open: Callable[[], None]) -> None:
-        from service.gateway import listen  # noqa: PLC0415 - by now it is imported, while the engine did its own
+        from service.gateway import local_server  # noqa: PLC0415 - by now it is imported, while the engine did its own
 
         here = self._here
         with _lines(access_file(here.settings.port)) as access:
-            door = listen.door(
+            door = local_server.door(
                 here.registry,
                 self._spec,
                 machine,
@@ -127,7 +127,7 @@ class _Run:
                 settings=here.settings,
                 access=access,
             )
-            self._listener = listen.Listener(
+            self._listener = local_server.Listener(
                 door,
                 address,
                 machine,

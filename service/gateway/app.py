@@ -14,14 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.gateway import listing
-from service.gateway.directory import Directory
+from service.gateway import catalog
+from service.gateway.api_errors import JSON, Refusal, unauthorized
+from service.gateway.clients import Keyring
 from service.gateway.grammars import Grammars
 from service.gateway.inference import Inference
-from service.gateway.limits import Keyring
 from service.gateway.metrics import Account, Metrics
-from service.gateway.openai import JSON, Refusal, unauthorized
-from service.gateway.relay import HEARTBEAT_S, Message, Receive, Send
+from service.gateway.proxy import HEARTBEAT_S, Message, Receive, Send
+from service.gateway.router import Directory
 from service.gateway.routes import INFERENCE, OPEN
 from service.gateway.upstream import session
 
@@ -121,16 +121,16 @@ def gateway(
         return Response(b'{"status":"ok"}', media_type=JSON)
 
     async def models(_: Request) -> Response:
-        return Response(await listing.models(directory), media_type=JSON)
+        return Response(await catalog.models(directory), media_type=JSON)
 
     async def counters(_: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def docs(_: Request) -> Response:
-        return Response(listing.docs(directory), media_type="text/html")
+        return Response(catalog.docs(directory), media_type="text/html")
 
     async def openapi(_: Request) -> Response:
-        return Response(listing.openapi(), media_type=JSON)
+        return Response(catalog.openapi(), media_type=JSON)
 
     others = Starlette(
         routes=[

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from service.gateway.bodies import Asked
-from service.gateway.openai import Refusal
+from service.gateway.api_errors import Refusal
+from service.gateway.request_fields import Asked
 
 NESTING = 64  # of a schema, as in vLLM
 _TAG_NESTING = NESTING + 16

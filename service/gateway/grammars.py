@@ -10,10 +10,10 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from service.gateway.bodies import Asked
+from service.gateway.api_errors import Refusal, unavailable
 from service.gateway.compiler import COMPILE_S, IDLE_S, START_S, Compiler, NoCompilerError, SilentCompilerError
 from service.gateway.constraints import Constraint, constraints, refusal
-from service.gateway.openai import Refusal, unavailable
+from service.gateway.request_fields import Asked
 
 REMEMBERED = 1024
 WAITING = 64  # different grammars at a time

@@ -10,14 +10,14 @@ from urllib.parse import parse_qsl
 
 import aiohttp
 
-from service.gateway import bodies
-from service.gateway.bodies import Asked
-from service.gateway.directory import Directory, Target
+from service.gateway import request_fields
+from service.gateway.api_errors import Refusal
+from service.gateway.clients import Client
 from service.gateway.grammars import Grammars
-from service.gateway.limits import Client
 from service.gateway.metrics import Account
-from service.gateway.openai import Refusal
-from service.gateway.relay import HEARTBEAT_S, Message, Receive, Relay, Send
+from service.gateway.proxy import HEARTBEAT_S, Message, Receive, Relay, Send
+from service.gateway.request_fields import Asked
+from service.gateway.router import Directory, Target
 from service.gateway.routes import INFERENCE, MIB, STREAMING, body_limit
 from service.gateway.upstream import Order
 
@@ -71,7 +71,7 @@ class Inference:
         self, scope: Message, body: bytes | bytearray, client: Client, account: Account
     ) -> tuple[Target, Order]:
         path, query = scope["path"], dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        asked = bodies.read(body) if path in INFERENCE else None
+        asked = request_fields.read(body) if path in INFERENCE else None
         target = self._directory.find(asked.model if asked else query.get("model"))
         account.model, account.pool = target.pool.spec.key, target.pool.place
         client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
@@ -86,7 +86,7 @@ class Inference:
             await self._grammars.check(asked)
             order.streams = account.stream = bool(asked.stream) and path in STREAMING
             if changes := _changes(asked, target):
-                order.body, order.suffix = bodies.rewritten(body, changes)
+                order.body, order.suffix = request_fields.rewritten(body, changes)
         return target, order
 
 

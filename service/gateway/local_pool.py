@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from service.errors import EngineError
-from service.gateway.pools import Address, Pool, WakeError
+from service.gateway.pool import Address, Pool, WakeError
 from service.gateway.threads import in_thread
 from service.hardware import free_port
 from service.keys import digest

@@ -16,11 +16,11 @@ import modal
 from yarl import URL
 
 from service.errors import GpuMemoryError, SettingsError, UsageError
+from service.gateway.api_errors import Refusal, unavailable
 from service.gateway.app import Door, gateway
-from service.gateway.directory import Directory
-from service.gateway.limits import load_keyring
-from service.gateway.openai import Refusal, unavailable
-from service.gateway.pools import Address, Pool, State, WakeError
+from service.gateway.clients import load_keyring
+from service.gateway.pool import Address, Pool, State, WakeError
+from service.gateway.router import Directory
 from service.gateway.upstream import session
 from service.keys import digests
 from service.registry.gpus import Gpu, find_gpu

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.engine import environment
-from service.gateway import bodies
+from service.gateway import request_fields
 
 CHANGES: dict[str, str | float] = {"model": "qwen3-8b", "temperature": 0.3, "tool_choice": "auto"}
 TOOL = {"name": "f", "parameters": {"type": "object"}}
@@ -88,7 +88,7 @@ def every_body() -> list[tuple[str, bytes]]:
         for given in ('"model":"old","temperature":1.5,', '"mod\\u0065l":"old","temper\\u0061ture":0,', ""):
             body = bytearray(f"{{{given}{json.dumps(fields)[1:]} \r\n".encode())
             changes = {name: CHANGES[name] for name in CHANGES if name != "tool_choice" or "tools" in fields}
-            first, second = bodies.rewritten(body, changes)
+            first, second = request_fields.rewritten(body, changes)
             found.append((path, bytes(first) + second))
     return found
 
@@ -106,4 +106,4 @@ def test_fields_that_the_door_sets_win_on_every_route(read: Any) -> None:
 
 def test_removed_fields_are_those_that_vllm_ignores(read: Any) -> None:
     """Another version may ignore others."""
-    assert sorted(bodies.GUIDED) == read["removed"]
+    assert sorted(request_fields.GUIDED) == read["removed"]

@@ -21,10 +21,10 @@ import psutil
 import pytest
 
 from service.engine import environment
-from service.gateway import bodies
+from service.gateway import request_fields
+from service.gateway.api_errors import Refusal
 from service.gateway.compiler import COMPILE_S, PROGRAM
 from service.gateway.grammars import Grammars
-from service.gateway.openai import Refusal
 
 ROOT = Path(__file__).parents[2]
 Outputs = dict[str, Any]
@@ -161,7 +161,7 @@ class Running:
     def check(self, outputs: Outputs) -> Refusal | None:
         """Return what a structured output is refused with."""
         try:
-            return self.run(self._grammars.check(bodies.read(body(outputs))))
+            return self.run(self._grammars.check(request_fields.read(body(outputs))))
         except Refusal as refusal:
             return refusal
 
@@ -217,7 +217,7 @@ def test_structured_output_that_would_hold_up_an_engine_is_refused_within_its_ti
 def test_structured_output_asked_for_again_costs_microseconds(door: Running) -> None:
     """A client sends the same schema with every request."""
     door.check(SERVED["1000 properties"])
-    asked = bodies.read(body(SERVED["1000 properties"]))
+    asked = request_fields.read(body(SERVED["1000 properties"]))
 
     async def again() -> float:
         begun = time.perf_counter()
@@ -254,10 +254,10 @@ def test_job_that_crashes_the_compiler_is_refused_and_remembered(
             patch.setattr("service.gateway.compiler.PROGRAM", broken)
             for _ in range(2):
                 with pytest.raises(Refusal) as caught:
-                    await grammars.check(bodies.read(body({"regex": name})))
+                    await grammars.check(request_fields.read(body({"regex": name})))
                 assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
                 assert f"crashes the compiler ({signal_})" in caught.value.message
-            await grammars.check(bodies.read(body({"regex": "fine"})))
+            await grammars.check(request_fields.read(body({"regex": "fine"})))
         await grammars.close()
 
     asyncio.run(run())
@@ -270,14 +270,14 @@ def test_job_that_outlasts_everything_ends_and_the_next_job_works(
 
     async def run() -> None:
         grammars = Grammars(engine_python, compile_s=1)
-        await grammars.check(bodies.read(body({"regex": "a"})))
+        await grammars.check(request_fields.read(body({"regex": "a"})))
         (process,) = own_compilers()
         process.suspend()
         with pytest.raises(Refusal) as caught:
-            await grammars.check(bodies.read(body({"regex": "b"})))
+            await grammars.check(request_fields.read(body({"regex": "b"})))
         assert caught.value.status == 503
         assert not process.is_running()
-        await grammars.check(bodies.read(body({"regex": "b"})))
+        await grammars.check(request_fields.read(body({"regex": "b"})))
         await grammars.close()
 
     asyncio.run(run())
@@ -293,10 +293,10 @@ def test_time_is_the_processors_not_the_clocks(
     async def run() -> None:
         grammars = Grammars(engine_python, compile_s=2)
         with pytest.raises(Refusal) as caught:
-            await grammars.check(bodies.read(body(COSTLY["150 properties, counted"][0])))
+            await grammars.check(request_fields.read(body(COSTLY["150 properties, counted"][0])))
         assert "takes more than 2 s" in caught.value.message
         (process,) = own_compilers()
-        await grammars.check(bodies.read(body({"regex": "a"})))
+        await grammars.check(request_fields.read(body({"regex": "a"})))
         assert process.is_running()
         await grammars.close()
 
@@ -310,7 +310,7 @@ def test_compiler_ends_with_its_parent(
     """Killed, not asked: the parent has no time to end anything."""
     program = f"""
 import asyncio, sys
-from service.gateway import bodies
+from service.gateway import request_fields as bodies
 from service.gateway.grammars import Grammars
 async def run():
     grammars = Grammars({engine_python!r})

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from service.errors import EngineError, MemoryTooSmallError
+from service.gateway.api_errors import Refusal
 from service.gateway.local_pool import LocalPool, Machine
-from service.gateway.openai import Refusal
 from service.registry.models import ModelSpec
 from tests.gateway.upstream import eventually
 

@@ -12,9 +12,9 @@ import aiohttp
 import uvicorn
 
 from service.gateway.app import Door, gateway
-from service.gateway.directory import Directory
-from service.gateway.limits import Keyring
-from service.gateway.pools import Address, Pool, WakeError
+from service.gateway.clients import Keyring
+from service.gateway.pool import Address, Pool, WakeError
+from service.gateway.router import Directory
 from service.registry.models import ModelSpec, Registry
 
 SPECS = {

@@ -6,8 +6,8 @@ import asyncio
 import html
 import json
 
-from service.gateway.directory import Directory
-from service.gateway.pools import Pool, State
+from service.gateway.pool import Pool, State
+from service.gateway.router import Directory
 from service.gateway.routes import INFERENCE, OPEN
 from service.registry.models import DEFAULT_ALIAS
 

@@ -8,11 +8,11 @@ import resource
 import subprocess
 import sys
 
-from service.gateway.process import DESCRIPTORS, for_many_streams
+from service.gateway.process_limits import DESCRIPTORS, for_many_streams
 
 LIMITED = """
 import os, resource
-from service.gateway.process import for_many_streams
+from service.gateway.process_limits import for_many_streams
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 with for_many_streams():
@@ -30,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 import modal
 modal.is_local = lambda: False
 import service.door
-from service.gateway.process import DESCRIPTORS
+from service.gateway.process_limits import DESCRIPTORS
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(DESCRIPTORS, hard))
 """
 

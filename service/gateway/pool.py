@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.gateway.openai import Refusal, unavailable
+from service.gateway.api_errors import Refusal, unavailable
 from service.registry.models import ModelSpec
 
 State = Literal["cold", "waking", "ready", "not_deployed"]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from service.gateway.openai import Refusal
+from service.gateway.api_errors import Refusal
 
 N_LIMIT = 16  # vLLM itself allows 16384 answers to one request
 NAME_LIMIT = 512  # bytes of a model's name

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import UnknownModelError, UsageError, did_you_mean
-from service.gateway.openai import Refusal
+from service.gateway.api_errors import Refusal
 from service.keys import digest
 from service.registry.models import Registry
 

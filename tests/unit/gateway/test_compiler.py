@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.gateway import bodies, grammars
+from service.gateway import grammars, request_fields
+from service.gateway.api_errors import Refusal
 from service.gateway.compiler import PROGRAM
 from service.gateway.grammars import Grammars
-from service.gateway.openai import Refusal
 
 READY = 'say({"ready": True})\n'
 HEAD = """
@@ -45,9 +45,9 @@ def python(tmp_path: Path) -> Callable[[str], str]:
     return make
 
 
-def asked(regex: str = "a") -> bodies.Asked:
+def asked(regex: str = "a") -> request_fields.Asked:
     """Return a request for an expression."""
-    return bodies.read(json.dumps({"structured_outputs": {"regex": regex}}).encode())
+    return request_fields.read(json.dumps({"structured_outputs": {"regex": regex}}).encode())
 
 
 def jobs(python: str) -> int:
@@ -88,7 +88,7 @@ def test_shape_without_any_is_not_looked_at(python: Callable[[str], str]) -> Non
 
     async def run() -> None:
         checked = Grammars(python(OK))
-        await checked.check(bodies.Asked(model="x"))
+        await checked.check(request_fields.Asked(model="x"))
         assert not children()
         await checked.close()
 
@@ -160,7 +160,7 @@ def test_tool_is_refused_only_where_no_engine_would_survive_it(
 
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): say({answer})"))
-        body = bodies.read(b'{"tools":[{"function":{"parameters":{"type":"object"}}}]}')
+        body = request_fields.read(b'{"tools":[{"function":{"parameters":{"type":"object"}}}]}')
         try:
             await checked.check(body)
             assert passes

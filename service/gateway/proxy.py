@@ -16,9 +16,9 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
+from service.gateway.api_errors import JSON, Refusal, unavailable
 from service.gateway.metrics import Account
-from service.gateway.openai import JSON, Refusal, unavailable
-from service.gateway.pools import Address, Pool
+from service.gateway.pool import Address, Pool
 from service.gateway.upstream import Order, Sent, data_of
 
 Message = MutableMapping[str, Any]

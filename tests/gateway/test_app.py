@@ -9,8 +9,8 @@ import json
 import pytest
 
 from service.errors import UsageError
-from service.gateway.directory import Directory
-from service.gateway.limits import KeyLimits, Keyring, load_keyring, load_limits
+from service.gateway.clients import KeyLimits, Keyring, load_keyring, load_limits
+from service.gateway.router import Directory
 from service.registry.models import Adapter, ModelSpec, Registry
 from tests.gateway.upstream import SPECS, Engine, TestPool, answers, eventually, house, streams
 

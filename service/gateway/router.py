@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import UnknownModelError
-from service.gateway.openai import Refusal
-from service.gateway.pools import Pool
+from service.gateway.api_errors import Refusal
+from service.gateway.pool import Pool
 from service.registry.gpus import Gpu
 from service.registry.models import DEFAULT_ALIAS, Choice, ModelSpec, Registry
 

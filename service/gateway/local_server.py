@@ -14,11 +14,11 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.gateway.app import Door, gateway
-from service.gateway.directory import Directory
+from service.gateway.clients import Keyring
 from service.gateway.grammars import Grammars
-from service.gateway.limits import Keyring
 from service.gateway.local_pool import Machine
-from service.gateway.process import for_many_streams
+from service.gateway.process_limits import for_many_streams
+from service.gateway.router import Directory
 from service.gateway.routes import BODY_LIMIT
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings

@@ -11,9 +11,9 @@ import modal
 import pytest
 
 from service.gateway.app import gateway
-from service.gateway.directory import Directory
-from service.gateway.limits import load_keyring
+from service.gateway.clients import load_keyring
 from service.gateway.modal_pool import Tiers
+from service.gateway.router import Directory
 from service.keys import digests
 from service.registry.models import Registry
 from service.settings import Settings
