@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
-from service import keys, local
+from service import keys
 from service.gateway import local_server
 from service.gateway.clients import load_keyring
 from service.gateway.local_pool import Engine, Machine
 from service.hardware import bound_port
+from service.local import serve as local_serve
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
@@ -51,7 +52,7 @@ def serve(port: int, upstream: int) -> None:
     keyring = load_keyring(os.environ, keys.digests(os.environ), registry, MODEL)
     with (
         bound_port("127.0.0.1", port) as address,
-        local._lines(Path(os.devnull)) as access,
+        local_serve._lines(Path(os.devnull)) as access,
     ):
         door = local_server.door(
             registry, spec, machine, keyring, python=sys.executable, settings=Settings.load(), access=access
@@ -65,7 +66,7 @@ def up(engine: int) -> None:
     from service import cli  # noqa: PLC0415 - the other half of this program is measured for its memory
 
     known = {"free_port": mock.Mock(return_value=engine), "new_key": mock.Mock(return_value=os.environ.pop(ENGINE_KEY))}
-    with mock.patch.multiple(local, **known), mock.patch.object(sys, "argv", ["vllm-service", "up", MODEL]):
+    with mock.patch.multiple(local_serve, **known), mock.patch.object(sys, "argv", ["vllm-service", "up", MODEL]):
         cli.main()
 
 

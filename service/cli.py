@@ -31,14 +31,14 @@ def up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own output.")] = False,
 ) -> None:
     """Serve a model on this machine until Ctrl-C."""
-    from service import local
+    from service.local import serve
     from service.screen import Terminal
     from service.settings import Settings
 
     settings = Settings.load()
     asked = model or (settings.model if "model" in settings.model_fields_set else None)
-    with Terminal(local.log_file(settings.port), verbose) as terminal:
-        local.serve(asked, settings, host, terminal, terminal.ready)
+    with Terminal(serve.log_file(settings.port), verbose) as terminal:
+        serve.serve(asked, settings, host, terminal, terminal.ready)
 
 
 @app.command()
@@ -155,7 +155,7 @@ def litellm(
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
-    config = litellm.config(registry, url or f"http://127.0.0.1:{settings.port}", settings, gpus or (), local=local)
+    config = litellm.config(registry, url or f"http://127.0.0.1:{settings.port}", settings, gpus or (), local=serve)
     if left_out := litellm.too_large(registry, gpus or ()):
         typer.echo(f"Left out, the weights alone are larger than the GPU: {', '.join(left_out)}", err=True)
     text = litellm.as_json(config) if as_json else litellm.as_yaml(config)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.errors import ServiceError, UnknownModelError
-from service.local import Ready
+from service.local.serve import Ready
 from service.registry.gpus import PRICES_DATE, PRICES_SOURCE
 from service.registry.models import Registry, looks_like_a_source
 from service.settings import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import UnknownModelError
-from service.local import Ready
+from service.local.serve import Ready
 from service.registry.models import ModelSpec, Registry
 from service.screen import Terminal, print_models
 

@@ -196,7 +196,7 @@ def test_load_where_nothing_was_kept_is_empty(tmp_path: Path) -> None:
 
 def test_local_directory_is_in_the_users_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the engine's log."""
-    from service.local import log_file
+    from service.local.serve import log_file
 
     assert records.local_directory() == tmp_path / "state" / "vllm-service" / "boots"
     monkeypatch.delenv("XDG_STATE_HOME")

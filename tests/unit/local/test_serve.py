@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service import here, local
 from service.engine import environment
 from service.errors import (
     EngineError,
@@ -24,6 +23,7 @@ from service.errors import (
     UnknownModelError,
     UsageError,
 )
+from service.local import planner, serve
 from service.registry.models import Registry
 from service.settings import Settings
 from service.weights import download_process, store
@@ -86,7 +86,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
     hub(monkeypatch, in_reach=in_reach, cached=cached)
     said: list[str] = []
 
-    assert here.choose_model(None, REGISTRY, said.append).key == key
+    assert planner.choose_model(None, REGISTRY, said.append).key == key
     assert len(said) == lines
     assert all("No model hub is in reach" in line and "'tiny'" in line for line in said)
 
@@ -100,27 +100,27 @@ def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.Mon
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
     monkeypatch.setattr(download_process, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
 
-    assert here.choose_model(name, REGISTRY, lambda _: None).key == key
+    assert planner.choose_model(name, REGISTRY, lambda _: None).key == key
 
 
 def test_model_named_by_a_directory_is_that_directory(tmp_path: Path) -> None:
     """A model of one's own, wherever it lies."""
     (tmp_path / "config.json").write_text("{}")
 
-    assert here.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
+    assert planner.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
 
 
 def test_model_unknown_is_refused_with_the_nearest() -> None:
     """A mistyped key is not taken for a hub id."""
     with pytest.raises(UnknownModelError, match="Did you mean 'qwen3-8b'"):
-        here.choose_model("qwen3-8", REGISTRY, lambda _: None)
+        planner.choose_model("qwen3-8", REGISTRY, lambda _: None)
 
 
 def refuse(kind: type[ServiceError], screen: Screen, match: str, **options: object) -> None:
     """Serve, and insist that it is refused so."""
     arguments = {"model": "tiny", "settings": Settings(), "host": "127.0.0.1", "environ": {}} | options
     with pytest.raises(kind, match=match):
-        local.serve(**arguments, screen=screen, on_ready=lambda _: pytest.fail("it was served"))  # type: ignore[arg-type]
+        serve.serve(**arguments, screen=screen, on_ready=lambda _: pytest.fail("it was served"))  # type: ignore[arg-type]
     assert screen.phases == []
 
 
@@ -173,13 +173,13 @@ def test_serve_until_a_signal_drains_and_returns(
 ) -> None:
     """Ready, then the signal: everything is gone, nothing is raised, and the handlers are what they were."""
     before = signal.getsignal(number)
-    ready: list[local.Ready] = []
+    ready: list[serve.Ready] = []
 
-    def on_ready(what: local.Ready) -> None:
+    def on_ready(what: serve.Ready) -> None:
         ready.append(what)
         os.kill(os.getpid(), number)
 
-    local.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+    serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
 
     assert ready[0].base_url == f"http://127.0.0.1:{port}/v1"
     assert (ready[0].spec.key, ready[0].asks_for_key) == ("tiny", False)
@@ -198,36 +198,36 @@ def test_serve_interrupted_before_ready_raises_and_leaves_nothing(screen: Screen
     screen.phase = phase  # type: ignore[method-assign, assignment]
     hanging = {"FAKE_ENGINE": '{"hang_at": "imported"}'}  # ready before the signal is taken would be a drain
     with pytest.raises(KeyboardInterrupt):
-        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ=hanging)
+        serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ=hanging)
 
 
 def test_serve_whose_engine_dies_raises_the_reason(screen: Screen, engine: None, port: int) -> None:
     """`kill -9` of the engine ends the service with its sentence."""
 
-    def on_ready(_: local.Ready) -> None:
+    def on_ready(_: serve.Ready) -> None:
         leader = next(child for child in psutil.Process().children() if "vllm_service.main" in child.cmdline())
         threading.Timer(0.05, leader.kill).start()
 
     with pytest.raises(EngineError, match="killed by SIGKILL"):
-        local.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+        serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
 
 
 def test_serve_with_keys_hands_on_their_digests_only(screen: Screen, engine: None, port: int) -> None:
     """The engine's environment, arguments and log never hold the key."""
     seen: Callable[[], str] = lambda: "\n".join(screen.lines)  # noqa: E731
 
-    def on_ready(what: local.Ready) -> None:
+    def on_ready(what: serve.Ready) -> None:
         assert what.asks_for_key
         leader = next(child for child in psutil.Process().children() if "vllm_service.main" in child.cmdline())
         assert "t0psecret" not in " ".join(leader.cmdline()) + str(leader.environ()) + seen()
         os.kill(os.getpid(), signal.SIGINT)
 
     environ = dict(os.environ) | {"API_KEY": "t0psecret", "HF_TOKEN": "hf_t0psecret"}
-    local.serve("tiny", Settings(port=port), "0.0.0.0", screen, on_ready, environ=environ)
+    serve.serve("tiny", Settings(port=port), "0.0.0.0", screen, on_ready, environ=environ)
 
     assert '"digests": ["' in seen()
 
 
 def test_log_file_is_in_the_users_state_by_port(tmp_path: Path) -> None:
     """Two services on two ports do not share a log."""
-    assert local.log_file(8001) == tmp_path / "state" / "vllm-service" / "engine-8001.log"
+    assert serve.log_file(8001) == tmp_path / "state" / "vllm-service" / "engine-8001.log"

@@ -1,0 +1,1 @@
+"""Gateway and engines on this machine."""
