@@ -86,9 +86,9 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
         names or [], registry, settings.models_file, everything, modal, verify=verify, prune=prune, update=update
     )
     if modal:
-        from service import control
+        from service.modal_app import client
 
-        words = control.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret))
+        words = client.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret))
     else:
         from service.weights.download_process import hub_token
 
@@ -113,10 +113,10 @@ def boots(
     from service.boots import records
 
     if modal:
-        from service import control
+        from service.modal_app import client
 
-        found = control.boots()
-        place = f"Modal's volume '{control.BOOTS_VOLUME}': every replica of a deployed service records its own there"
+        found = client.boots()
+        place = f"Modal's volume '{client.BOOTS_VOLUME}': every replica of a deployed service records its own there"
     else:
         found = records.load(records.local_directory())
         place = (

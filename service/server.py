@@ -13,15 +13,15 @@ from typing import Any
 import modal
 import modal.experimental
 
-from service import selftest
-from service.completion import request
-from service.control import missing_hub_token
-from service.deployment import Deployment
 from service.engine.environment import versions
 from service.errors import EngineError, ServiceError, UsageError
 from service.image import image
 from service.keys import digests
-from service.prefetch import fleet_lock
+from service.modal_app import selftest
+from service.modal_app.client import missing_hub_token
+from service.modal_app.deployment import Deployment
+from service.modal_app.engine_client import request
+from service.modal_app.prefetch import fleet_lock
 from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan

@@ -1,7 +1,7 @@
 """One fetch of a repository at a time: who comes second waits, and then finds it done.
 
 `Lock` is what a fetch asks for; `FlockLock` keeps processes of one machine apart. It does not reach from container to
-container: on Modal another `Lock` does (`service.prefetch`).
+container: on Modal another `Lock` does (`service.modal_app.prefetch`).
 """
 
 from __future__ import annotations

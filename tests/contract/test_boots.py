@@ -12,10 +12,10 @@ from pathlib import Path
 import modal
 import pytest
 
-from service import control
 from service.boots.records import BootRecord, Span, new_id
-from service.control import BOOTS_VOLUME
 from service.errors import ServiceError
+from service.modal_app import client
+from service.modal_app.client import BOOTS_VOLUME
 from tests.fakes.modal import ModalPlane
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
@@ -110,6 +110,6 @@ def test_boots_of_a_modal_out_of_reach_say_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(modal.Volume, "hydrate", refused)
     with pytest.raises(ServiceError, match=f"Volume '{BOOTS_VOLUME}' cannot be read from Modal: Could not") as raised:
-        control.boots()
+        client.boots()
 
     assert "\n" not in str(raised.value)

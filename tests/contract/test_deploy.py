@@ -11,7 +11,7 @@ import modal
 import pytest
 from modal_proto import api_pb2 as pb
 
-from service.deployment import Deployment
+from service.modal_app.deployment import Deployment
 from service.registry.models import Registry
 from service.settings import Settings
 from tests.contract.conftest import deploy, modal_cli

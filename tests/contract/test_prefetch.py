@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import modal
 import pytest
 
-from service.prefetch import APP, LOCKS
+from service.modal_app.prefetch import APP, LOCKS
 from tests.contract.conftest import REPOSITORY, deploy
 from tests.fakes.hub import Fault, Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState

@@ -29,7 +29,7 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 import modal
 modal.is_local = lambda: False
-import service.door
+import service.gateway_app
 from service.gateway.process_limits import DESCRIPTORS
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(DESCRIPTORS, hard))
 """

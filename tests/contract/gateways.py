@@ -11,7 +11,7 @@ KEY = {"Authorization": "Bearer sk-alice"}
 
 def deploy_door(plane: ModalPlane, **environment: str) -> str:
     """Deploy the door and insist that it worked without a warning; return its URL."""
-    done = modal_cli(plane, "deploy", "-m", "service.door", **environment)
+    done = modal_cli(plane, "deploy", "-m", "service.gateway_app", **environment)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "warning" not in said.lower(), said

@@ -1,4 +1,4 @@
-"""What `modal deploy -m service.door` publishes, and what its container needs."""
+"""What `modal deploy -m service.gateway_app` publishes, and what its container needs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_door_with_wrong_input_publishes_nothing(
     """Wrong settings and secrets without what they must have end the deploy with the reason."""
     plane.secrets.put("vllm-api-key", {"API_KEY": "k"})
     plane.secrets.put("vllm-proxy-token", token)
-    done = modal_cli(plane, "deploy", "-m", "service.door", **environment)
+    done = modal_cli(plane, "deploy", "-m", "service.gateway_app", **environment)
     assert done.returncode != 0
     assert words in " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert not [app for app in plane.apps.values() if app.versions]

@@ -1,4 +1,4 @@
-"""Wiring of the public door to Modal: `modal deploy -m service.door` publishes function `serve` of app `vllm-gateway`.
+"""Wiring of the public gateway to Modal: `modal deploy -m service.gateway_app` publishes `serve` of app `vllm-gateway`.
 
 It has no GPU and starts none for a stranger. One container has all requests: limits of a key are counted, and the one
 wake of a pool is shared, in its process. Keys are read after a restore: the application of a snapshot has none.

@@ -11,8 +11,8 @@ import modal
 import pytest
 
 from service import image
-from service.deployment import Deployment
 from service.errors import RegistryError, WeightsError
+from service.modal_app.deployment import Deployment
 from service.registry.models import ModelSpec
 from service.settings import Settings
 from service.weights import huggingface, revisions

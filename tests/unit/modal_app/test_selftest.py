@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service import completion, selftest
 from service.errors import ServiceError
+from service.modal_app import engine_client, selftest
 
 Capture = pytest.CaptureFixture[str]
 
@@ -159,13 +159,13 @@ def test_request_to_the_engine_returns_status_and_answer(
     """JSON is parsed, anything else is text; the key goes into the header."""
     port = int(web[0].rpartition(":")[2])
 
-    assert asyncio.run(completion.request(port, path, body, "own-key")) == answer
+    assert asyncio.run(engine_client.request(port, path, body, "own-key")) == answer
     assert web[1][0][0] == method
     assert web[1][0][2]["Authorization"] == "Bearer own-key"
 
 
 def test_request_to_the_engine_without_a_key_sends_none(web: tuple[str, list[Any]]) -> None:
     """No header, rather than an empty one."""
-    asyncio.run(completion.request(int(web[0].rpartition(":")[2]), "/json", None))
+    asyncio.run(engine_client.request(int(web[0].rpartition(":")[2]), "/json", None))
 
     assert "Authorization" not in web[1][0][2]

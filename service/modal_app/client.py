@@ -10,9 +10,9 @@ import modal
 
 from service import errors
 from service.boots.records import DIRECTORY, BootRecord, parse
-from service.deployment import no_hub_token
 from service.errors import ServiceError
-from service.prefetch import application
+from service.modal_app.deployment import no_hub_token
+from service.modal_app.prefetch import application
 from service.volumes import HUB_CACHE, MOUNTS, VLLM_CACHE
 from service.weights.prefetch import Order, Word
 

@@ -10,7 +10,6 @@ import modal
 import pytest
 
 from service import image, pools, volumes
-from service.deployment import Deployment
 from service.errors import (
     GpuMemoryError,
     RegistryError,
@@ -20,6 +19,7 @@ from service.errors import (
     UnknownModelError,
     UsageError,
 )
+from service.modal_app.deployment import Deployment
 from service.registry.gpus import GPUS
 from service.registry.models import ModelSpec, Registry
 from service.registry.tiers import Tier

@@ -1,0 +1,1 @@
+"""What is deployed to Modal, and what the command line asks of Modal."""
