@@ -19,7 +19,8 @@ test: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/contract --ignore tests/fakes
 
 check: $(VENV)/dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+	@find service -name '*.py' -exec awk 'END { if (NR > 300) print "note: " FILENAME " has " NR " lines; is it two modules?" }' {} \;
 
 bench: bench-boot bench-cycles bench-gateway bench-readahead bench-weights bench-contract
 

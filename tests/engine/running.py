@@ -50,7 +50,7 @@ class Service:
     def __enter__(self) -> Self:
         """Start it; it is not ready yet."""
         self.began = time.monotonic()
-        command = [sys.executable, "-m", "service.cli", "up", *self._arguments]
+        command = [sys.executable, "-m", "service.cli.main", "up", *self._arguments]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err

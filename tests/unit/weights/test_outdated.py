@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import outdated_screen
+from service.cli import outdated
 from service.errors import WeightsError
 from service.registry.models import ModelSpec, Registry
 from service.weights.outdated import Pin, compare
@@ -71,7 +71,7 @@ REFUSED = Pin("d", "org/d", COMMIT, None, "org/d is gated.")
 
 def test_outdated_are_shown_with_the_way_to_renew_them(capsys: pytest.CaptureFixture[str]) -> None:
     """Those that are as they should be take no line."""
-    outdated_screen.show([*PINS, REFUSED], as_json=False)
+    outdated.show([*PINS, REFUSED], as_json=False)
     lines = capsys.readouterr().out.splitlines()
 
     assert lines[1].split() == ["a", "org/a", COMMIT[:12], NEW[:12]]
@@ -82,7 +82,7 @@ def test_outdated_are_shown_with_the_way_to_renew_them(capsys: pytest.CaptureFix
 
 def test_outdated_as_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:
     """For programs: also what is not outdated."""
-    outdated_screen.show([*PINS, REFUSED], as_json=True)
+    outdated.show([*PINS, REFUSED], as_json=True)
     rows = json.loads(capsys.readouterr().out)
 
     assert [row["outdated"] for row in rows] == [True, False, False, False]

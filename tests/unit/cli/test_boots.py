@@ -13,8 +13,7 @@ import pytest
 
 from service.boots import records
 from service.boots.records import BootRecord, Span
-
-from .test_records import record
+from tests.unit.boots.test_records import record
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -193,7 +192,7 @@ def test_boots_of_this_machine_import_neither_modal_nor_matplotlib(run: Run, kep
     """A table is soon there."""
     program = """
 import sys
-from service.cli import app
+from service.cli.main import app
 app(["boots"], standalone_mode=False)
 print(sorted({"modal", "matplotlib", "numpy", "huggingface_hub"} & set(sys.modules)), file=sys.stderr)
 """

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from service.cli.terminal import Terminal, print_models
 from service.errors import UnknownModelError
 from service.local.serve import Ready
 from service.registry.models import ModelSpec, Registry
-from service.screen import Terminal, print_models
 
 REGISTRY = Registry.load()
 Capture = pytest.CaptureFixture[str]

@@ -31,8 +31,8 @@ def up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own output.")] = False,
 ) -> None:
     """Serve a model on this machine until Ctrl-C."""
+    from service.cli.terminal import Terminal
     from service.local import serve
-    from service.screen import Terminal
     from service.settings import Settings
 
     settings = Settings.load()
@@ -53,15 +53,15 @@ def models(
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
     if outdated:
-        from service import outdated_screen
+        from service.cli import outdated as cli_outdated
         from service.weights import download_process
         from service.weights.outdated import compare
 
-        outdated_screen.show(compare(registry, download_process.hub_token(os.environ)), as_json)
+        cli_outdated.show(compare(registry, download_process.hub_token(os.environ)), as_json)
         return
-    from service import screen
+    from service.cli import terminal as cli_terminal
 
-    screen.print_models(registry, settings.model, as_json)
+    cli_terminal.print_models(registry, settings.model, as_json)
 
 
 @app.command()
@@ -75,7 +75,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fetch the weights of models before they are needed, and verify them."""
-    from service import prefetch_screen
+    from service.cli import prefetch as cli_prefetch
     from service.settings import Settings
     from service.weights import prefetch as weights_prefetch
     from service.weights import revisions
@@ -94,7 +94,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
 
         words = weights_prefetch.stock(wanted, hub_token(os.environ))
     try:
-        prefetch_screen.follow(wanted, words, as_json)
+        cli_prefetch.follow(wanted, words, as_json)
     except KeyboardInterrupt:
         typer.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
@@ -109,8 +109,8 @@ def boots(
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the newest N.")] = None,
 ) -> None:
     """Show what the boots of replicas took, phase by phase, and compare the strategies."""
-    from service import boots_screen
     from service.boots import records
+    from service.cli import boots as cli_boots
 
     if modal:
         from service.modal_app import client
@@ -132,7 +132,7 @@ def boots(
                 typer.echo(f"Wrote {file}", err=as_json)
         if not as_json:
             return
-    boots_screen.print_boots(found, f"No boots are recorded yet in {place}.", as_json)
+    cli_boots.print_boots(found, f"No boots are recorded yet in {place}.", as_json)
 
 
 @app.command()
@@ -149,13 +149,13 @@ def litellm(
     as_json: Annotated[bool, typer.Option("--json", help="JSON, not YAML.")] = False,
 ) -> None:
     """Print the configuration of a LiteLLM proxy: every model as <key> and <key>-<gpu>, one URL, one key."""
-    from service import litellm
+    from service.cli import litellm
     from service.settings import Settings
     from service.weights import revisions
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
-    config = litellm.config(registry, url or f"http://127.0.0.1:{settings.port}", settings, gpus or (), local=serve)
+    config = litellm.config(registry, url or f"http://127.0.0.1:{settings.port}", settings, gpus or (), local=local)
     if left_out := litellm.too_large(registry, gpus or ()):
         typer.echo(f"Left out, the weights alone are larger than the GPU: {', '.join(left_out)}", err=True)
     text = litellm.as_json(config) if as_json else litellm.as_yaml(config)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from service.cli.prefetch import Meter, duration, follow, size
 from service.errors import WeightsError
-from service.prefetch_screen import Meter, duration, follow, size
 from service.registry.models import ModelSpec
 from service.weights import revisions
 from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled

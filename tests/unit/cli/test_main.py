@@ -229,11 +229,11 @@ def test_up_with_a_directory_that_cannot_be_made_says_which(run: Run, home: Path
 
 
 def test_module_run_by_python_is_the_same_command(run: Run, home: Path) -> None:
-    """`python -m service.cli`, where no script was installed."""
+    """`python -m service.cli.main`, where no script was installed."""
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", "up", "qwen3-8"],
+        [sys.executable, "-m", "service.cli.main", "up", "qwen3-8"],
         env={"HOME": str(home), "PATH": os.defpath},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         timeout=60,

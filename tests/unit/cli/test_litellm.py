@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from service import litellm
-from service.cli import app
+from service.cli import litellm
+from service.cli.main import app
 from service.errors import UnknownGpuError, UsageError
 from service.registry.models import Registry
 from service.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "litellm"
 REGISTRY = Registry.load()
 URL = "http://127.0.0.1:8000"
@@ -26,7 +26,7 @@ URL = "http://127.0.0.1:8000"
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the command as people do."""
-    command = [sys.executable, "-m", "service.cli", "litellm", *arguments]
+    command = [sys.executable, "-m", "service.cli.main", "litellm", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
