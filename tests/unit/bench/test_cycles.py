@@ -29,8 +29,7 @@ from service.errors import EngineError
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, open_files, scripted
-
-from .fake_engine import HOLDS, STEPS
+from tests.unit.fake_engine import HOLDS, STEPS
 
 LIVES, AT_ONCE = 500, 16
 HANGS_S = 0.3  # what a boot may take that hangs, so that it is over; one without a fault gets READY_S
