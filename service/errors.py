@@ -1,18 +1,42 @@
-"""The tree of errors. Each sentence says what, the actual value, what was expected and the next action; never a secret.
+"""The tree of errors. A message says what happened, the value and what was expected; a hint says what to do next.
 
-Library code raises these; only `cli.py` turns them into an exit code.
+Neither ever holds a secret. Library code raises these; only the command line turns them into an exit code.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ServiceError(Exception):
-    """Anything this service refuses or fails at. `exit_code` is what a command ends with."""
+    """Anything this service refuses or fails at. `exit_code` is what a command ends with.
+
+    Args:
+        message: What happened: one or more sentences.
+        hint: What to do next: one or more sentences. A terminal shows it on a line of its own, HTTP joins the two.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def to_fields(self) -> dict[str, str]:
+        """Return what crosses the border of a process: class, message and hint, as JSON can hold them."""
+        return {"error": type(self).__name__, "message": self.message, "hint": self.hint}
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, str]) -> ServiceError:
+        """Return the error that `to_fields` described; one of an unknown class becomes a plain `ServiceError`."""
+        kind = globals().get(fields["error"])
+        if not (isinstance(kind, type) and issubclass(kind, ServiceError)):
+            kind = ServiceError
+        return kind(fields["message"], hint=fields["hint"])
 
 
 class UsageError(ServiceError):

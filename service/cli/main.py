@@ -173,7 +173,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except ServiceError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
     sys.exit(0)
 
