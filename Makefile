@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve install test check bench bench-boot bench-cycles bench-gateway bench-gpu bench-readahead bench-weights bench-contract locks clean
+.PHONY: serve install test check soak bench bench-boot bench-gateway bench-gpu bench-readahead bench-weights bench-contract locks clean
 
 serve: $(VENV)/light
 	@$(BIN)/vllm-service up $(MODEL)
@@ -22,13 +22,14 @@ check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 	@find service -name '*.py' -exec awk 'END { if (NR > 300) print "note: " FILENAME " has " NR " lines; is it two modules?" }' {} \;
 
-bench: bench-boot bench-cycles bench-gateway bench-readahead bench-weights bench-contract
+# what takes too long for every run of the tests
+soak: $(VENV)/dev
+	@$(BIN)/python -m bench.soak
+
+bench: bench-boot bench-gateway bench-readahead bench-weights bench-contract
 
 bench-boot: $(VENV)/dev
 	@$(BIN)/python -m bench.boot
-
-bench-cycles: $(VENV)/dev
-	@$(BIN)/python -m bench.cycles
 
 bench-gateway: $(VENV)/dev
 	@$(BIN)/python -m bench.gateway

@@ -1,4 +1,4 @@
-"""What the strategies promise, with the real engine: many lives, a renewed randomness, an end that clients hear."""
+"""What the strategies promise, with the real engine: random lifecycles, renewed randomness, an end that clients hear."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from bench.cycles import Lives
+from bench.lifecycles import Lifecycles
 from service.engine.environment import EngineEnv
 from service.registry.models import Registry
 from service.replica.lifecycle import Replica
@@ -23,23 +23,23 @@ from .dialogues import dialogue
 from .running import Service, free_port, wait_until
 
 Start = Callable[..., Service]
-SEED = 20261121  # of the lives here; `make bench-cycles` takes another each time
+SEED = 20261121  # `make soak` takes another each time
 
 
 @pytest.fixture
-def lives(engine_env_: EngineEnv) -> Lives:
-    """Lives of the tiny model's engine."""
-    return Lives(random.Random(SEED))  # noqa: S311 - no secret
+def lifecycles(engine_env_: EngineEnv) -> Lifecycles:
+    """Lifecycles of the tiny model's engine."""
+    return Lifecycles(random.Random(SEED))  # noqa: S311 - no secret
 
 
-def test_engine_held_and_released_five_times_is_ready_and_leaves_nothing(lives: Lives) -> None:
+def test_engine_held_and_released_five_times_is_ready_and_leaves_nothing(lifecycles: Lifecycles) -> None:
     """At IMPORTED or ASLEEP: released it serves, and afterwards there is no process, socket or file of it."""
-    assert [life for life in (lives.hold_and_release() for _ in range(5)) if not life.good] == []
+    assert [one for one in (lifecycles.hold_and_release() for _ in range(5)) if not one.good] == []
 
 
-def test_engine_killed_at_random_five_times_is_reported_and_leaves_nothing(lives: Lives) -> None:
+def test_engine_killed_at_random_five_times_is_reported_and_leaves_nothing(lifecycles: Lifecycles) -> None:
     """Whichever process, whenever: ready all the same, or a sentence that says what happened, and nothing is left."""
-    assert [life for life in (lives.kill_at_random() for _ in range(5)) if not life.good] == []
+    assert [one for one in (lifecycles.kill_at_random() for _ in range(5)) if not one.good] == []
 
 
 def test_two_replicas_give_different_random_answers(engine_env_: EngineEnv) -> None:

@@ -1,16 +1,14 @@
-"""Lives of the real engine, one after another: held and released, or killed at a random moment. `make bench-cycles`.
+"""Lifecycles of the real engine, one after another: held and released, or killed at a random moment.
 
-After each: it was READY or its failure was reported, and no process, socket or temporary file of it is left.
+After each the engine was READY or its failure was reported, and no process, socket or temporary file of it is left.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +21,6 @@ from typing import Any
 import psutil
 
 from bench.processes import first_token, free_port
-from bench.report import Report
 from service.engine import environment
 from service.engine.process import State
 from service.errors import EngineError
@@ -35,70 +32,44 @@ from service.replica.plan import Plan, Snapshot
 STRATEGIES: tuple[Snapshot, ...] = ("off", "cpu", "gpu")
 
 
-def main() -> int:
-    """Run both kinds, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--holds", type=int, default=30)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    arguments = parser.parse_args()
-    print(f"seed {arguments.seed}")
-    lives = Lives(random.Random(arguments.seed))  # noqa: S311 - no secret
-    report = Report("cycles")
-    held = [_shown(lives.hold_and_release()) for _ in range(arguments.holds)]
-    killed = [_shown(lives.kill_at_random()) for _ in range(arguments.kills)]
-    report.add(f"{len(held)} holds and releases: not ready, or something left", _bad(held), 0)
-    report.add(f"{len(killed)} kills at random: not reported, or something left", _bad(killed), 0)
-    return report.finish()
-
-
-def _shown(life: Life) -> Life:
-    print("good" if life.good else "BAD", life, flush=True)
-    return life
-
-
-def _bad(lives: list[Life]) -> int:
-    return sum(not life.good for life in lives)
-
-
 @dataclass(frozen=True)
-class Life:
-    """One engine's life.
+class Lifecycle:
+    """One engine, from its start to its end.
 
     Attributes:
-        story: What was done to it.
-        end: What came of it: `ready`, or the sentence of the failure.
-        left: What is left of it.
+        actions: What was done to it.
+        outcome: `ready`, or the message of its failure; empty when a failure was not reported.
+        left: What it left behind.
     """
 
-    story: str
-    end: str
+    actions: str
+    outcome: str
     left: tuple[str, ...]
 
     @property
     def good(self) -> bool:
-        """Whether it ended as it must."""
-        return bool(self.end) and not self.left
+        """Whether its outcome was reported and nothing is left."""
+        return bool(self.outcome) and not self.left
 
 
-class Lives:
+class Lifecycles:
     """Runs engines with the tiny model."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
+    def __init__(self, rng: random.Random) -> None:
+        self._random = rng
         env = environment.ensure(print)
         spec = Registry.load().specs["tiny"]
         caches = Caches(environment.compiled(), environment.versions(env.device), model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
-    def hold_and_release(self) -> Life:
+    def hold_and_release(self) -> Lifecycle:
         """Bring an engine to its hold, let it wait, release it, take a token, end it."""
-        snapshot = self._chance.choice(STRATEGIES[1:])
-        with _traces() as left:
+        snapshot = self._random.choice(STRATEGIES[1:])
+        with _leftovers() as left:
             replica = self._replica(snapshot=snapshot)
             try:
                 replica.prepare()
-                time.sleep(self._chance.uniform(0, 0.5))
+                time.sleep(self._random.uniform(0, 0.5))
                 replica.start()
                 first_token(replica.plan.port)
                 end = "ready"
@@ -106,14 +77,14 @@ class Lives:
                 end = f"failed: {error}"
             finally:
                 replica.stop()
-        return Life(f"{snapshot}: held and released", end if end == "ready" else "", (*left, *_port_left(replica)))
+        return Lifecycle(f"{snapshot}: held and released", end if end == "ready" else "", (*left, *_port_left(replica)))
 
-    def kill_at_random(self) -> Life:
+    def kill_at_random(self) -> Lifecycle:
         """Kill the leader or one of its children at a random moment of the boot, or after it."""
-        snapshot, moment_s = self._chance.choice(STRATEGIES), self._chance.uniform(0, 12)
-        with _traces() as left:
+        snapshot, moment_s = self._random.choice(STRATEGIES), self._random.uniform(0, 12)
+        with _leftovers() as left:
             replica = self._replica(snapshot=snapshot, wake_timeout_s=10)
-            killer = threading.Timer(moment_s, lambda: _kill_one(replica, self._chance))
+            killer = threading.Timer(moment_s, lambda: _kill_one(replica, self._random))
             killer.start()
             end = ""
             try:
@@ -121,36 +92,36 @@ class Lives:
                 replica.start()
                 killer.join()
                 if not replica.engine.wait_ended(10):
-                    end = "ready: booted cold, or what was killed was no part of it"
+                    end = "ready: booted cold, or the killed process was none of its own"
                 replica.engine.wait_for(State.READY, 0)
             except EngineError as error:
                 end = f"reported: {error}"
             finally:
                 killer.cancel()
                 replica.stop()
-        return Life(f"{snapshot}: killed after {moment_s:.1f} s", end, (*left, *_port_left(replica)))
+        return Lifecycle(f"{snapshot}: killed after {moment_s:.1f} s", end, (*left, *_port_left(replica)))
 
     def _replica(self, **changes: Any) -> Replica:
         return Replica(replace(self._plan, port=free_port(), startup_timeout_s=180, **changes))
 
 
-def _kill_one(replica: Replica, chance: random.Random) -> None:
+def _kill_one(replica: Replica, rng: random.Random) -> None:
     try:
         leader = psutil.Process(replica.engine.pid)
         victims = [leader, *leader.children(recursive=True)]
-        os.kill(chance.choice(victims).pid, signal.SIGKILL)
+        os.kill(rng.choice(victims).pid, signal.SIGKILL)
     except (EngineError, ProcessLookupError, psutil.NoSuchProcess, AssertionError):
-        return  # there was none at that moment
+        return  # there was no engine at that moment
 
 
 @contextmanager
-def _traces() -> Iterator[list[str]]:
-    """Give a list that has, after the block, what came and was not taken away: children, files."""
+def _leftovers() -> Iterator[list[str]]:
+    """Yield a list that names, after the block, the child processes and files that the block left behind."""
     left: list[str] = []
-    usual = tempfile.tempdir
+    default = tempfile.tempdir
     before = _children()
     with tempfile.TemporaryDirectory() as directory:
-        tempfile.tempdir = directory  # others have files in the usual one
+        tempfile.tempdir = directory  # other processes have files in the default one
         try:
             yield left
             deadline = time.monotonic() + 5
@@ -159,7 +130,7 @@ def _traces() -> Iterator[list[str]]:
             left += [f"process {child.pid}" for child in children]
             left += [f"file {path}" for path in sorted(Path(directory).iterdir())]
         finally:
-            tempfile.tempdir = usual
+            tempfile.tempdir = default
 
 
 def _children() -> set[psutil.Process]:
@@ -169,7 +140,3 @@ def _children() -> set[psutil.Process]:
 def _port_left(replica: Replica) -> list[str]:
     with socket.socket() as probe:
         return [] if probe.connect_ex(("127.0.0.1", replica.plan.port)) else [f"port {replica.plan.port}"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""A thousand lives, at random: whatever goes wrong, and whenever, it ends in READY or in a reported error, and clean.
+"""Random lifecycles of fake engines: whatever fails, and whenever, the outcome is READY or a reported error, and clean.
 
-Each life is chosen by its own seed, which a failure names. The lives run in threads, most of which wait at any time;
-each life has an address of its own in 127/8, so no two want one port. Nothing here depends on how fast the machine is:
-what has no fault gets as long as it needs.
+Each lifecycle is chosen by its own seed, which a failure names. They run in threads, most of which wait at any time;
+each has an address of its own in 127/8, so no two want one port. Nothing here depends on how fast the machine is: what
+has no fault gets as long as it needs. `make soak` runs 500 of each kind.
 """
 
 from __future__ import annotations
@@ -31,46 +31,47 @@ from service.replica.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, open_files, scripted
 from tests.unit.fake_engine import HOLDS, STEPS
 
-LIVES, AT_ONCE = 500, 16
+AT_ONCE = 16
 HANGS_S = 0.3  # what a boot may take that hangs, so that it is over; one without a fault gets READY_S
 PORT = 20011  # below what the kernel hands out
 EVENTS = ("started", "imported", "building", "loaded", "warmed", "canary", "asleep", "awake", "woken", "open", "ready")
 ENDS = {State.STOPPED, State.FAILED}
 
 
-class Lives:
-    """Runs lives, and looks afterwards at what they left.
+class Lifecycles:
+    """Runs lifecycles, and looks afterwards at what they left.
 
     Args:
         place: A directory that is every engine's, and this process's, for temporary files.
+        count: How many to run.
     """
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, place: Path, count: int) -> None:
+        self.place, self._count = place, count
         self.failures: list[str] = []
         self.outcomes: dict[str, int] = {}
 
-    def run(self, life: Callable[[random.Random, str], str], first: int) -> None:
+    def run(self, lifecycle: Callable[[random.Random, str], str], first: int) -> None:
         """Run all of them, some at a time, and insist that nothing is left of any."""
-        life(_chance(first), self._address(0))  # what is made once in a process is made now
-        self._clean("the first life")
+        lifecycle(_chance(first), self._address(0))  # what is made once in a process is made now
+        self._clean("the first")
         files, threads = open_files(), threading.active_count()
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(lambda number: self._one(life, first + number, number), range(LIVES)))
-        self._clean("all lives")
+            list(pool.map(lambda number: self._one(lifecycle, first + number, number), range(self._count)))
+        self._clean("all of them")
         assert self.failures == []
         assert eventually(lambda: open_files() <= files, READY_S), f"{open_files()} descriptors, {files} before"
         assert eventually(lambda: threading.active_count() <= threads, READY_S), threading.enumerate()
 
-    def _one(self, life: Callable[[random.Random, str], str], seed: int, number: int) -> None:
+    def _one(self, lifecycle: Callable[[random.Random, str], str], seed: int, number: int) -> None:
         try:
-            outcome = life(_chance(seed), self._address(number + 1))
+            outcome = lifecycle(_chance(seed), self._address(number + 1))
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is told with its seed
             self.failures.append(f"SEED={seed}: {error!r}")
 
     def _address(self, number: int) -> str:
-        """Return an address of this host's own network that no other life, and hardly another run, listens on."""
+        """Return an address of this host's own network that no other lifecycle, and hardly another run, listens on."""
         return f"127.{1 + os.getpid() % 250}.{number // 250}.{1 + number % 250}"
 
     def _clean(self, after: str) -> None:
@@ -87,12 +88,12 @@ class Lives:
 
 
 @pytest.fixture
-def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lives:
+def lifecycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Lifecycles:
     """Return the runner; temporary files of this process go to its place, as the engines' do."""
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
-    return Lives(place)
+    return Lifecycles(place, request.config.getoption("--lifecycles"))
 
 
 def _exists(pgid: int) -> bool:
@@ -108,7 +109,7 @@ def _chance(seed: int) -> random.Random:
 
 
 def fault(chance: random.Random) -> dict[str, Any]:
-    """Return a script: in half of all lives nothing goes wrong."""
+    """Return a script: half of all have no fault."""
     script: dict[str, Any] = {"temporary": True}
     if chance.random() < 0.3:
         script["ignore_sigterm"] = True
@@ -140,11 +141,13 @@ def insist_gone(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize("first", [1_000_000])
-def test_replica_over_500_lives_gets_ready_or_says_why_and_leaves_nothing(plan: Plan, lives: Lives, first: int) -> None:
+def test_replica_in_random_lifecycles_is_ready_or_reports_why_and_leaves_nothing(
+    plan: Plan, lifecycles: Lifecycles, first: int
+) -> None:
     """Every strategy, and an engine that is well, never ready, deaf to signals, or dies at any step."""
-    plan = dataclasses.replace(plan, port=PORT, parent_env={**plan.parent_env, "TMPDIR": str(lives.place)})
+    plan = dataclasses.replace(plan, port=PORT, parent_env={**plan.parent_env, "TMPDIR": str(lifecycles.place)})
 
-    def life(chance: random.Random, address: str) -> str:
+    def lifecycle(chance: random.Random, address: str) -> str:
         script, snapshot = fault(chance), chance.choice(["off", "cpu", "gpu"])
         limits: dict[str, Any] = {"startup_timeout_s": READY_S, "wake_timeout_s": READY_S}
         if "hang_at" in script:
@@ -167,19 +170,19 @@ def test_replica_over_500_lives_gets_ready_or_says_why_and_leaves_nothing(plan: 
             insist_gone(engine)
         return outcomes[0]
 
-    lives.run(life, first)
-    assert set(lives.outcomes) == {"ready", "cold", "failed"}
+    lifecycles.run(lifecycle, first)
+    assert set(lifecycles.outcomes) == {"ready", "cold", "failed"}
 
 
 @pytest.mark.parametrize("first", [2_000_000])
-def test_engine_over_500_lives_killed_at_any_phase_says_so_and_leaves_nothing(
-    fake_python: str, lives: Lives, first: int
+def test_engine_in_random_lifecycles_killed_at_any_phase_reports_it_and_leaves_nothing(
+    fake_python: str, lifecycles: Lifecycles, first: int
 ) -> None:
     """Killed from outside or stopped from here, by any hold, at any phase or in the middle of one."""
 
-    def life(chance: random.Random, address: str) -> str:
+    def lifecycle(chance: random.Random, address: str) -> str:
         script, hold = fault(chance), chance.choice(HOLDS)
-        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "TMPDIR": str(lives.place)}
+        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "TMPDIR": str(lifecycles.place)}
         env["FAKE_ENGINE"] = json.dumps(script)
         command = EngineCommand(("--host", address, "--port", str(PORT)), env, address, PORT)
         phase, late_s = chance.choice(EVENTS), chance.choice([0, 0, chance.random() * 0.05])
@@ -207,8 +210,8 @@ def test_engine_over_500_lives_killed_at_any_phase_says_so_and_leaves_nothing(
             raise AssertionError(f"nobody asked it to end, and it is {engine.state}")
         return engine.state.name
 
-    lives.run(life, first)
-    assert set(lives.outcomes) == {"STOPPED", "FAILED"}
+    lifecycles.run(lifecycle, first)
+    assert set(lifecycles.outcomes) == {"STOPPED", "FAILED"}
 
 
 def end(chance: random.Random, engine: EngineProcess) -> bool:
