@@ -1,4 +1,4 @@
-"""What the strategies promise, with the real engine: random lifecycles, renewed randomness, an end that clients hear."""
+"""What the strategies promise, with the real engine: random lifecycles, fresh randomness, an end that clients hear."""
 
 from __future__ import annotations
 
