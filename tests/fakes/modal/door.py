@@ -3,7 +3,7 @@
 Owns the way from a request to an input and back: parameters in the query choose the pool, proxy auth refuses before a
 container starts, bodies stream both ways with no more than a bound of either lying here, a client that leaves is passed
 on as `http.disconnect`, and a request without a first byte after `redirect_after_s` is answered 303 to a URL that waits
-on. Websockets are passed on too; the handshake of one waits for its container as long as that takes.
+on. Of websockets only the handshake is passed on; it waits for its container as long as that takes.
 
 Refused: domains of one's own.
 
@@ -145,7 +145,7 @@ class Door:
 
     async def _call(self, exchange: Exchange, function: Function, method: str) -> web.StreamResponse:
         request = exchange.request
-        is_websocket = websockets.is_asked_for(request)
+        is_websocket = websockets.is_handshake(request)
         if is_websocket and not websockets.is_well_formed(request):
             return _refusal(400, "not the handshake of a websocket")
         try:
@@ -171,16 +171,13 @@ class Door:
         self.calls.submit(call, item, is_web=True)
 
     async def _connect(self, exchange: Exchange, call: FunctionCall, method: str) -> web.StreamResponse:
-        connection = websockets.Connection(exchange, call)
-        connection.send_connect()
+        websockets.send_connect(call)
         self._submit(call, websockets.scope(exchange.request), method)
-        messages = responses(call)
         try:
-            if (first := await anext(messages, None)) is None:
-                return _no_response(call)
-            return await connection.pass_on(first, messages)
+            first = await anext(responses(call), None)
+            return _no_response(call) if first is None else websockets.answer(first)
         finally:
-            self._leave(call, connection.send_disconnect)
+            self._leave(call, functools.partial(websockets.send_disconnect, call))
 
     def _refuse(self, request: web.Request, function: Function, method: str) -> web.StreamResponse | None:
         definition = function.definition

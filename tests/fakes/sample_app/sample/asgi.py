@@ -175,28 +175,14 @@ async def _reset(scope: Message, receive: Receive, send: Send, query: Message) -
 
 
 async def _websocket(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Let a client in that offers a protocol, send back what it says, and do what it is told to."""
+    """Refuse a handshake, or accept it when told to, and wait for the client to leave."""
     await receive()
-    if not scope["subprotocols"]:
+    trace("websocket", headers=[name.decode() for name, _ in scope["headers"]], scheme=scope["scheme"], query=query)
+    if query.get("accept"):
+        await send({"type": "websocket.accept"})
+        await receive()
+    else:
         await send({"type": "websocket.close"})
-        return
-    headers = [name.decode() for name, _ in scope["headers"]]
-    trace("websocket", headers=headers, scheme=scope["scheme"], query=query)
-    let_in = {"type": "websocket.accept", "subprotocol": scope["subprotocols"][-1], "headers": [(b"x-sample", b"1")]}
-    await send(let_in)
-    while (message := await receive())["type"] == "websocket.receive":
-        if message["text"] == "close":
-            await send({"type": "websocket.close", "code": 4001, "reason": "told to close"})
-        elif message["text"] == "flood":
-            for _ in range(100):
-                await send({"type": "websocket.send", "bytes": PIECE * 64})
-        elif message["text"] == "grow":
-            await send({"type": "websocket.send", "bytes": PIECE * 128 + b"x"})
-        elif message["text"] == "return":
-            return
-        else:
-            await send({"type": "websocket.send", "text": message["text"], "bytes": message["bytes"]})
-    trace("left", at=time.time(), code=message["code"])
 
 
 ROUTES = {
