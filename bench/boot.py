@@ -24,8 +24,6 @@ import psutil
 
 from bench.processes import Timed, first_token, free_port, plain_vllm, service
 from bench.report import Report
-from service.boots import export
-from service.boots.records import BootRecord
 from service.engine import environment
 from service.registry.models import Registry
 from service.replica.compile_caches import Caches
@@ -41,14 +39,11 @@ def main() -> int:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
-    parser.add_argument("--png", type=Path, help="draw the boots of the last round")
     arguments = parser.parse_args()
     bench = Bench()
     for number in range(1, arguments.rounds + 1):
         bench.round()
         print(f"round {number}: " + ", ".join(f"{name} {times[-1]:.2f}" for name, times in bench.times.items()))
-    if arguments.png:
-        export.png(bench.records[-len(bench.records) // arguments.rounds :], arguments.png)
     return bench.report()
 
 
@@ -57,7 +52,6 @@ class Bench:
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
-        self.records: list[BootRecord] = []
         self.parent_mb: list[float] = []
         env = environment.ensure(print)
         spec = Registry.load().specs["tiny"]
@@ -113,7 +107,7 @@ class Bench:
 
     def _replica(self, meanwhile: Callable[[Replica], None] = lambda _: None, **changes: Any) -> float:
         """Return seconds from the release, or the spawn, to the first token."""
-        replica = Replica(replace(self._plan, port=free_port(), **changes), on_record=self.records.append)
+        replica = Replica(replace(self._plan, port=free_port(), **changes))
         with closing(_Stopping(replica)):
             replica.prepare()
             meanwhile(replica)

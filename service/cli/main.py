@@ -103,8 +103,6 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
 @app.command()
 def boots(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with picture and tables.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture.")] = None,
     modal: Annotated[bool, typer.Option("--modal", help="Of the deployed service, not of this machine.")] = False,
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the newest N.")] = None,
 ) -> None:
@@ -123,15 +121,6 @@ def boots(
             f"{records.local_directory()}: 'vllm-service up' records its own there (--modal: the deployed service's)"
         )
     found = found[-last:] if last else found
-    if found and (html or png):
-        from service.boots import export
-
-        for file, write in ((html, export.html), (png, export.png)):
-            if file:
-                write(found, file)
-                typer.echo(f"Wrote {file}", err=as_json)
-        if not as_json:
-            return
     cli_boots.print_boots(found, f"No boots are recorded yet in {place}.", as_json)
 
 
