@@ -58,7 +58,7 @@ def constraints(asked: Asked) -> Iterator[Constraint]:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError):
             raise refusal(name, "is no JSON that can be read; a lone surrogate such as \\ud800 is none") from None
-        yield from _READERS[name](value)
+        yield from _tools(value, asked.forces_tool) if name == "tools" else _READERS[name](value)
 
 
 def refusal(param: str, fault: str) -> Refusal:
@@ -93,10 +93,10 @@ def _structured_outputs(value: Value) -> Iterator[Constraint]:
             yield read(value[kind], f"structured_outputs.{kind}")
 
 
-def _tools(value: list[Any]) -> Iterator[Constraint]:
+def _tools(value: list[Any], are_forced: bool) -> Iterator[Constraint]:
+    """Check the arguments' schemas, and yield those that vLLM compiles: of strict tools; of all if a call is forced."""
     if len(value) > TOOLS:
         raise refusal("tools", f"has {len(value)} tools; at most {TOOLS} are compiled")
-    """Yield the arguments' schemas: vLLM constrains calls by them (`--tool-strict-level parameter`)."""
     for position, tool in enumerate(value):
         if isinstance(tool, dict):
             function = _dict(tool, "function") or tool
@@ -104,7 +104,8 @@ def _tools(value: list[Any]) -> Iterator[Constraint]:
                 if isinstance(schema := function.get(field), dict) and schema:
                     param = f"tools[{position}].{field}"
                     _check_schema(schema, param)
-                    yield Constraint("tool", json.dumps(schema), param)
+                    if function.get("strict") or are_forced:
+                        yield Constraint("tool", json.dumps(schema), param)
 
 
 def _schema_in(value: Value, param: str) -> Iterator[Constraint]:
@@ -212,5 +213,4 @@ _READERS: dict[str, Callable[[Any], Iterator[Constraint]]] = {
     "text": _responses_text,
     "output_config": _messages_output,
     "structured_outputs": _structured_outputs,
-    "tools": _tools,
 }

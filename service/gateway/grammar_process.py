@@ -4,8 +4,9 @@ It imports xgrammar once and then forks for every job, so that what crashes, han
 and nothing else. A job is a JSON line on standard input, its answer a JSON line on standard output; the end of standard
 input, which is the end of its parent, ends it at any moment. Standard library and xgrammar only.
 
-What it refuses is what vLLM's validation refuses (vllm/v1/structured_output/backend_xgrammar.py), and what only shows
-when an engine has accepted it: a compilation without end, and a choice of a token that holds up every other request.
+It judges what vLLM gives to xgrammar; what xgrammar cannot compile is `invalid`, and another backend's. Refused is what
+only shows when an engine has accepted it: a compilation without end, and a choice of a token that holds up every other
+request.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _complaint(error: Exception) -> dict[str, str]:
 def _compile(compiler: Any, job: dict[str, str]) -> Any:
     kind, text = job["kind"], job["text"]
     if kind == "json" and unsupported(json.loads(text)):
-        raise ValueError("the JSON schema has keywords that xgrammar would ignore")
+        raise ValueError("the JSON schema has keywords that vLLM gives to another backend")
     if kind in {"json", "tool"}:
         return compiler.compile_json_schema(text, any_whitespace=False, separators=(",", ":"))
     if kind == "regex":

@@ -1,6 +1,7 @@
-"""Structured outputs are compiled at the door: a grammar that does not compile never reaches an engine.
+"""Structured outputs are compiled at the door: one that crashes xgrammar or takes it too long never reaches an engine.
 
-Where the engine's library is not at hand, only the bounds of `constraints` hold, and the engine refuses for itself.
+Where the engine's library is not at hand, only the bounds of `constraints` hold. What does not compile is the engine's
+to refuse.
 """
 
 from __future__ import annotations
@@ -64,11 +65,12 @@ class Grammars:
         """Let a request through, or say why its output's form cannot be served.
 
         Raises:
-            Refusal: 400 `invalid_grammar`: it does not compile, or costs too much. 503: it could not be found out.
+            Refusal: 400 `invalid_grammar`: it is over a bound, or costs too much. 503: it could not be found out.
         """
         if not asked.shapes:
             return
-        key = _digest(*(part for name, raw in asked.shapes.items() for part in (name.encode(), raw)))
+        parts = [part for name, raw in asked.shapes.items() for part in (name.encode(), raw)]
+        key = _digest(*parts, b"forced" * asked.forces_tool)
         verdict = self._recall(key)
         if verdict is None:
             verdict = await self._judge(asked)
@@ -124,9 +126,8 @@ class Grammars:
             return _Verdict(lasting=False)
         except SilentCompilerError:
             return _Verdict("could not be compiled", lasting=False)
-        # Engines compile a tool's schema in some modes only, and then refuse it themselves; no mode survives the rest.
-        passes = answer["verdict"] == "ok" or (answer["verdict"] == "invalid" and constraint.kind == "tool")
-        return _Verdict() if passes else _Verdict(answer["reason"])
+        # What xgrammar cannot compile, another of vLLM's backends may: only the engine can refuse it.
+        return _Verdict() if answer["verdict"] in {"ok", "invalid"} else _Verdict(answer["reason"])
 
     def _recall(self, key: bytes) -> _Verdict | None:
         if verdict := self._verdicts.get(key):

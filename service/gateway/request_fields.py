@@ -52,6 +52,7 @@ class Asked(msgspec.Struct, frozen=True):
         best_of: Of how many candidates.
         shapes: What the output is to be like, tools included: field -> its JSON.
         present: Which of `temperature` and `tool_choice` the body sets.
+        forces_tool: Whether `tool_choice` demands a call; engines then compile tools that are not strict, too.
     """
 
     model: str | None = None
@@ -60,6 +61,7 @@ class Asked(msgspec.Struct, frozen=True):
     best_of: int | None = None
     shapes: Mapping[str, bytes] = {}
     present: frozenset[str] = frozenset()
+    forces_tool: bool = False
 
     @property
     def has_tools(self) -> bool:
@@ -89,6 +91,7 @@ def read(body: bytes | bytearray | memoryview) -> Asked:
         best_of=_count("best_of", given.get("best_of")),
         shapes={name: _shape(name, raw) for name in _SHAPES if (raw := given.get(name)) and _is_shape(name, raw)},
         present=frozenset(given.keys() & {"temperature", "tool_choice"}),
+        forces_tool=_forces_tool(given.get("tool_choice")),
     )
 
 
@@ -132,6 +135,14 @@ def _stream(raw: msgspec.Raw | None) -> bool | None:
         return None if raw is None else msgspec.json.decode(raw, type=bool)
     except msgspec.DecodeError:
         raise _refusal("stream", f"stream={_shown(raw)} is not a boolean. Write true or false.") from None
+
+
+def _forces_tool(raw: msgspec.Raw | None) -> bool:
+    try:
+        value = None if raw is None else msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return True
+    return (value.get("type") if isinstance(value, dict) else value) not in (None, "auto", "none")
 
 
 def _count(name: str, raw: msgspec.Raw | None) -> int | None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -133,14 +134,14 @@ def test_verdict_is_remembered_until_enough_others_came(
 
 def test_grammar_that_is_refused_is_refused_again_without_a_job(python: Callable[[str], str]) -> None:
     """With the reason and the place, each time as an error of its own."""
-    interpreter = python(READY + 'for job in jobs(): say({"verdict": "invalid", "reason": "does not compile: so"})')
+    interpreter = python(READY + 'for job in jobs(): say({"verdict": "costly", "reason": "is too ambiguous: so"})')
 
     async def run() -> None:
         checked = Grammars(interpreter)
         first, second = await refusal_of(checked), await refusal_of(checked)
         assert first is not second
         assert first.message == second.message
-        assert first.message.startswith("structured_outputs.regex does not compile: so. ")
+        assert first.message.startswith("structured_outputs.regex is too ambiguous: so. ")
         assert (first.status, first.code, first.param) == (400, "invalid_grammar", "structured_outputs.regex")
         await checked.close()
 
@@ -150,23 +151,46 @@ def test_grammar_that_is_refused_is_refused_again_without_a_job(python: Callable
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        {"structured_outputs": {"regex": "a"}},
+        {"tools": [{"function": {"parameters": {"type": "object"}, "strict": True}}]},
+    ],
+    ids=["regex", "tool"],
+)
+@pytest.mark.parametrize(
     ("verdict", "passes"), [("ok", True), ("invalid", True), ("costly", False), ("crashed", False)]
 )
-def test_tool_is_refused_only_where_no_engine_would_survive_it(
-    python: Callable[[str], str], verdict: str, passes: bool
+def test_constraint_is_refused_only_if_no_engine_would_survive_it(
+    python: Callable[[str], str], body: dict[str, Any], verdict: str, passes: bool
 ) -> None:
-    """Engines compile the schemas of tools in some modes only: what is merely wrong is theirs to say."""
+    """What xgrammar cannot compile may be for another of vLLM's backends, or for none: the engine tells."""
     answer = json.dumps({"verdict": verdict, "reason": "costs too much"})
 
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): say({answer})"))
-        body = request_fields.read(b'{"tools":[{"function":{"parameters":{"type":"object"}}}]}')
         try:
-            await checked.check(body)
+            await checked.check(request_fields.read(json.dumps(body).encode()))
             assert passes
         except Refusal as refusal:
             assert not passes
-            assert refusal.param == "tools"
+            assert str(refusal.param).startswith(next(iter(body)))
+        await checked.close()
+
+    asyncio.run(run())
+
+
+def test_tool_is_judged_anew_if_a_call_is_forced(python: Callable[[str], str]) -> None:
+    """The verdict on tools that are not compiled says nothing of the same tools with `tool_choice: required`."""
+    tools = {"tools": [{"function": {"parameters": {"type": "object"}}}]}
+
+    async def run() -> None:
+        checked = Grammars(
+            python(READY + 'for job in jobs(): say({"verdict": "costly", "reason": "is too ambiguous"})')
+        )
+        await checked.check(request_fields.read(json.dumps(tools).encode()))
+        with pytest.raises(Refusal):
+            await checked.check(request_fields.read(json.dumps({**tools, "tool_choice": "required"}).encode()))
         await checked.close()
 
     asyncio.run(run())
@@ -259,7 +283,7 @@ def test_compiler_that_ended_between_jobs_is_replaced_unseen(python: Callable[[s
 def test_client_that_leaves_takes_no_answer_of_others(python: Callable[[str], str]) -> None:
     """Its job ends, and is remembered; the next answer is the next job's."""
     interpreter = python(
-        READY + 'for job in jobs(): time.sleep(0.05); say({"verdict": "invalid", "reason": "is " + job["text"]})'
+        READY + 'for job in jobs(): time.sleep(0.05); say({"verdict": "costly", "reason": "is " + job["text"]})'
     )
 
     async def run() -> None:
@@ -355,7 +379,7 @@ def test_compiler_gets_no_secret(python: Callable[[str], str], monkeypatch: pyte
     """Grammars come from anybody: nothing of the door's environment is in reach of them."""
     for name in ("API_KEY", "MODAL_SECRET", "HF_TOKEN", "PYTHONPATH"):
         monkeypatch.setenv(name, "secret-of-the-door")
-    answer = 'say({"verdict": "invalid", "reason": repr(dict(os.environ))})'
+    answer = 'say({"verdict": "costly", "reason": repr(dict(os.environ))})'
 
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): {answer}"))

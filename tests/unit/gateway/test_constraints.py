@@ -63,10 +63,11 @@ def properties(count: int, **more: Any) -> dict[str, Any]:
          "output_config.format.schema"),
         ({"structured_outputs": {"json": SCHEMA}}, "json", "structured_outputs.json"),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json", "structured_outputs.json"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]}, "tool",
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}]}, "tool",
          "tools[0].parameters"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": SCHEMA}]}, "tool", "tools[0].parameters"),
-        ({"tools": [{"name": "f", "input_schema": SCHEMA}]}, "tool", "tools[0].input_schema"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}]}, "tool",
+         "tools[0].parameters"),
+        ({"tools": [{"name": "f", "input_schema": SCHEMA, "strict": True}]}, "tool", "tools[0].input_schema"),
     ],
 )  # fmt: skip
 def test_schema_is_found_where_each_api_has_it(body: dict[str, Any], kind: str, param: str) -> None:
@@ -74,6 +75,26 @@ def test_schema_is_found_where_each_api_has_it(body: dict[str, Any], kind: str, 
     constraint = found(body)[0]
 
     assert (constraint.kind, json.loads(constraint.text), constraint.param) == (kind, SCHEMA, param)
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_compiled"),
+    [
+        (None, False),
+        ("auto", False),
+        ("none", False),
+        ({"type": "auto"}, False),
+        ("required", True),
+        ({"type": "function", "function": {"name": "f"}}, True),
+        ({"type": "any"}, True),
+        ({"type": "tool", "name": "f"}, True),
+    ],
+)
+def test_tool_that_is_not_strict_is_compiled_only_if_a_call_is_forced(choice: object, is_compiled: bool) -> None:
+    """No other is compiled by vLLM, so that it cannot hold up an engine."""
+    tool = {"name": "f", "input_schema": SCHEMA}
+
+    assert bool(found({"tools": [tool], "tool_choice": choice})) is is_compiled
 
 
 @pytest.mark.parametrize(
