@@ -136,15 +136,14 @@ def _parsers(spec: ModelSpec) -> list[str]:
     flags: list[str] = []
     if spec.tool_call_parser:
         flags += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
-        flags += ["--tool-strict-level", "parameter"]  # a forced call's arguments fit their schema, strict or not
         flags += ["--exclude-tools-when-tool-choice-none"]  # else the model sees them, and calls them all the same
     if spec.reasoning_parser:
         flags += ["--reasoning-parser", spec.reasoning_parser]
     if spec.chat_template:
         flags += ["--chat-template", str(Path(__file__).parents[1] / spec.chat_template)]
-    # A schema alone lets a model write white space for ever, so none is free. "auto" refuses that switch, and
-    # "guidance" cannot read the grammars of forced and strict tool calls in vLLM 0.32 (400 'triggers').
-    flags += ["--structured-outputs-config", _json({"backend": "xgrammar", "disable_any_whitespace": True})]
+    # `--structured-outputs-config` and `--tool-strict-level` stay at vLLM's `auto`. Backend "xgrammar" refuses a schema
+    # with `multipleOf`, or with `pattern` beside `minLength`; level "parameter" refuses every request that offers one
+    # tool which xgrammar cannot compile. vllm_service/structured_outputs.py tells what `auto` needs besides.
     return flags
 
 

@@ -78,6 +78,8 @@ def test_flags_of_an_entry_mean_what_it_says(engine: dict[str, Any], key: str) -
     assert options["async_scheduling"] is spec.async_scheduling
     assert options["middleware"] == ["vllm_service.guard.Guard"]
     assert options["shutdown_timeout"] > 0
+    assert options["tool_strict_level"] == "auto"
+    assert options["structured_outputs_config"]["backend"] == "auto"
     passes = options["compilation_config"]["pass_config"]
     assert {name for name in spec.fusion_passes if passes[name] is True} == set(spec.fusion_passes)
     if spec.speculative:
@@ -118,13 +120,16 @@ def test_acceleration_of_the_registry_is_the_engines(engine: dict[str, Any]) -> 
     assert {"method", "model", "num_speculative_tokens"} <= set(engine["speculative_fields"])
 
 
+def test_structured_outputs_switch_of_the_plugin_is_the_engines(engine: dict[str, Any]) -> None:
+    """The plugin reads and sets fields of the engine's configuration by these names."""
+    assert {"backend", "disable_any_whitespace"} <= set(engine["structured_outputs_fields"])
+    assert {"auto", "xgrammar", "guidance"} <= set(engine["structured_outputs_backends"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_of_a_flag_has_fields_that_the_engine_knows(engine: dict[str, Any], command: str) -> None:
     """What is passed as JSON is checked by nobody before the start: its fields and values are compared here."""
     flags = COMMANDS[command]
-    structured = json.loads(flags[flags.index("--structured-outputs-config") + 1])
-    assert set(structured) <= set(engine["structured_outputs_fields"])
-    assert structured["backend"] in engine["structured_outputs_backends"]
     if "--speculative-config" in flags:
         speculative = json.loads(flags[flags.index("--speculative-config") + 1])
         assert set(speculative) <= set(engine["speculative_fields"])

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from datetime import date
+from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import openai
+import pydantic
 import pytest
 
 from .dialogues import dialogue
@@ -33,6 +36,21 @@ EMAIL = r"\w{1,12}@\w{1,12}\.com"
 CHOICES = ["Positive", "Negative", "Neutral"]
 GRAMMAR = 'root ::= "SELECT " column " FROM " table\ncolumn ::= "id" | "name"\ntable ::= "users" | "orders"'
 SENTENCE = r"SELECT (id|name) FROM (users|orders)"
+Word = Annotated[str, pydantic.Field(pattern="^[a-z]+$", min_length=3, max_length=8)]
+
+
+class Article(pydantic.BaseModel):
+    """What pydantic writes every day: xgrammar alone cannot serve `multipleOf`, nor a pattern of a length."""
+
+    price: int = pydantic.Field(multiple_of=7, ge=100, le=999)
+    rating: int = pydantic.Field(gt=0, lt=10)
+    code: Word
+    tags: list[Word] = pydantic.Field(min_length=1, max_length=3)
+    kind: Literal["book", "film"]
+    day: date
+    key: UUID
+    pair: tuple[bool, Literal["a", "b"]]
+    note: Annotated[str, pydantic.Field(max_length=12)] | None
 
 
 def chat(client: openai.OpenAI, text: str, **fields: Any) -> str:
@@ -153,6 +171,49 @@ def test_response_format_on_completions_fits(client: openai.OpenAI) -> None:
     """`response_format` constrains completions as well."""
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": TWO_FIELDS}}
     check_person(complete(client, "Generate a person object:", response_format=schema), TWO_FIELDS)
+
+
+def test_json_schema_of_pydantic_fits_whatever_was_asked_before(client: openai.OpenAI) -> None:
+    """Each request gets the backend that vLLM chose for it: a plain schema before and after does not matter."""
+    person = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    article = {"type": "json_schema", "json_schema": {"name": "article", "schema": Article.model_json_schema()}}
+    for question in ("Describe a book.", "Describe a film."):
+        check_person(chat(client, "Extract: Alice is 25", response_format=person))
+        Article.model_validate_json(chat(client, question, response_format=article))
+
+
+@pytest.mark.parametrize(
+    ("field", "keyword"),
+    [
+        ({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "ipv4network"}, "format"),
+        ({"type": "string", "pattern": r"\bfoo\b"}, "pattern"),
+    ],
+)
+def test_json_schema_that_no_backend_can_serve_is_refused_with_the_place(
+    client: openai.OpenAI, field: dict[str, Any], keyword: str
+) -> None:
+    """The sentence has the keyword or its value, and the JSON pointer of it."""
+    schema = {"type": "object", "properties": {"name": NAME, "tags": field}, "required": ["tags"]}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "Hello", response_format={"type": "json_schema", "json_schema": {"name": "odd", "schema": schema}})
+    assert f"#/properties/tags/{keyword}" in caught.value.message
+    assert (keyword if field[keyword] is True else field[keyword]) in caught.value.message
+
+
+@pytest.mark.parametrize("schema", [PERSON, Article.model_json_schema()], ids=["xgrammar", "guidance"])
+def test_json_schema_leaves_no_white_space_to_the_model(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    """A small model would else write white space up to its limit; xgrammar 0.2.8 leaves one space after a comma."""
+    text = chat(
+        client, "Describe it.", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    )
+    assert not re.search(r"\s{2}|[^\S ]|: ", re.sub(r'"[^"]*"', '""', text)), text
+
+
+def test_structured_outputs_regex_that_xgrammar_lacks_is_served(client: openai.OpenAI) -> None:
+    """Letters of any script are for guidance."""
+    text = chat(client, "Hello", extra_body={"structured_outputs": {"regex": r"\p{L}{1,8}"}})
+    assert re.fullmatch(r"[^\W\d_]{1,8}", text), text
 
 
 def test_structured_outputs_bad_grammar_is_refused(client: openai.OpenAI) -> None:

@@ -16,6 +16,7 @@ CHOOSE_CITY = {
     "function": {
         "name": "choose_city",
         "description": "Choose a city.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "enum": CITIES}},
@@ -92,7 +93,7 @@ def test_tools_offered_in_vain_change_nothing(client: openai.OpenAI) -> None:
     ids=["required", "named"],
 )
 def test_tools_demanded_call_comes_whatever_was_asked(client: openai.OpenAI, demand: dict[str, Any]) -> None:
-    """`tool_choice` constrains the answer to a call whose arguments fit the tool's schema, even after a greeting."""
+    """`tool_choice` makes the answer a call, even after a greeting, and `strict` makes its arguments fit the schema."""
     message = (
         client.chat.completions.create(
             model="llm", tools=[CHOOSE_CITY], max_tokens=200, **demand, **dialogue("hello").request
@@ -104,6 +105,24 @@ def test_tools_demanded_call_comes_whatever_was_asked(client: openai.OpenAI, dem
     assert made
     assert {call["name"] for call in made} == {"choose_city"}
     assert {call["arguments"]["city"] for call in made} <= set(CITIES)
+
+
+@pytest.mark.parametrize("pattern", [r"^\p{L}+$", r"\bfoo\b"])
+def test_tools_with_an_odd_schema_leave_the_others_as_they_are(client: openai.OpenAI, pattern: str) -> None:
+    """A tool whose schema xgrammar cannot compile, as tools of MCP servers may be, costs an agent no answer."""
+    asked = dialogue("weather-call")
+    properties = {"text": {"type": "string", "pattern": pattern}}
+    odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", "properties": properties}}}
+    choice = client.chat.completions.create(
+        **{
+            "model": "llm",
+            "max_tokens": 200,
+            "tool_choice": "auto",
+            **asked.request,
+            "tools": [*asked.request["tools"], odd],
+        }
+    ).choices[0]
+    assert calls(choice.message) == asked.tool_calls
 
 
 @pytest.mark.parametrize("wish", ["one call", "strict"])

@@ -45,8 +45,8 @@ FLAGS = {
     *("--model", "--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout", "--max-model-len"),
     *("--disable-access-log-for-endpoints", "--enforce-eager", "--no-enforce-eager", "--distributed-executor-backend"),
     *("--tensor-parallel-size", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser"),
-    *("--exclude-tools-when-tool-choice-none", "--tool-strict-level", "--worker-extension-cls"),
-    *("--structured-outputs-config", "--kv-cache-memory-bytes", "--max-num-seqs", "--max-num-batched-tokens"),
+    *("--exclude-tools-when-tool-choice-none", "--worker-extension-cls"),
+    *("--kv-cache-memory-bytes", "--max-num-seqs", "--max-num-batched-tokens"),
     *("--enable-sleep-mode", "--safetensors-load-strategy"),
 }
 REFUSED = 64

@@ -30,7 +30,6 @@ DOOR = (
     *("--disable-access-log-for-endpoints", "/health,/metrics"),
 )
 WORKER = ("--worker-extension-cls", "vllm_service.worker_extension.WorkerExtension")
-STRUCTURED = ("--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}')
 
 
 def command(key: str, **options: object) -> EngineCommand:
@@ -54,13 +53,10 @@ def test_argv_of_a_text_model_on_cuda_is_this() -> None:
             "--enable-auto-tool-choice",
             "--tool-call-parser",
             "hermes",
-            "--tool-strict-level",
-            "parameter",
             "--exclude-tools-when-tool-choice-none",
             "--reasoning-parser",
             "qwen3",
         ),
-        *STRUCTURED,
         *("--max-model-len", "40960"),
     )
 
@@ -76,11 +72,8 @@ def test_argv_of_a_model_with_images_limits_them() -> None:
             "--enable-auto-tool-choice",
             "--tool-call-parser",
             "hermes",
-            "--tool-strict-level",
-            "parameter",
             "--exclude-tools-when-tool-choice-none",
         ),
-        *STRUCTURED,
         *("--max-model-len", "32768", "--limit-mm-per-prompt", '{"image":4,"video":1}'),
     )
 
@@ -97,13 +90,10 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
             "--enable-auto-tool-choice",
             "--tool-call-parser",
             "openai",
-            "--tool-strict-level",
-            "parameter",
             "--exclude-tools-when-tool-choice-none",
             "--reasoning-parser",
             "openai_gptoss",
         ),
-        *STRUCTURED,
         *("--max-model-len", "32768", "--kv-cache-dtype", "fp8", "--moe-backend", "flashinfer_cutlass"),
         *("-cc.pass_config.fuse_allreduce_rms=true", "-cc.pass_config.eliminate_noops=true"),
         *("--speculative-config", speculative),
@@ -128,13 +118,10 @@ def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
             "--enable-auto-tool-choice",
             "--tool-call-parser",
             "hermes",
-            "--tool-strict-level",
-            "parameter",
             "--exclude-tools-when-tool-choice-none",
             "--reasoning-parser",
             "qwen3",
         ),
-        *STRUCTURED,
         *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 * 1024**2)),
         *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
     )
@@ -165,7 +152,6 @@ def test_argv_of_an_entry_with_nothing_but_a_source_leaves_the_rest_to_vllm() ->
         *DOOR,
         "--enforce-eager",
         *WORKER,
-        *STRUCTURED,
     )
     assert value(engine_command(spec, WEIGHTS, device="cpu").argv, "--max-model-len") == "-1"
 

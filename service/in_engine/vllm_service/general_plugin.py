@@ -1,0 +1,11 @@
+"""What vLLM calls in each of its processes, before it builds anything there."""
+
+from __future__ import annotations
+
+from vllm_service import amx_workaround, structured_outputs
+
+
+def prepare() -> None:
+    """Change what is to be changed in vLLM and torch."""
+    amx_workaround.prepare()
+    structured_outputs.enable()
