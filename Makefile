@@ -16,7 +16,7 @@ install: $(VENV)/light
 # the short ones of tests/fakes last, so that no third waits for the others. Of the rest, whose engines work, two.
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/contract --ignore tests/fakes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/contract --ignore tests/fakes
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
