@@ -21,8 +21,8 @@ from service import keys
 from service.gateway import local_server
 from service.gateway.clients import load_keyring
 from service.gateway.local_pool import Engine, Machine
-from service.hardware import bound_port
 from service.local import serve as local_serve
+from service.ports import bound_port
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 

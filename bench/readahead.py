@@ -16,10 +16,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,11 +31,10 @@ from bench.report import Report
 from service.engine import environment
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, State
-from service.hardware import check_room
+from service.hardware import available_bytes, check_room
+from service.ports import free_port
 from service.registry.models import ModelSpec, Registry
-from service.replica.page_cache import available_bytes
-from service.replica.readahead import Readahead
-from service.replica.weight_files import weight_files
+from service.replica.readahead import Readahead, weight_files
 
 SHARDS = 8
 LIMIT_S = 300.0
@@ -129,6 +128,14 @@ def _boots(
     return found
 
 
+def _note_end(times: list[float]) -> None:
+    """Note when the threads that read ahead have ended."""
+    for thread in threading.enumerate():
+        if thread.name == "readahead":
+            thread.join()
+    times.append(time.monotonic())
+
+
 def _compare(report: Report, state: str, target: float, plain: list[Boot], ahead: list[Boot]) -> None:
     for what, boots in ((f"{state}, none", plain), (f"{state}, read ahead", ahead)):
         report.sample(f"{what}: spawn to READY", [boot.ready_s for boot in boots])
@@ -161,40 +168,35 @@ def _boot(directory: Path, gb: float, env: environment.EngineEnv, ahead: bool) -
     small = ("--kv-cache-memory-bytes", str(256 * 1024**2))
     spec = ModelSpec(key="random", path=str(directory), max_model_len=1024, weights_gb=gb, extra_args=small)
     command = engine_command(
-        spec, directory, default_key="random", device=env.device, port=_free_port(), parent_env=os.environ
+        spec, directory, default_key="random", device=env.device, port=free_port(), parent_env=os.environ
     )
     events: dict[str, float] = {}
     engine = EngineProcess(
         command, python=env.python, on_event=lambda name, fields: events.update({name: float(fields["at"])})
     )
-    readahead = Readahead(directory)
-    began = time.monotonic()
+    readahead, read_by = Readahead(directory), [began := time.monotonic()]
     engine.spawn()
     try:
         if ahead:
             readahead.start()
+            threading.Thread(target=_note_end, args=(read_by,), daemon=True).start()
         engine.release()
         engine.wait_for(State.READY, LIMIT_S)
         ready_s = time.monotonic() - began
     finally:
         readahead.stop()
         engine.stop(5)
-    if readahead.failed:
-        raise SystemExit(f"the readahead failed: {readahead.failed}")
+    size = sum(file.stat().st_size for file in weight_files(directory))
+    if ahead and (done := readahead.bytes_read + readahead.bytes_cached) != size:
+        raise SystemExit(f"the readahead got through {done} of {size} bytes")
     loading = re.search(r"Loading weights took ([\d.]+) seconds", "\n".join(engine.log.lines))
     return Boot(
         ready_s=round(ready_s, 3),
         imported_s=round(events["imported"] - began, 3),
         loading_s=float(loading[1]) if loading else float("nan"),
-        ahead_s=round(readahead.ended - readahead.began, 4),
+        ahead_s=round(read_by[-1] - began, 4),
         ahead_gb=round(readahead.bytes_read / 1e9, 3),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

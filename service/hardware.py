@@ -5,23 +5,20 @@ Never touches torch: under a CPU snapshot that would freeze "no GPU" into the pr
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, PortInUseError, UnsupportedPlatformError
+from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, UnsupportedPlatformError
 
 MIN_PYTHON, MAX_PYTHON = (3, 11), (3, 14)
 MIN_DRIVER = 580
-_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_MEMINFO = Path("/proc/meminfo")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def check_platform() -> None:
@@ -131,58 +128,8 @@ def check_memory(weights_gb: float | None, model: str) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach a server that listens on `host`."""
-    return host in _LOOPBACK
-
-
-@contextmanager
-def claim_port(port: int) -> Iterator[None]:
-    """Keep other starts of this service away from a port while the context lasts.
-
-    vLLM binds at once but listens only when it is built, and until then a second one may bind as well; then both
-    believe that they serve. The claim is a socket's name in the kernel: it needs no file and ends with its holder.
-
-    Raises:
-        PortInUseError: Another start has it.
-    """
-    with socket.socket(socket.AF_UNIX) as claim:
-        try:
-            claim.bind(f"\0vllm-service-port-{port}")
-        except OSError as error:
-            raise PortInUseError(
-                f"Port {port} is claimed by another vllm-service that is starting or serving. {_another(port)}"
-            ) from error
-        yield
-
-
-def bound_port(host: str, port: int) -> socket.socket:
-    """Return a socket that has a port and does not listen yet: nobody else can take it while things are prepared.
-
-    Raises:
-        PortInUseError: It is taken, or this user may not have it.
-    """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-            raise PortInUseError(f"Port {port} on {host} cannot be had: {error.strerror}. {_another(port)}") from error
-        raise PortInUseError(
-            f"--host {host} is no address to listen on: {error.strerror}. Give one of this machine's, or none."
-        ) from error
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # else another may bind as well until this one listens
-    return bound
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _another(port: int) -> str:
-    return f"Stop what has it, or choose another: make serve SERVICE_PORT={port + 1 if port < 65535 else 8001}."
+def available_bytes() -> int:
+    """Return how much memory may be used: what the kernel can give, or a container's limit where that is lower."""
+    limits = [int(text) for file in _LIMITS if file.is_file() and (text := file.read_text().strip()).isdigit()]
+    available = re.search(r"^MemAvailable:\s+(\d+)", _MEMINFO.read_text(), re.M)
+    return min([*limits, int(available[1]) * 1024]) if available else 0

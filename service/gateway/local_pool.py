@@ -13,8 +13,8 @@ from typing import Protocol
 from service.errors import EngineError
 from service.gateway.pool import Address, Pool, WakeError
 from service.gateway.threads import in_thread
-from service.hardware import free_port
 from service.keys import digest
+from service.ports import free_port
 from service.registry.gpus import Gpu
 from service.registry.models import ModelSpec
 

@@ -11,11 +11,10 @@ from service.engine import environment
 from service.engine.args import cpu_memory_bytes
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
-from service.hardware import check_gpu_count, check_memory, visible_gpus
+from service.hardware import available_bytes, check_gpu_count, check_memory, visible_gpus
 from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
-from service.replica.page_cache import available_bytes
 from service.replica.plan import Plan
 from service.settings import Settings
 from service.weights import download_process, revisions, store

@@ -23,8 +23,8 @@ from service.boots import records
 from service.errors import EngineError, OpenDoorError
 from service.gateway.clients import Keyring, load_keyring
 from service.gateway.local_pool import Machine, new_key
-from service.hardware import bound_port, claim_port, free_port, is_loopback
 from service.local.planner import Here, Screen
+from service.ports import bound_port, claim_port, free_port, is_loopback
 from service.registry.models import ModelSpec
 from service.replica.lifecycle import Replica
 from service.settings import Settings

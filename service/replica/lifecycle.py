@@ -213,7 +213,7 @@ class Replica:
         if self.plan.device == "cuda":
             self._readahead = Readahead(self._weights.model, self._weights.draft)
         else:  # such an engine takes no draft, and has the weights in this same memory
-            self._readahead = Readahead(self._weights.model, share=0.4)
+            self._readahead = Readahead(self._weights.model, memory_share=0.4)
         self._readahead.start()
 
     def _spawn(self, hold: Hold | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import hardware
-from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, PortInUseError, UnsupportedPlatformError
+from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, UnsupportedPlatformError
 
 IDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000")
 Usage = namedtuple("Usage", "total used free")
@@ -103,6 +102,32 @@ def test_gpus_visible_are_those_that_cuda_would_show(
     assert hardware.visible_gpus() == visible
 
 
+def driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Put an nvidia-smi on PATH whose driver has this version."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n[ \"$1\" = --query-gpu=driver_version ] && echo '{version}' && echo '{version}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["580.95.05", "581.1", "600", "unreadable"])
+def test_driver_that_runs_the_engines_cuda_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """580 or newer; what cannot be read is left to CUDA to judge."""
+    driver_version(tmp_path, monkeypatch, version)
+    hardware.check_driver()
+
+
+def test_driver_too_old_is_refused_with_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before gigabytes are installed: update it, or use the processor."""
+    driver_version(tmp_path, monkeypatch, "570.133.20")
+    with pytest.raises(
+        UnsupportedPlatformError, match=r"570\.133\.20 is older than 580.*CUDA_VISIBLE_DEVICES= make serve"
+    ):
+        hardware.check_driver()
+
+
 @pytest.mark.parametrize("n_gpu", [1, 2])
 def test_gpu_count_that_is_visible_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n_gpu: int) -> None:
     """Up to all of them."""
@@ -152,46 +177,14 @@ def test_memory_that_is_too_little_is_refused_with_a_way_out(monkeypatch: pytest
         hardware.check_memory(236.4, "mine")
 
 
-@pytest.mark.parametrize(
-    ("host", "is_loopback"),
-    [
-        *(("127.0.0.1", True), ("::1", True), ("localhost", True)),
-        *(("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("", False)),
-    ],
-)
-def test_loopback_is_what_only_this_machine_reaches(host: str, is_loopback: bool) -> None:
-    """What is not known to be loopback is not."""
-    assert hardware.is_loopback(host) is is_loopback
+@pytest.mark.parametrize(("limit", "expected"), [("max", 2048), ("1000", 1000), ("9223372036854771712", 2048)])
+def test_available_memory_is_the_containers_where_that_is_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
+) -> None:
+    """`max` and the largest number are no limit."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(hardware, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "_LIMITS", (tmp_path / "memory.max", tmp_path / "nothing"))
 
-
-def test_port_that_is_free_is_accepted(port: int) -> None:
-    """And it is free afterwards."""
-    hardware.bound_port("127.0.0.1", port).close()
-    hardware.bound_port("0.0.0.0", port).close()
-
-
-@pytest.mark.parametrize("taken_on", ["127.0.0.1", "0.0.0.0"])
-@pytest.mark.parametrize("wanted_on", ["127.0.0.1", "0.0.0.0"])
-def test_port_in_use_is_refused_with_another(port: int, taken_on: str, wanted_on: str) -> None:
-    """Whichever of the two listens on every address."""
-    with (
-        socket.create_server((taken_on, port)),
-        pytest.raises(PortInUseError, match=rf"Port {port} on .*in use.*SERVICE_PORT={port + 1}\."),
-    ):
-        hardware.bound_port(wanted_on, port).close()
-
-
-def test_port_that_was_just_closed_is_accepted(port: int) -> None:
-    """Connections of the last run that linger are no listener."""
-    with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)) as client:
-        accepted, _ = server.accept()
-        accepted.close()
-        assert client.recv(1) == b""
-
-    hardware.bound_port("127.0.0.1", port).close()
-
-
-def test_port_on_an_address_that_is_not_ours_is_refused(port: int) -> None:
-    """The reason is the system's own."""
-    with pytest.raises(PortInUseError, match=r"192\.0\.2\.1"):
-        hardware.bound_port("192.0.2.1", port).close()
+    assert hardware.available_bytes() == expected

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from service import hardware
 from service.replica import page_cache, readahead
-from service.replica.readahead import PIECE, STRETCH, THREADS, Readahead
-from service.replica.weight_files import weight_files
+from service.replica.readahead import PIECE, STRETCH, THREADS, Readahead, weight_files
 
 END_S = 30.0
 MIB = 1024**2
@@ -60,12 +61,38 @@ def filled(directory: Path, mebibytes: dict[str, int], *, index: str = "model", 
     return directory
 
 
-def done(*directories: Path | None, share: float = 0.8) -> Readahead:
+def done(*directories: Path | None, memory_share: float = 0.8) -> Readahead:
     """Run a readahead to its end."""
-    ahead = Readahead(*directories, share=share)
+    before = threads()
+    ahead = Readahead(*directories, memory_share=memory_share)
     ahead.start()
-    assert ahead.wait(END_S)
+    assert ended(threads() - before)
     return ahead
+
+
+def threads() -> set[threading.Thread]:
+    """Return the threads that read ahead now."""
+    return {thread for thread in threading.enumerate() if thread.name == "readahead"}
+
+
+def ended(readers: set[threading.Thread]) -> bool:
+    """Wait for threads to end; False when one has not after END_S."""
+    deadline = time.monotonic() + END_S
+    for thread in readers:
+        thread.join(max(deadline - time.monotonic(), 0))
+    return not any(thread.is_alive() for thread in readers)
+
+
+@pytest.fixture
+def failures(caplog: pytest.LogCaptureFixture) -> Callable[[], dict[str, str]]:
+    """Return a function that tells the logged failures: the name of the file or directory, and the error."""
+    caplog.set_level(logging.DEBUG, readahead.__name__)
+
+    def logged() -> dict[str, str]:
+        records = [record.args for record in caplog.records if record.name == readahead.__name__]
+        return {args[0].name: repr(args[1]) for args in records if isinstance(args, tuple)}
+
+    return logged
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
@@ -136,7 +163,9 @@ def test_weight_files_that_are_links_are_read(tmp_path: Path) -> None:
     assert done(snapshot).bytes_read == len(b"numbers")
 
 
-def test_readahead_reads_every_byte_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readahead_reads_every_byte_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failures: Callable[[], dict[str, str]]
+) -> None:
     """No gap and no overlap, in pieces."""
     reads = recorded(monkeypatch)
 
@@ -150,7 +179,7 @@ def test_readahead_reads_every_byte_once(model: Path, monkeypatch: pytest.Monkey
         for offset in range(size)
     }
     assert len(reads) == 6
-    assert not ahead.failed
+    assert not failures()
 
 
 def test_readahead_of_one_thread_follows_the_order_of_loading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,12 +219,13 @@ def test_readahead_stops_where_the_memory_ends(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(readahead, "available_bytes", lambda: 4 * MIB)
     reads = recorded(monkeypatch)
 
-    assert done(model, share=0.5).bytes_read == 2 * MIB
+    assert done(model, memory_share=0.5).bytes_read == 2 * MIB
     assert {(file, offset) for file, offset, _ in reads} == {("model-1.safetensors", 0), ("model-2.safetensors", 0)}
 
 
 def test_readahead_that_hangs_is_left_behind_in_time(model: Path, hanging: threading.Event) -> None:
-    """A dead mount: `start` returned, `stop` returns, again and again; nobody waits for the threads."""
+    """A dead mount: `start` returned, `stop` returns, again and again; nothing waits for the threads."""
+    before = threads()
     ahead = Readahead(model)
     ahead.start()
     assert hanging.wait(END_S)
@@ -205,9 +235,9 @@ def test_readahead_that_hangs_is_left_behind_in_time(model: Path, hanging: threa
         ahead.stop()
         assert time.monotonic() - began < 5
 
-    assert ahead.ended == 0
-    assert not ahead.wait(0)
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "readahead")
+    readers = threads() - before
+    assert readers
+    assert all(thread.is_alive() and thread.daemon for thread in readers)
 
 
 def test_readahead_that_hangs_does_not_keep_its_process(model: Path) -> None:
@@ -228,7 +258,7 @@ def test_readahead_that_hangs_does_not_keep_its_process(model: Path) -> None:
 
 def test_readahead_that_is_stopped_reads_no_further(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread ends with the piece it is at."""
-    ahead = Readahead(model)
+    ahead, before = Readahead(model), threads()
 
     def stop(fd: int, buffers: list[memoryview], offset: int) -> int:
         ahead._halt.set()
@@ -237,9 +267,8 @@ def test_readahead_that_is_stopped_reads_no_further(model: Path, monkeypatch: py
     monkeypatch.setattr(os, "preadv", stop)
     ahead.start()
 
-    assert ahead.wait(END_S)
+    assert ended(threads() - before)
     assert 0 < ahead.bytes_read <= THREADS * PIECE
-    assert ahead.ended >= ahead.began > 0
 
 
 def test_readahead_that_never_began_can_be_stopped(model: Path) -> None:
@@ -250,27 +279,33 @@ def test_readahead_that_never_began_can_be_stopped(model: Path) -> None:
     assert ahead.bytes_read == 0
 
 
-def test_readahead_of_a_directory_that_is_not_there_says_so_and_reads_the_rest(model: Path) -> None:
+def test_readahead_of_a_missing_directory_logs_it_and_reads_the_rest(
+    model: Path, failures: Callable[[], dict[str, str]]
+) -> None:
     """A draft that vanished takes nothing from the model."""
     gone = model.parent / "gone"
     ahead = done(gone, model)
 
-    assert isinstance(ahead.failed[gone], FileNotFoundError)
+    assert failures()["gone"].startswith("FileNotFoundError(")
     assert ahead.bytes_read == 6 * MIB
 
 
-def test_readahead_of_a_file_that_vanished_says_so_and_reads_the_rest(model: Path) -> None:
+def test_readahead_of_a_vanished_file_logs_it_and_reads_the_rest(
+    model: Path, failures: Callable[[], dict[str, str]]
+) -> None:
     """A link to nothing, as a deleted blob leaves it."""
     file = model / "model-2.safetensors"
     file.unlink()
     file.symlink_to(model / "nothing")
     ahead = done(model)
 
-    assert isinstance(ahead.failed[file], FileNotFoundError)
+    assert failures()[file.name].startswith("FileNotFoundError(")
     assert ahead.bytes_read == 3 * MIB
 
 
-def test_readahead_of_a_file_that_cannot_be_read_ends_that_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readahead_of_an_unreadable_file_ends_that_file(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failures: Callable[[], dict[str, str]]
+) -> None:
     """EIO is the loader's to report; the other files are read."""
 
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -281,38 +316,40 @@ def test_readahead_of_a_file_that_cannot_be_read_ends_that_file(model: Path, mon
     monkeypatch.setattr(os, "preadv", fail)
     ahead = done(model)
 
-    assert {file.name: str(error) for file, error in ahead.failed.items()} == {
-        "model-2.safetensors": "[Errno 5] Input/output error"
-    }
+    assert failures() == {"model-2.safetensors": "OSError(5, 'Input/output error')"}
     assert ahead.bytes_read == 3 * MIB
 
 
-def test_readahead_of_a_file_that_got_shorter_ends_that_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readahead_of_a_file_that_got_shorter_ends_that_file(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failures: Callable[[], dict[str, str]]
+) -> None:
     """It does not wait for bytes that never come."""
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, buffers, offset) if offset < MIB else 0)
     ahead = done(model)
 
-    assert {file.name for file in ahead.failed} == {"model-2.safetensors", "model-10.safetensors"}
+    assert set(failures()) == {"model-2.safetensors", "model-10.safetensors"}
     assert ahead.bytes_read == 3 * MIB
 
 
-def test_readahead_passes_over_what_is_no_file(model: Path) -> None:
-    """A pipe would hang whoever opens it."""
+def test_readahead_passes_over_what_is_no_file(model: Path, failures: Callable[[], dict[str, str]]) -> None:
+    """Opening a named pipe would hang."""
     os.mkfifo(model / "model-0.safetensors")
     (model / "model.safetensors.index.json").unlink()
     ahead = done(model)
 
     assert ahead.bytes_read == 6 * MIB
-    assert not ahead.failed
+    assert not failures()
 
 
-def test_readahead_of_no_memory_to_ask_about_reads_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readahead_without_meminfo_reads_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failures: Callable[[], dict[str, str]]
+) -> None:
     """Whatever is wrong, it stays with the readahead."""
-    monkeypatch.setattr(page_cache, "_MEMINFO", model / "nothing")
+    monkeypatch.setattr(hardware, "_MEMINFO", model / "nothing")
     ahead = done(model)
 
     assert ahead.bytes_read == 0
-    assert [type(error) for error in ahead.failed.values()] == [FileNotFoundError]
+    assert [error.partition("(")[0] for error in failures().values()] == ["FileNotFoundError"]
 
 
 def test_readahead_leaves_no_file_open(model: Path) -> None:
@@ -364,16 +401,3 @@ def test_page_cache_under_a_python_without_the_flag_holds_nothing(monkeypatch: p
     monkeypatch.setattr(page_cache, "_NOWAIT", 0)
 
     assert not page_cache.is_cached(0, 0, MIB, MIB)
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("max", 2048), ("1000", 1000), ("9223372036854771712", 2048)])
-def test_available_memory_is_the_containers_where_that_is_lower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
-) -> None:
-    """`max` and the largest number are no limit."""
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2 kB\n")
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(page_cache, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(page_cache, "_LIMITS", (tmp_path / "memory.max", tmp_path / "nothing"))
-
-    assert page_cache.available_bytes() == expected
