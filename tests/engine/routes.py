@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-from typing import Any
+import re
+import socket
+from typing import Any, Protocol
 
-from .running import Service
+import requests
 
 # design.md's contract, written down once more: the guard's own list is what these tests are about.
 ALLOWED = {
@@ -74,6 +76,9 @@ KNOWN = [
     "/docs/oauth2-redirect",
     "/cohere/v2/chat",
     "/v1/models/tiny",
+    "/metrics/",
+    "/metrics/x",
+    "/metricsx",
 ]
 # Other ways to write a path that is refused, or one that is allowed.
 DISGUISES = [
@@ -96,7 +101,31 @@ DISGUISES = [
 ]
 
 
-def ask(service: Service, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+class Listener(Protocol):
+    """A service or an engine: what listens on a port of this machine."""
+
+    @property
+    def port(self) -> int:
+        """Where."""
+
+
+def registered_routes(log: str, url: str) -> dict[str, set[str]]:
+    """Return path -> methods of every route of a running application: those that it logs, and those that it describes.
+
+    Args:
+        log: The output of an engine: at its start vLLM writes a line for each route of its application.
+        url: Where to read `/openapi.json`.
+    """
+    routes: dict[str, set[str]] = {}
+    for path, methods in re.findall(r"Route: (\S+), (?:Methods: ([A-Z, ]+)|Endpoint: )", log):
+        routes.setdefault(path, set()).update(methods.split(", ") if methods else ())
+    described = requests.get(f"{url}/openapi.json", timeout=30).json()["paths"]
+    for path, methods in described.items():
+        routes.setdefault(path, set()).update(method.upper() for method in methods)
+    return routes
+
+
+def ask(service: Listener, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
     """Send a path exactly as it is written, and return status and body."""
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
     try:
@@ -105,6 +134,18 @@ def ask(service: Service, method: str, path: str, body: Any = None, **headers: s
         return answer.status, answer.read()
     finally:
         connection.close()
+
+
+def ask_in_chunks(service: Listener, path: str, limit: int, **headers: str) -> int:
+    """Post a body in chunks until it is over the limit, or refused, and return the status."""
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    lines = {"Host": "x", "Content-Type": "application/json", "Transfer-Encoding": "chunked", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode())
+        for _ in range(limit // 65536 + 1):
+            connection.sendall(chunk)
+        return int(connection.recv(4096).split(b" ")[1])
 
 
 def error_of(body: bytes) -> dict[str, Any]:

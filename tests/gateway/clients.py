@@ -23,7 +23,7 @@ from . import client_env
 
 SCRIPTS = client_env.HERE / "scripts"
 EXAMPLE = REPOSITORY / "examples" / "litellm"
-KEY = "sk-of-the-clients-3f9a"
+KEY, OTHER_KEY, DEFAULT_KEY = "sk-of-the-clients-3f9a", "sk-of-somebody-else", "sk-of-nobody-by-name-0b5e"
 CAPITAL = dialogue("capital")
 PROMPT, CONTINUATION = completion("capital-raw")
 CHOICES = ["Positive", "Negative", "Neutral"]

@@ -11,7 +11,7 @@ import pytest
 from service.engine import environment
 from tests.engine.running import GONE_S, Service
 
-from .clients import KEY, LiteLLM, models_file
+from .clients import DEFAULT_KEY, KEY, OTHER_KEY, LiteLLM, models_file
 
 HERE = Path(__file__).parent
 
@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The tiny model behind a key, as `vllm-service up` serves it."""
+    """The tiny model behind keys, as `vllm-service up` serves it."""
     environment.ensure(print)
-    keys, directory = f"clients={KEY},other=sk-of-somebody-else", tmp_path_factory.mktemp("served")
-    own = str(models_file(directory))
-    with Service(directory, "tiny", API_KEYS=keys, SERVICE_MODELS_FILE=own) as service:
+    directory = tmp_path_factory.mktemp("served")
+    keys = {"API_KEYS": f"clients={KEY},other={OTHER_KEY}", "API_KEY": DEFAULT_KEY}
+    with Service(directory, "tiny", SERVICE_MODELS_FILE=str(models_file(directory)), **keys) as service:
         service.wait_ready()
         assert service.engine(), service.story
         yield service

@@ -1,16 +1,14 @@
-"""The guard in front of the real routes of vLLM: what is not on the list does not exist, and bodies have a limit."""
+"""The gateway in front of the real routes of vLLM: what is not on the list does not exist, and bodies have a limit."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import re
 import socket
 
 import pytest
-import requests
 
-from .routes import ALLOWED, DISGUISES, KNOWN, ask, error_of
+from .routes import ALLOWED, DISGUISES, KNOWN, ask, ask_in_chunks, error_of, registered_routes
 from .running import Service
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -22,17 +20,11 @@ WEBSOCKET = (
 
 
 def own_routes(service: Service) -> dict[str, set[str]]:
-    """Return path -> methods of every route of the running engine: those that it logs, and those that it describes."""
-    routes: dict[str, set[str]] = {}
-    for path, methods in re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", service.log_file.read_text()):
-        routes.setdefault(path, set()).update(methods.split(", "))
-    described = requests.get(f"{service.url}/openapi.json", timeout=30).json()["paths"]
-    for path, methods in described.items():
-        routes.setdefault(path, set()).update(method.upper() for method in methods)
-    return routes
+    """Return path -> methods of every route: those that the engine logs, and those that the gateway describes."""
+    return registered_routes(service.log_file.read_text(), service.url)
 
 
-def test_guard_every_route_of_the_engine_off_the_list_is_refused(tiny: Service) -> None:
+def test_gateway_every_route_of_the_engine_off_the_list_is_refused(tiny: Service) -> None:
     """All of vLLM's routes, by all methods: only what the list has is more than 404 or 405."""
     routes = own_routes(tiny)
     assert {"/invocations", "/version", "/load"} <= set(routes), "The engine's log no longer lists its routes."
@@ -44,7 +36,7 @@ def test_guard_every_route_of_the_engine_off_the_list_is_refused(tiny: Service) 
             error_of(body)
 
 
-def test_guard_list_has_what_the_engine_serves(tiny: Service) -> None:
+def test_gateway_list_has_what_the_engine_serves(tiny: Service) -> None:
     """Every route of the list is one of the running engine, so that none is stale; embeddings need another model."""
     routes = own_routes(tiny)
     missing = {path for path, methods in ALLOWED.items() if not methods <= routes.get(path, set())}
@@ -52,7 +44,7 @@ def test_guard_list_has_what_the_engine_serves(tiny: Service) -> None:
 
 
 @pytest.mark.parametrize("path", DISGUISES)
-def test_guard_disguised_path_is_refused(tiny: Service, path: str) -> None:
+def test_gateway_disguised_path_is_refused(tiny: Service, path: str) -> None:
     """Doubled slashes, dots, escapes, capitals: what is not written as the list has it is not found."""
     for method in ("GET", "POST"):
         status, body = ask(tiny, method, path)
@@ -60,13 +52,13 @@ def test_guard_disguised_path_is_refused(tiny: Service, path: str) -> None:
         error_of(body)
 
 
-def test_guard_whole_url_as_path_is_refused(tiny: Service) -> None:
+def test_gateway_whole_url_as_path_is_refused(tiny: Service) -> None:
     """A request to a proxy, with the whole address in its first line, reaches nothing that is not listed."""
     status, _ = ask(tiny, "POST", f"http://127.0.0.1:{tiny.port}/invocations")
     assert status == 404
 
 
-def test_guard_404_names_the_path(tiny: Service) -> None:
+def test_gateway_404_names_the_path(tiny: Service) -> None:
     """The error says which route there is not and where to look."""
     status, body = ask(tiny, "POST", "/invocations", b"{}")
     assert status == 404
@@ -75,7 +67,7 @@ def test_guard_404_names_the_path(tiny: Service) -> None:
 
 
 @pytest.mark.parametrize(("path", "limit"), [("/v1/chat/completions", 32 * MIB), ("/tokenize", MIB)])
-def test_guard_declared_body_over_the_limit_is_413(tiny: Service, path: str, limit: int) -> None:
+def test_gateway_declared_body_over_the_limit_is_413(tiny: Service, path: str, limit: int) -> None:
     """A body that is declared too long is refused before a byte of it is sent."""
     connection = http.client.HTTPConnection("127.0.0.1", tiny.port, timeout=30)
     try:
@@ -91,26 +83,13 @@ def test_guard_declared_body_over_the_limit_is_413(tiny: Service, path: str, lim
 
 
 @pytest.mark.parametrize(("path", "limit"), [("/v1/chat/completions", 32 * MIB), ("/tokenize", MIB)])
-def test_guard_chunked_body_over_the_limit_is_413(tiny: Service, path: str, limit: int) -> None:
+def test_gateway_chunked_body_over_the_limit_is_413(tiny: Service, path: str, limit: int) -> None:
     """A body of unknown length is refused once it is too long, and the service goes on."""
-    assert chunked(tiny, path, limit) == 413
+    assert ask_in_chunks(tiny, path, limit) == 413
     assert ask(tiny, "GET", "/health") == (200, b'{"status":"ok"}')
 
 
-def chunked(service: Service, path: str, limit: int) -> int:
-    """Send a body in chunks until it is over the limit, or refused, and return the status."""
-    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
-    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        )
-        connection.sendall(head.encode())
-        for _ in range(limit // 65536 + 1):
-            connection.sendall(chunk)
-        return int(connection.recv(4096).split(b" ")[1])
-
-
-def test_guard_body_within_the_limit_passes(tiny: Service) -> None:
+def test_gateway_body_within_the_limit_passes(tiny: Service) -> None:
     """White space of half a MiB is no reason to refuse."""
     body = b" " * (MIB // 2) + json.dumps({"model": "llm", "prompt": "hello"}).encode()
     status, answer = ask(tiny, "POST", "/tokenize", body, **{"Content-Type": "application/json"})
@@ -119,7 +98,7 @@ def test_guard_body_within_the_limit_passes(tiny: Service) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/chat/completions", "/health"])
-def test_guard_websocket_is_refused(tiny: Service, path: str) -> None:
+def test_gateway_websocket_is_refused(tiny: Service, path: str) -> None:
     """No handshake succeeds, on a route that exists as on one that does not."""
     with socket.create_connection(("127.0.0.1", tiny.port), timeout=30) as connection:
         connection.sendall(WEBSOCKET.format(path=path).encode())
@@ -128,7 +107,7 @@ def test_guard_websocket_is_refused(tiny: Service, path: str) -> None:
     assert status in {200, 403, 404, 405} if path == "/health" else status in {403, 404, 405}
 
 
-def test_guard_options_and_head_give_nothing_away(tiny: Service) -> None:
+def test_gateway_options_and_head_give_nothing_away(tiny: Service) -> None:
     """HEAD of an open page works; OPTIONS and HEAD of a route off the list are 404."""
     assert ask(tiny, "HEAD", "/docs")[0] in {200, 405}
     assert ask(tiny, "OPTIONS", "/invocations")[0] == 404
