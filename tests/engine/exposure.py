@@ -1,0 +1,124 @@
+"""What the guard must answer on every path, by every method, with every credential; asked over any transport."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import unquote
+
+from .routes import ALLOWED, DISGUISES, KNOWN
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+WITHOUT_KEY = {"/health", "/docs", "/openapi.json"}
+MIB = 1024 * 1024
+BODY_LIMIT = 32 * MIB
+BODY_LIMITS = {"/tokenize": MIB, "/detokenize": MIB}  # of these routes; every other has BODY_LIMIT
+GuardError = Literal["no route", "no method", "no key", "too large"]
+GUARD_ERRORS: tuple[GuardError, ...] = ("no route", "no method", "no key", "too large")
+# FastAPI's answers to a path that is not registered, and to a method that is not
+_LENGTHS_OF_VLLMS_ERRORS = {str(len(b'{"detail":"Not Found"}')), str(len(b'{"detail":"Method Not Allowed"}'))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request without a body, and the guard's error that must come; None: vLLM must answer."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    expected: GuardError | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP response; names of headers are in lower case. Status 0: none came in time."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+def cases(routes: Iterable[str], key: str | None) -> Iterator[Case]:
+    """Return the requests to make of an engine: all paths by all methods, with and without a key, and over the limits.
+
+    Args:
+        routes: Paths that the engine's application has registered; those that the tests know of are added.
+        key: One that the guard accepts; None: the engine was started without keys.
+    """
+    none: dict[str, str] = {}
+    wrong, right = {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {key}"}
+    for pattern in dict.fromkeys([*routes, *ALLOWED, *KNOWN, *DISGUISES]):
+        path = re.sub(r"{\w+}", "resp_1", pattern)
+        allowed = _allowed(path)
+        needs_key = key is not None and path not in WITHOUT_KEY
+        for method in METHODS:
+            for headers in (none, wrong, right) if allowed else (none, right):
+                yield Case(method, path, headers, _expected(allowed, method, needs_key and headers is not right))
+        length = str(BODY_LIMITS.get(path, BODY_LIMIT) + 1)
+        for method in sorted(allowed):
+            yield Case(method, path, {**right, "Content-Length": length}, "too large")
+
+
+def _allowed(path: str) -> set[str]:
+    """Return the methods of a path; `/v1/responses/render`, say, is to GET the response of that id."""
+    patterns = {re.sub(r"{\w+}", r"[\\w-]+", pattern): methods for pattern, methods in ALLOWED.items()}
+    return next((methods for pattern, methods in patterns.items() if re.fullmatch(pattern, path)), set())
+
+
+def _expected(allowed: set[str], method: str, lacks_key: bool) -> GuardError | None:
+    if not allowed:
+        return "no route"
+    if method == "OPTIONS":  # a browser asks before it sends its key
+        return None
+    if method not in allowed and not (method == "HEAD" and "GET" in allowed):
+        return "no method"
+    return "no key" if lacks_key else None
+
+
+def violations(ask: Callable[[Case], Answer], asked: Iterable[Case]) -> list[str]:
+    """Make the requests and return a line for each that was not answered as expected."""
+    found = []
+    for case in asked:
+        answer = ask(case)
+        given = _guard_error(case, answer)
+        if given != case.expected or answer.status == 0:
+            came = f"{answer.status} {answer.body[:200]!r}"
+            found.append(f"{case.method} {case.path} {dict(case.headers)}: expected {case.expected}, got {came}")
+    return found
+
+
+def _guard_error(case: Case, answer: Answer) -> GuardError | None:
+    """Return which of the guard's errors an answer is, down to its words, which none of vLLM's own has."""
+    return next((error for error in GUARD_ERRORS if _is(error, case, answer)), None)
+
+
+def _is(error: GuardError, case: Case, answer: Answer) -> bool:
+    no_route = f"No route {unquote(case.path)}. What this service has is listed at /docs."
+    limit = BODY_LIMITS.get(case.path, BODY_LIMIT) // MIB
+    status, kind, words = {
+        "no route": (404, "not_found_error", no_route),
+        "no method": (405, "invalid_request_error", f"{case.method} is not allowed on {case.path}; use "),
+        "no key": (401, "authentication_error", "A valid API key is needed: "),
+        "too large": (413, "invalid_request_error", f"The body is over the limit of {limit} MiB "),
+    }[error]
+    if answer.status != status or answer.headers.get("content-type") != "application/json":
+        return False
+    if error == "no key" and answer.headers.get("www-authenticate") != "Bearer":
+        return False
+    if case.method == "HEAD":  # its answer has no body, but says how long it would be
+        return answer.headers.get("content-length") not in _LENGTHS_OF_VLLMS_ERRORS
+    return _is_api_error(answer.body, kind, words)
+
+
+def _is_api_error(body: bytes, kind: str, words: str) -> bool:
+    """Tell whether a body is an error in OpenAI's shape, of this type and with a message that begins so."""
+    try:
+        error = json.loads(body)["error"]
+        return set(error) == {"message", "type", "param", "code"} and bool(
+            error["type"] == kind and error["message"].startswith(words)
+        )
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,140 @@
+"""The check that tests/engine runs against real engines, against guards that were weakened: it notices each."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from vllm_service import guard
+from vllm_service.guard import Guard
+
+from tests.engine.exposure import Answer, Case, cases, violations
+from tests.engine.routes import ALLOWED, KNOWN
+
+KEY = "open-sesame"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+Weaken = Callable[[pytest.MonkeyPatch], None]
+
+
+def vllm() -> Starlette:
+    """Return an application with the routes of vLLM, each of which answers 200, and FastAPI's words for the rest."""
+
+    async def answer(request: Request) -> Response:
+        return JSONResponse({})
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"detail": error.detail}, error.status_code)
+
+    routes = [Route(path, answer, methods=sorted(methods)) for path, methods in ALLOWED.items()]
+    routes += [Route(path, answer, methods=["GET", "POST"]) for path in KNOWN]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+
+def found(digests: list[str]) -> list[str]:
+    """Return what the check finds wrong with the guard as it is now."""
+    guarded = Guard(vllm(), digests)
+    return violations(lambda case: asyncio.run(_answer(guarded, case)), cases(KNOWN, KEY if digests else None))
+
+
+async def _answer(app: Guard, case: Case) -> Answer:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    headers = [(name.lower().encode(), value.encode()) for name, value in case.headers.items()]
+    scope = {"type": "http", "path": unquote(case.path), "method": case.method, "headers": headers, "query_string": b""}
+    await app(scope, receive, send)
+    body = b"" if case.method == "HEAD" else b"".join(message.get("body", b"") for message in sent)
+    return Answer(sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}, body)
+
+
+@pytest.mark.parametrize("digests", [[DIGEST], []], ids=["keys", "no keys"])
+def test_exposure_of_the_guard_as_it_is_is_right(digests: list[str]) -> None:
+    """The check finds nothing, with keys and without."""
+    assert found(digests) == []
+
+
+def _everything(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guard, "_methods", lambda _: {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"})
+
+
+def _one_route_more(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(guard._KEYED, "/invocations", {"POST"})
+
+
+def _one_method_more(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(guard._KEYED, "/v1/embeddings", {"GET", "POST"})
+
+
+def _one_route_less(patch: pytest.MonkeyPatch) -> None:
+    patch.delitem(guard._KEYED, "/v1/embeddings")
+
+
+def _prefixes(patch: pytest.MonkeyPatch) -> None:
+    listed = guard._KEYED.items()
+    patch.setattr(guard, "_methods", lambda path: next((m for known, m in listed if path.startswith(known)), None))
+
+
+def _no_keys(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Guard, "_admits", lambda *_: True)
+
+
+def _any_key(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Guard, "_admits", lambda _, scope: b"authorization" in dict(scope["headers"]))
+
+
+def _open_metrics(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(guard._OPEN, "/metrics", {"GET"})
+
+
+def _no_limits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guard, "BODY_LIMIT", 1 << 62)
+    patch.setattr(guard, "TEXT_BODY_LIMIT", 1 << 62)
+
+
+def _one_limit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guard, "TEXT_BODY_LIMIT", guard.BODY_LIMIT)
+
+
+def _other_errors(patch: pytest.MonkeyPatch) -> None:
+    async def refuse(send: Any, status: int, message: str, **_: object) -> None:
+        await JSONResponse({"detail": message}, status)({"type": "http"}, None, send)  # type: ignore[arg-type]
+
+    patch.setattr(guard, "refuse", refuse)
+
+
+@pytest.mark.parametrize(
+    ("weaken", "noticed"),
+    [
+        (_everything, "POST /invocations"),
+        (_one_route_more, "POST /invocations"),
+        (_one_method_more, "GET /v1/embeddings"),
+        (_one_route_less, "POST /v1/embeddings"),
+        (_prefixes, "POST /v1/chat/completions/render"),
+        (_no_keys, "POST /v1/chat/completions"),
+        (_any_key, "POST /v1/chat/completions"),
+        (_open_metrics, "GET /metrics"),
+        (_no_limits, "POST /v1/chat/completions"),
+        (_one_limit, "POST /tokenize"),
+        (_other_errors, "POST /invocations"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_exposure_of_a_weakened_guard_is_noticed(weaken: Weaken, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any part of the guard out, the check names a request that shows it."""
+    weaken(monkeypatch)
+    assert any(line.startswith(f"{noticed} ") for line in found([DIGEST]))
