@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-# Fixtures that take seconds to make (engines, proxies): all files with a test that uses one go to one worker, which makes
-# it once. Every other file is a group of its own.
+# Fixtures that take seconds to make (engines, proxies): all files with a test that uses one go to one worker, which
+# makes it once. Every other file is a group of its own.
 SHARED = ("served", "tiny")
 
 
