@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.registry.models import DEFAULT_ALIAS, ModelSpec
 
 IN_ENGINE = Path(__file__).parents[1] / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info
 ENTRY = f"{PLUGIN}.main"
-SHUTDOWN_TIMEOUT_S = 1  # what is in flight has ended before SIGTERM comes; 0 hung in 3 of 6 runs
 
 # What of the parent's environment the engine has no business with: secrets, and settings that are not the engine's.
 _WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHON")
@@ -53,6 +53,7 @@ def engine_command(
     host: str = "127.0.0.1",
     port: int = 8000,
     sleeps: bool = False,
+    shutdown: ShutdownBudget = MODAL_SHUTDOWN,
     parent_env: Mapping[str, str] | None = None,
 ) -> EngineCommand:
     """Return the command that serves `spec` from the directory `weights`.
@@ -69,11 +70,12 @@ def engine_command(
         host: Address to listen on.
         port: Port to listen on.
         sleeps: It will be put to sleep, its weights in host memory, and woken from a GPU memory snapshot.
+        shutdown: How long the engine itself may take to end.
         parent_env: The environment to pass on, less secrets and settings.
     """
     argv = [
         *_identity(spec, weights, default_key),
-        *_door(host, port),
+        *_listening(host, port, shutdown),
         *_execution(spec, device, n_gpu, fast_boot),
         *_sleep(device, sleeps),
         *_parsers(spec),
@@ -102,12 +104,12 @@ def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[s
     return ["--model", str(weights), "--served-model-name", *names]
 
 
-def _door(host: str, port: int) -> list[str]:
+def _listening(host: str, port: int, shutdown: ShutdownBudget) -> list[str]:
     """Where it listens, and our guard as the outermost layer: vLLM's own key leaves many routes open."""
     return [
         *("--host", host, "--port", str(port)),
         *("--middleware", f"{PLUGIN}.guard.Guard"),
-        *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)),
+        *("--shutdown-timeout", str(shutdown.vllm_s)),
         *("--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
 

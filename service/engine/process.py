@@ -29,13 +29,13 @@ from typing import Any, Literal
 from service.engine.args import EngineCommand
 from service.engine.health import answers_healthy
 from service.engine.log import EngineLog
-from service.engine.process_group import KILL_WAIT_S, kill_group
+from service.engine.process_group import kill_group
+from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.engine.spawn import Program, spawn
 from service.errors import EngineError, EngineTimeoutError
 
 Hold = Literal["", "imported", "asleep"]
 POLL_S = 0.01
-CUT_S, TERMINATE_S = 1.0, 2.5  # to end what is in flight after its grace, and then to end by itself
 HANG_S = 180.0  # without a pulse; longer than the compilation of a kernel in the middle of serving
 
 
@@ -62,6 +62,7 @@ class EngineProcess:
         hold: Where it stops until `release`.
         neutral_imports: Import only what asks for no GPU before the hold (a snapshot is taken where none is visible).
         hang_s: How long a READY engine may be without a pulse before it is killed.
+        shutdown: How long each step of its end may take.
         on_line: Called with every line of the engine's output, from a thread.
         on_event: Called with the name and fields of every event of the boot, from a thread.
         on_death: Called once, from a thread, when the engine ends without having been asked to.
@@ -75,6 +76,7 @@ class EngineProcess:
         hold: Hold = "",
         neutral_imports: bool = False,
         hang_s: float = HANG_S,
+        shutdown: ShutdownBudget = MODAL_SHUTDOWN,
         on_line: Callable[[str], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         on_death: Callable[[EngineError], None] | None = None,
@@ -82,7 +84,7 @@ class EngineProcess:
         self.command = command
         self.log = EngineLog(on_line)
         self._python, self._hold, self._neutral, self._hang_s = python, hold, neutral_imports, hang_s
-        self._on_event, self._on_death = on_event, on_death
+        self._shutdown, self._on_event, self._on_death = shutdown, on_event, on_death
         self._changed = threading.Condition()
         self._state = State.SPAWNED
         self._program: Program | None = None
@@ -167,15 +169,17 @@ class EngineProcess:
         if self._program is None or self._state in _ENDS:
             return
         self._stopping = True
+        budget = self._shutdown
         if self._state is State.READY and grace_s > 0:
-            self._say("drain", grace_s=grace_s)
+            self._say("drain", grace_s=grace_s, cancel_s=budget.cancel_s)
             with self._changed:
-                self._changed.wait_for(lambda: self._drained or self._state in _ENDS, grace_s + CUT_S)
+                self._changed.wait_for(lambda: self._drained or self._state in _ENDS, grace_s + budget.cancel_s)
             if self._program.process.poll() is None:
                 self._program.process.send_signal(signal.SIGTERM)
-            self.wait_ended(TERMINATE_S)
-        kill_group(self.pid)
-        self.wait_ended(KILL_WAIT_S)
+            self.wait_ended(budget.terminate_s)
+        deadline = time.monotonic() + budget.kill_s
+        kill_group(self.pid, budget.kill_s)
+        self.wait_ended(max(0.0, deadline - time.monotonic()))
 
     def _read_log(self) -> None:
         output = self._running.process.stdout
@@ -216,7 +220,7 @@ class EngineProcess:
         """Kill an engine that lives and is no good."""
         if not self._stopping:
             self._failure = EngineError(reason)
-            kill_group(self.pid)
+            kill_group(self.pid, self._shutdown.kill_s)
 
     def _advance(self, event: dict[str, Any]) -> None:
         """Take note of an event; who waits for the state that it brings about finds it reported."""
@@ -255,9 +259,9 @@ class EngineProcess:
         """Wait for the leader's end; then end what is left of its group, and say why it died unless it was asked to."""
         code = self._running.process.wait()
         lived_s = time.monotonic() - self._spawned_at
-        kill_group(self.pid)
-        self.log.wait_closed(KILL_WAIT_S)
-        events.join(KILL_WAIT_S)
+        kill_group(self.pid, self._shutdown.kill_s)
+        self.log.wait_closed(self._shutdown.kill_s)
+        events.join(self._shutdown.kill_s)
         if not self._stopping and not self._failure:
             self._failure = EngineError(self.log.post_mortem(code, lived_s, self._ready_after_s))
         self._running.remove_directory()

@@ -1,4 +1,4 @@
-"""The end of a process group, whole."""
+"""Ends a process group, every member of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import signal
 import time
 from pathlib import Path
 
-KILL_WAIT_S = 5.0
 _POLL_S = 0.01
 
 
-def kill_group(pgid: int) -> None:
-    """Kill a process group and wait, boundedly, until no member runs. Zombies that nobody reaps run no more."""
-    deadline = time.monotonic() + KILL_WAIT_S
+def kill_group(pgid: int, timeout_s: float) -> None:
+    """Kill a process group and wait until no member runs, at most `timeout_s`. A zombie does not run any more."""
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             os.killpg(pgid, signal.SIGKILL)

@@ -13,6 +13,7 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.gateway.app import Door, gateway
 from service.gateway.clients import Keyring
 from service.gateway.grammars import Grammars
@@ -23,7 +24,6 @@ from service.gateway.routes import BODY_LIMIT
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
-_GRACE_S = 1  # what the door takes to pass on the ends of the engines' streams
 _BACKLOG = 2048
 HEAD_LIMIT = 128 * 1024
 
@@ -85,7 +85,7 @@ class Listener:
             server_header=False,
             date_header=False,
             backlog=_BACKLOG,
-            timeout_graceful_shutdown=_GRACE_S,
+            timeout_graceful_shutdown=LOCAL_SHUTDOWN.gateway_s,
         )
         self._server = _Server(config, on_open)
         self._address, self._machine, self._on_drain = address, machine, on_drain

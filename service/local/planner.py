@@ -9,6 +9,7 @@ from typing import Protocol
 from service.boots import records
 from service.engine import environment
 from service.engine.args import cpu_memory_bytes
+from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
 from service.hardware import available_bytes, check_gpu_count, check_memory, visible_gpus
@@ -21,7 +22,6 @@ from service.weights import download_process, revisions, store
 
 DEFAULT_MODEL = "qwen3-0.6b"
 OFFLINE_MODEL = "tiny"
-DRAIN_S = 6.0  # streams in flight may go on for so long after Ctrl-C; everything is gone in 10 s
 
 
 class Screen(Protocol):
@@ -112,7 +112,7 @@ class Here:
             host="127.0.0.1",
             port=port,
             startup_timeout_s=self.settings.startup_timeout_s,
-            drain_s=DRAIN_S,
+            shutdown=LOCAL_SHUTDOWN,
             hang_s=self.settings.hang_s,
             hub_token=download_process.hub_token(self.environ),
             versions=versions,

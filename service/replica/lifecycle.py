@@ -140,9 +140,9 @@ class Replica:
         if self._readahead:
             self._readahead.stop()
         if self._engine:
-            self._engine.stop(self.plan.drain_s if grace_s is None else grace_s)
+            self._engine.stop(self.plan.shutdown.drain_s if grace_s is None else grace_s)
         if grace_s is None:
-            self._afterwards.finish()
+            self._afterwards.finish(self.plan.shutdown.flush_s)
 
     def _begin(self, restored: bool) -> None:
         """Begin the boot that this replica is, which under a snapshot may not be the one that prepared."""
@@ -230,6 +230,7 @@ class Replica:
             fast_boot=plan.fast_boot,
             host=plan.host,
             port=plan.port,
+            shutdown=plan.shutdown,
             sleeps=plan.snapshot == "gpu" and hold is None,
             parent_env={**plan.parent_env, **(plan.caches.env() if plan.caches else {})},
         )
@@ -240,6 +241,7 @@ class Replica:
             hold=_HOLDS[plan.snapshot] if hold is None else hold,
             neutral_imports=plan.snapshot == "cpu" and hold is None and plan.neutral_imports,
             hang_s=plan.hang_s,
+            shutdown=plan.shutdown,
             on_line=self._read,
             on_event=lambda event, fields: self._note(engine, event, fields),
             on_death=lambda error: self._died(engine, error),

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from service.boots.records import BootRecord
 from service.engine.process import HANG_S
+from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.errors import GpuCountError
 from service.registry.models import ModelSpec
 from service.replica.compile_caches import Caches
 from service.weights.locks import Lock
 
 Snapshot = Literal["off", "cpu", "gpu"]
-DRAIN_S = 15.0  # of the 30 s that Modal gives a preempted container
 WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore brings memory back page by page, at a GB/s or more
 _UNKNOWN_GB = 100.0
 
@@ -34,7 +34,7 @@ class Plan:
         neutral_imports: Under `cpu` import only what asks for no GPU: none is visible while Modal takes that snapshot.
         startup_timeout_s: What a boot may take, once the weights are there.
         wake_timeout_s: What waking may take before the engine is booted cold; None: by the size of the weights.
-        drain_s: How long requests in flight may go on at the end.
+        shutdown: How long each step of the end may take.
         lock: Keeps replicas from fetching the same weights at once; None: processes of this machine.
         hang_s: How long a ready engine may give no sign of life.
         versions: What the engine consists of, for the record.
@@ -55,7 +55,7 @@ class Plan:
     port: int = 8000
     startup_timeout_s: float = 1800
     wake_timeout_s: float | None = None
-    drain_s: float = DRAIN_S
+    shutdown: ShutdownBudget = MODAL_SHUTDOWN
     hang_s: float = HANG_S
     hub_token: str | None = field(default=None, repr=False)
     lock: Lock | None = None

@@ -48,11 +48,11 @@ class Afterwards:
         self._thread = threading.Thread(target=self._hand_on, args=(compiled,), name="boot-afterwards", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
+    def finish(self, timeout_s: float) -> None:
         """Copy what the requests have compiled, at the end of a replica; Modal commits its volumes after that."""
         if self._thread is None:
             return
-        self._thread.join(1)
+        self._thread.join(timeout_s)
         if self._plan.caches and not self._thread.is_alive():
             self._plan.caches.copy_out()
 

@@ -121,7 +121,7 @@ class Fake:
             link.tell("awake")
             self.step("awake")
             self.wake(link)
-        link.on_drain = lambda word: self.drain(link, word["grace_s"])
+        link.on_drain = lambda word: self.drain(link, word["grace_s"], word["cancel_s"])
         link.tell("open")
         self.step("open")
         if self.script.get("hang_at") != "pulse":
@@ -150,9 +150,9 @@ class Fake:
             time.sleep(PULSE_S)
             link.tell("pulse")
 
-    def drain(self, link: parent_pipe.Control, grace_s: float) -> None:
+    def drain(self, link: parent_pipe.Control, grace_s: float, cancel_s: float) -> None:
         """Tell that nothing is in flight any more: at once, or when the grace is over."""
-        say(f"drain {json.dumps({'grace_s': grace_s})}")
+        say(f"drain {json.dumps({'grace_s': grace_s, 'cancel_s': cancel_s})}")
         cut = 1 if self.script.get("in_flight") else 0
         time.sleep(grace_s * cut)
         link.tell("drained", cut=cut)

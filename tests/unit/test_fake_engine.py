@@ -91,10 +91,10 @@ def test_fake_engine_that_listens_has_a_pulse_and_ends_its_drain(piped: Callable
     with os.fdopen(os.dup(fake.events)) as events:
         told = (json.loads(line) for line in events)
         assert "pulse" in (event["event"] for event in told)
-        os.write(fake.words, b'{"word": "drain", "grace_s": 0.1}\n')
+        os.write(fake.words, b'{"word": "drain", "grace_s": 0.1, "cancel_s": 1}\n')
         assert next(event for event in told if event["event"] == "drained")["cut"] == 1
 
-    assert 'drain {"grace_s": 0.1}' in fake.close()
+    assert 'drain {"grace_s": 0.1, "cancel_s": 1}' in fake.close()
 
 
 def test_fake_engine_with_a_negative_code_dies_by_that_signal(piped: Callable[..., Piped]) -> None:

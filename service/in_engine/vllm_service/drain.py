@@ -16,7 +16,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 RETRY_AFTER_S = 5  # by then another replica takes requests, or queues them
 TEXT = "This replica is shutting down. Send the request again: another one takes it."
-_CUT_S = 1.0  # what ends with a word does so within
 
 
 class Drain:
@@ -47,15 +46,20 @@ class Drain:
             if not self._tasks:
                 self._none_left.set()
 
-    async def drain(self, grace_s: float) -> int:
-        """Refuse what comes from now on, wait for what is in flight, and return how many requests were cut."""
+    async def drain(self, grace_s: float, cancel_s: float) -> int:
+        """Refuse new requests, wait for those in flight, cancel what is left, and return how many were cancelled.
+
+        Args:
+            grace_s: How long requests in flight may go on.
+            cancel_s: How long the cancelled ones may take to end.
+        """
         self.begun = True
         await self._wait(grace_s)
         self._cut = set(self._tasks)
         count = len(self._cut)
         for task in self._cut:
             task.cancel()
-        await self._wait(_CUT_S)
+        await self._wait(cancel_s)
         return count
 
     async def _wait(self, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 Words come as JSON lines:
 - `release` ends the hold and carries what must be in no command line, environment or snapshot: the digests of the keys.
-- `drain` begins the end: `grace_s` seconds for the requests in flight.
+- `drain` begins the end: `grace_s` seconds for the requests in flight, `cancel_s` to cancel what is left then.
 
 The end of the pipe means that the parent is gone, and then the engine's whole process group is killed at once: nothing
 may go on holding a GPU that nobody watches.

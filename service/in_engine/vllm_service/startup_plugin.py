@@ -117,13 +117,13 @@ async def _renew_randomness(engine: Any) -> None:
 def _drain_when_told(link: parent_pipe.Control) -> None:
     loop, jobs = asyncio.get_running_loop(), set()
 
-    async def end(grace_s: float) -> None:
-        link.tell("drained", cut=await drain.current().drain(grace_s))
+    async def end(grace_s: float, cancel_s: float) -> None:
+        link.tell("drained", cut=await drain.current().drain(grace_s, cancel_s))
 
-    def begin(grace_s: float) -> None:
-        jobs.add(loop.create_task(end(grace_s)))
+    def begin(grace_s: float, cancel_s: float) -> None:
+        jobs.add(loop.create_task(end(grace_s, cancel_s)))
 
-    link.on_drain = lambda word: loop.call_soon_threadsafe(begin, word["grace_s"])
+    link.on_drain = lambda word: loop.call_soon_threadsafe(begin, word["grace_s"], word["cancel_s"])
 
 
 class RawPrompts:

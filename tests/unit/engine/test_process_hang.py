@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from service.engine.args import EngineCommand
-from service.engine.process import CUT_S, TERMINATE_S, EngineProcess, State
+from service.engine.process import EngineProcess, State
+from service.engine.shutdown import MODAL_SHUTDOWN
 from service.errors import EngineError
 from tests.unit.engines import READY_S, eventually, group
 
@@ -95,7 +96,7 @@ def test_stop_of_an_engine_that_hangs_comes_before_the_hang_is_noticed(start: St
     began = time.monotonic()
     engine.stop(0.2)
 
-    assert time.monotonic() - began < 0.2 + CUT_S + TERMINATE_S + 2
+    assert time.monotonic() - began < 0.2 + MODAL_SHUTDOWN.cancel_s + MODAL_SHUTDOWN.terminate_s + 2
     assert (engine.state, deaths) == (State.STOPPED, [])
 
 

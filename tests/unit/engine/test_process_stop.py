@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from service.engine.args import EngineCommand
-from service.engine.process import CUT_S, TERMINATE_S, EngineProcess, State
+from service.engine.process import EngineProcess, State
+from service.engine.shutdown import MODAL_SHUTDOWN
 from tests.unit.engines import READY_S, eventually, group
 
 SLACK_S = 2.0  # of a busy machine
+CANCEL_S, TERMINATE_S = MODAL_SHUTDOWN.cancel_s, MODAL_SHUTDOWN.terminate_s
 GRACE_S = 30.0  # far more than any engine here needs
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]
@@ -60,7 +62,7 @@ def test_stop_tells_the_grace_to_the_engine(start: Start) -> None:
     engine = start()
     stop(engine, GRACE_S)
 
-    assert drains(engine) == ['drain {"grace_s": 30.0}']
+    assert drains(engine) == ['drain {"grace_s": 30.0, "cancel_s": 1.0}']
 
 
 def test_stop_with_nothing_in_flight_returns_long_before_the_grace_is_over(start: Start) -> None:
@@ -72,7 +74,7 @@ def test_stop_with_a_request_in_flight_waits_for_the_grace_and_not_much_longer(s
     """A stream that never ends is cut by the engine when the grace is over."""
     took_s = stop(start(in_flight=True), 0.5)
 
-    assert 0.5 <= took_s < 0.5 + CUT_S + TERMINATE_S + SLACK_S
+    assert 0.5 <= took_s < 0.5 + CANCEL_S + TERMINATE_S + SLACK_S
 
 
 def test_stop_without_a_grace_asks_nobody(start: Start) -> None:
@@ -103,7 +105,7 @@ def test_stop_at_its_worst_takes_the_grace_and_the_time_to_terminate(start: Star
     """A request that never ends, in an engine that ignores SIGTERM."""
     took_s = stop(start(in_flight=True, ignore_sigterm=True, grandchild=True), 0.3)
 
-    assert took_s < 0.3 + CUT_S + TERMINATE_S + SLACK_S
+    assert took_s < 0.3 + CANCEL_S + TERMINATE_S + SLACK_S
 
 
 def test_stop_of_an_engine_that_hears_nothing_takes_no_longer(start: Start) -> None:
@@ -111,7 +113,7 @@ def test_stop_of_an_engine_that_hears_nothing_takes_no_longer(start: Start) -> N
     engine = start()
     os.kill(engine.pid, signal.SIGSTOP)
 
-    assert stop(engine, 0.3) < 0.3 + CUT_S + TERMINATE_S + SLACK_S
+    assert stop(engine, 0.3) < 0.3 + CANCEL_S + TERMINATE_S + SLACK_S
 
 
 def test_stop_of_an_engine_that_dies_while_it_drains_is_no_failure(start: Start) -> None:

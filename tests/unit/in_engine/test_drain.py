@@ -17,6 +17,7 @@ CHAT = "/v1/chat/completions"
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON = [(b"content-type", b"application/json")]
 LONG_S = 30.0  # a grace that no test here waits out
+CANCEL_S = 1.0
 
 
 class Client:
@@ -70,7 +71,7 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def drained() -> Drain:
     """Return a drain that has begun, with nothing in flight."""
     ended = Drain()
-    assert asyncio.run(ended.drain(0)) == 0
+    assert asyncio.run(ended.drain(0, CANCEL_S)) == 0
     return ended
 
 
@@ -98,7 +99,7 @@ def test_drain_with_nothing_in_flight_is_over_at_once() -> None:
 
     async def scene() -> None:
         ended = Drain()
-        assert await ended.drain(LONG_S) == 0
+        assert await ended.drain(LONG_S, CANCEL_S) == 0
         assert ended.begun
 
     run(scene)
@@ -112,7 +113,7 @@ def test_drain_lets_a_request_finish_within_the_grace(headers: list[tuple[bytes,
         ended = Drain()
         client = Client(ended)
         task = await client.begin(headers, b"one ")
-        over = asyncio.ensure_future(ended.drain(LONG_S))
+        over = asyncio.ensure_future(ended.drain(LONG_S, CANCEL_S))
         await asyncio.sleep(0)
         assert ended.begun
         client.go_on.set()
@@ -159,7 +160,7 @@ def test_drain_cuts_a_stream_with_its_protocols_last_event(path: str, check: Cal
         client = Client(ended, path)
         task = await client.begin(SSE, b"data: {}\n\n")
 
-        assert await ended.drain(0) == 1
+        assert await ended.drain(0, CANCEL_S) == 1
         await task
         assert Answer(client.sent).status == 200
         check(client.body.removeprefix(b"data: {}\n\n"))
@@ -177,7 +178,7 @@ def test_drain_refuses_a_request_whose_answer_has_not_begun() -> None:
         client = Client(ended)
         task = await client.begin()
 
-        assert await ended.drain(0) == 1
+        assert await ended.drain(0, CANCEL_S) == 1
         await task
         answer = Answer(client.sent)
         assert (answer.status, answer.error["code"]) == (503, "shutting_down")
@@ -194,7 +195,7 @@ def test_drain_cuts_json_in_the_middle_without_an_end() -> None:
         client = Client(ended)
         task = await client.begin(JSON, b'{"half":')
 
-        assert await ended.drain(0) == 1
+        assert await ended.drain(0, CANCEL_S) == 1
         await task
         assert client.body == b'{"half":'
         assert client.sent[-1]["more_body"] is True
@@ -222,7 +223,7 @@ def test_drain_adds_nothing_to_an_answer_that_is_over() -> None:
         task = asyncio.ensure_future(ended.run(CHAT, send, app))
         await working.wait()
 
-        assert await ended.drain(0) == 1
+        assert await ended.drain(0, CANCEL_S) == 1
         await task
         assert [message.get("body") for message in sent] == [None, b"all"]
 

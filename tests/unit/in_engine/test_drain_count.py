@@ -10,7 +10,7 @@ from vllm_service import drain
 from vllm_service.drain import Drain, Message
 from vllm_service.guard import Guard
 
-from tests.unit.in_engine.test_drain import CHAT, LONG_S, SSE, Client, run
+from tests.unit.in_engine.test_drain import CANCEL_S, CHAT, LONG_S, SSE, Client, run
 from tests.unit.in_engine.test_guard import Behind
 
 
@@ -22,14 +22,14 @@ def test_drain_swallows_no_cancel_of_another(begun: bool) -> None:
         ended = Drain()
         client = Client(ended)
         task = await client.begin(SSE, b"one")
-        over = asyncio.ensure_future(ended.drain(LONG_S)) if begun else None
+        over = asyncio.ensure_future(ended.drain(LONG_S, CANCEL_S)) if begun else None
         await asyncio.sleep(0)
         task.cancel()
 
         with pytest.raises(asyncio.CancelledError):
             await task
         assert client.body == b"one"
-        assert await (over or ended.drain(LONG_S)) == 0  # it is in flight no more
+        assert await (over or ended.drain(LONG_S, CANCEL_S)) == 0  # it is in flight no more
 
     run(scene)
 
@@ -44,7 +44,7 @@ def test_drain_counts_only_what_it_cuts() -> None:
         tasks[1].cancel()
         done.go_on.set()
 
-        assert await ended.drain(0.05) == 1
+        assert await ended.drain(0.05, CANCEL_S) == 1
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [type(None), asyncio.CancelledError, type(None)]
         assert [client.body[-8:] for client in (done, cut)] == [b"one end", b"[DONE]\n\n"]
@@ -60,7 +60,7 @@ def test_drain_told_twice_ends_each_request_once() -> None:
         client = Client(ended)
         task = await client.begin(SSE)
 
-        counts = await asyncio.gather(ended.drain(0.02), ended.drain(0.02))
+        counts = await asyncio.gather(ended.drain(0.02, CANCEL_S), ended.drain(0.02, CANCEL_S))
         await task
         assert counts[0] == 1
         assert client.body.count(b"[DONE]") == 1
@@ -68,9 +68,8 @@ def test_drain_told_twice_ends_each_request_once() -> None:
     run(scene)
 
 
-def test_drain_waits_not_for_an_application_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_does_not_wait_for_an_application_that_does_not_end() -> None:
     """What ignores its cancel is left for the kill that follows."""
-    monkeypatch.setattr(drain, "_CUT_S", 0.02)
 
     async def scene() -> None:
         ended = Drain()
@@ -87,7 +86,7 @@ def test_drain_waits_not_for_an_application_that_does_not_end(monkeypatch: pytes
         task = asyncio.ensure_future(ended.run(CHAT, _nowhere, app))
         await stubborn.wait()
 
-        assert await ended.drain(0) == 1
+        assert await ended.drain(0, 0.02) == 1
         assert not task.done()
         leave.set()
         await task

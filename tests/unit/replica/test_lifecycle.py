@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from service.engine.process import State
+from service.engine.shutdown import MODAL_SHUTDOWN
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
@@ -214,12 +215,15 @@ def test_replica_stop_is_idempotent_and_comes_any_time(plan: Plan) -> None:
 def test_replica_stop_gives_the_plans_grace(plan: Plan) -> None:
     """Modal gives less time than a terminal does."""
     lines: list[str] = []
-    replica = Replica(dataclasses.replace(plan, drain_s=7.0), on_line=lines.append)
+    replica = Replica(
+        dataclasses.replace(plan, shutdown=dataclasses.replace(MODAL_SHUTDOWN, drain_s=7.0, cancel_s=0.5)),
+        on_line=lines.append,
+    )
     replica.prepare()
     replica.start()
     replica.stop()
 
-    assert 'drain {"grace_s": 7.0}' in lines
+    assert 'drain {"grace_s": 7.0, "cancel_s": 0.5}' in lines
 
 
 def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
