@@ -18,7 +18,7 @@ from service.errors import EngineError, ServiceError, UsageError
 from service.image import image
 from service.keys import digests
 from service.modal_app import selftest
-from service.modal_app.client import missing_hub_token
+from service.modal_app.client import in_modal_command, missing_hub_token
 from service.modal_app.deployment import Deployment
 from service.modal_app.engine_client import request
 from service.modal_app.prefetch import fleet_lock
@@ -30,8 +30,7 @@ from service.weights.download_process import hub_token
 
 try:
     DEPLOYMENT = Deployment.resolve()
-    if modal.is_local():
-        DEPLOYMENT = DEPLOYMENT.settled(hub_token(os.environ), lambda text: _log(text))  # noqa: PLW0108 - below
+    if in_modal_command():  # a mere import asks nobody
         DEPLOYMENT = DEPLOYMENT.with_hub_token(missing_hub_token)
 except ServiceError as error:
     raise SystemExit(f"error: {error}") from None
@@ -92,7 +91,7 @@ class Server:
 
     def _plan(self) -> Plan:
         lock = fleet_lock(VOLUMES[HUB_CACHE])
-        spec = DEPLOYMENT.served(self.model, hub_token(os.environ), lock, _log)
+        spec = DEPLOYMENT.spec_for_replica(self.model, hub_token(os.environ), lock, _log)
         return Plan(
             spec=spec,
             default_key=SETTINGS.model,

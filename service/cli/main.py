@@ -45,13 +45,24 @@ def up(
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     outdated: Annotated[bool, typer.Option("--outdated", help="Ask the hub which have newer commits.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Write the hub's commits of unpinned models to the lock.")] = False,
 ) -> None:
     """List the registry: GPU, price, context, parsers, gated or not."""
+    from service.errors import UsageError
     from service.settings import Settings
     from service.weights import revisions
 
+    if pin and outdated:
+        raise UsageError("--pin and --outdated are two different questions.", hint="Give one of them.")
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
+    if pin:
+        from service.cli import pins as cli_pins
+        from service.weights import download_process, pinning
+
+        pinned = pinning.pin(registry, settings.models_file, download_process.hub_token(os.environ))
+        cli_pins.show(pinned, as_json)
+        return
     if outdated:
         from service.cli import outdated as cli_outdated
         from service.weights import download_process

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import click  # Modal's command line is made with it
 import modal
 
 from service import errors
@@ -63,6 +64,14 @@ def _lines(volume: modal.Volume) -> list[bytes]:
 
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         return list(pool.map(read, paths))
+
+
+def in_modal_command() -> bool:
+    """Tell whether Modal's own command (`deploy`, `run`, `serve`, `shell`) is what imports this program.
+
+    Its command line is click's, whose context is there only while a command runs.
+    """
+    return click.get_current_context(silent=True) is not None
 
 
 def missing_hub_token(secret: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,31 +78,7 @@ class Deployment:
             secret = None
         return replace(self, settings=self.settings.model_copy(update={"hub_secret": secret}))
 
-    def settled(self, token: str | None, say: Callable[[str], None]) -> Deployment:
-        """Record the commits of models that name none: of the default one, and of all in the user's own file.
-
-        What the hub does not tell here is left to the first replica that serves it (`served`), and no warning is due:
-        that one records it on the volume, where every later one looks first.
-        """
-        file, resolve = revisions.lock_file(self.settings.models_file), revisions.asking(token)
-        commits: dict[str, str] = {}
-        built_in = Registry.load().specs
-        for key, spec in self.registry.specs.items():
-            if key == self.spec.key or spec != built_in.get(key):
-                with suppress(ServiceError):
-                    revisions.settle(spec, resolve, commits.__setitem__)
-        if not commits:
-            return self
-        try:
-            recorded = revisions.record(file, commits)
-        except OSError:  # it cannot be carried, so it does not count
-            return self
-        for hub_id in commits:
-            say(f"{hub_id} is at {recorded[hub_id]}, recorded in {file}")
-        registry = revisions.at(self.registry, recorded)
-        return replace(self, registry=registry, spec=registry.specs[self.spec.key])
-
-    def served(self, name: str, token: str | None, lock: Lock, say: Callable[[str], None]) -> ModelSpec:
+    def spec_for_replica(self, name: str, token: str | None, lock: Lock, say: Callable[[str], None]) -> ModelSpec:
         """Return the model of a replica, with the commits that all replicas serve.
 
         Raises:

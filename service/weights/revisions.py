@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Resolve = Callable[[str], str]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEAD = """\
-# The commits that models without a revision were at when they were first fetched or deployed, so that everybody who has
-# this file serves the same. 'vllm-service prefetch <model> --update' takes the newest instead.
+# The commits of models whose entries name no revision, so that everybody who has this file serves the same.
+# 'vllm-service models --pin' adds what is missing; 'vllm-service prefetch <model> --update' takes the newest instead.
 [revisions]
 """
 

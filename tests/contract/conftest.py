@@ -136,7 +136,7 @@ def modal_cli(plane: ModalPlane, *arguments: str, **environment: str) -> subproc
     return subprocess.run(
         [sys.executable, "-m", "modal", *arguments],
         cwd=REPOSITORY,
-        env={**ours, "HF_HUB_OFFLINE": "1", **plane.env, **environment},  # else it writes down commits here
+        env={**ours, **plane.env, **environment},
         capture_output=True,
         text=True,
         timeout=180,

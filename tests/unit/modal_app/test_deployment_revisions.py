@@ -1,4 +1,4 @@
-"""What a deploy records of models that name no commit, what it carries, and what is left to the first replica."""
+"""What a deploy carries of models that name no commit, and what it leaves to the first replica."""
 
 from __future__ import annotations
 
@@ -59,73 +59,36 @@ def deployment(models: Path, model: str = "mine") -> Deployment:
     return Deployment.resolve({"SERVICE_MODELS_FILE": str(models), "SERVICE_MODEL": model})
 
 
-def test_deploy_records_the_commits_of_the_users_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once: the deploy after it asks nobody, whatever the hub has by then."""
+def test_deploy_leaves_what_names_no_commit_to_the_first_replica(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks nobody and writes nothing; that replica records the commit on the volume, and a second one reads it."""
     asked = hub_with(monkeypatch, {"org/mine": A})
-    said: list[str] = []
-    settled = deployment(models).settled(None, said.append)
-    lock = models.with_name("models.lock.toml")
-
-    assert (settled.spec.revision, settled.registry.specs["mine"].revision) == (A, A)
-    assert said == [f"org/mine is at {A}, recorded in {lock}"]
-    assert asked == ["org/mine"]
-    assert deployment(models).settled(None, pytest.fail).spec.revision == A
-    assert asked == ["org/mine"]
-
-
-def test_deploy_of_pinned_models_asks_nobody_and_writes_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the built-in registry that name none are settled when somebody wants them."""
-    asked = hub_with(monkeypatch, {})
-    models.write_text(MODELS.replace('"org/mine"', f'"org/mine"\nrevision = "{A}"'))
-    before = deployment(models)
-
-    assert before.settled(None, pytest.fail) is before
-    assert asked == []
-    assert sorted(path.name for path in models.parent.iterdir() if "models" in path.name) == ["models.toml"]
-
-
-def test_deploy_with_no_hub_in_reach_leaves_it_to_the_first_replica(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No word, no file; that replica records it on the volume, and a second one takes it from there."""
-    hub_with(monkeypatch, None)
-    deployed = deployment(models).settled(None, pytest.fail)
+    deployed = deployment(models)
     assert deployed.spec.revision is None
-    assert not models.with_name("models.lock.toml").exists()
+    assert asked == []
+    assert [path.name for path in models.parent.iterdir()] == ["models.toml"]
 
-    hub_with(monkeypatch, {"org/mine": A})
     said: list[str] = []
-    assert deployed.served("mine", None, Lock(), said.append).revision == A
+    assert deployed.spec_for_replica("mine", None, Lock(), said.append).revision == A
     assert said == [f"org/mine is at {A}, recorded in {revisions.cache_record()}"]
     hub_with(monkeypatch, {"org/mine": B})
-    assert deployed.served("mine", None, Lock(), said.append).revision == A
+    assert deployed.spec_for_replica("mine", None, Lock(), said.append).revision == A
+
+
+def test_deploy_with_a_lock_file_serves_its_commit(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked, by the deploy or by a replica."""
+    hub_with(monkeypatch, None)
+    revisions.record(models.with_name("models.lock.toml"), {"org/mine": B})
+    deployed = deployment(models)
+
+    assert (deployed.spec.revision, deployed.registry.specs["mine"].revision) == (B, B)
+    assert deployed.spec_for_replica("mine", None, Lock(), pytest.fail).revision == B
 
 
 def test_replica_without_hub_and_record_says_what_is_missing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not serve whatever it happens to find."""
     hub_with(monkeypatch, None)
     with pytest.raises(WeightsError, match=r"org/mine is at no known commit.*write the revision into the entry"):
-        deployment(models).served("mine", None, Lock(), print)
-
-
-def test_deploy_of_a_file_that_takes_no_lock_file_leaves_it_to_the_first_replica(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What cannot be carried does not count: replicas would not know of it."""
-    hub_with(monkeypatch, {"org/mine": A})
-    monkeypatch.setattr(revisions, "lock_file", lambda _: Path("/proc/nowhere/models.lock.toml"))
-
-    assert deployment(models).settled(None, pytest.fail).spec.revision is None
-
-
-def test_deploy_goes_on_without_a_commit_that_the_hub_refuses(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A private model that the deployer may not see does not keep the others from being recorded."""
-    models.write_text(MODELS + '[models.private]\nhub_id = "org/private"\n')
-    hub_with(monkeypatch, {"org/mine": A})
-    settled = deployment(models).settled(None, lambda _: None)
-
-    assert settled.registry.specs["private"].revision is None
-    assert settled.registry.specs["mine"].revision == A
+        deployment(models).spec_for_replica("mine", None, Lock(), print)
 
 
 def test_image_carries_the_lock_file(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,32 @@
+"""What people see of `vllm-service models --pin`. To stdout."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from service.errors import WeightsError
+from service.weights.pinning import Pins
+
+
+def show(pins: Pins, as_json: bool) -> None:
+    """Print what was pinned, or a JSON object with the lock file, commits and failures.
+
+    Raises:
+        WeightsError: The hub named no commit of some repository; the others are pinned.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        rows = {"lock_file": str(pins.file), "pinned": pins.pinned, "failed": pins.failed}
+        console.print(json.dumps(rows, indent=2), markup=False)
+    else:
+        for hub_id, commit in pins.pinned.items():
+            console.print(f"{hub_id} is at {commit}, recorded in {pins.file}", markup=False)
+        if not pins.pinned and not pins.failed:
+            console.print("Every repository has a commit already; nothing was written.", markup=False)
+    if pins.failed:
+        raise WeightsError(
+            f"{len(pins.failed)} of {len(pins.failed) + len(pins.pinned)} repositories could not be pinned. "
+            + " ".join(pins.failed.values())
+        )

@@ -1,0 +1,56 @@
+"""Pins what names no commit: asks the hub once, and writes the answers into the lock file. Fetches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from service.errors import ServiceError
+from service.registry.models import Registry
+from service.weights import revisions
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What a run of `pin` came to.
+
+    Attributes:
+        file: The lock file.
+        pinned: Repository -> commit that was written.
+        failed: Repository -> why the hub named no commit.
+    """
+
+    file: Path
+    pinned: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def pin(registry: Registry, models_file: str | None, token: str | None) -> Pins:
+    """Write the newest commit of every repository that neither its entry nor a lock file pins. Blocks.
+
+    Args:
+        registry: With the commits of the lock files.
+        models_file: Beside which the lock file is; None: the built-in registry.
+        token: For gated and private repositories.
+
+    Raises:
+        RegistryError: The lock file that is there is wrong.
+        ServiceError: The lock file cannot be written.
+    """
+    pins = Pins(revisions.lock_file(models_file))
+    resolve = revisions.asking(token)
+    for hub_id in dict.fromkeys(hub_id for spec in registry.specs.values() for hub_id in revisions.unsettled(spec)):
+        try:
+            pins.pinned[hub_id] = resolve(hub_id)
+        except ServiceError as error:
+            pins.failed[hub_id] = str(error)
+    if pins.pinned:
+        try:
+            revisions.record(pins.file, pins.pinned)
+        except OSError as error:
+            raise ServiceError(
+                f"Lock file '{pins.file}' cannot be written: {error.strerror}.",
+                hint="Copy the models into a file of yours and name it in SERVICE_MODELS_FILE, "
+                "or write the revisions into its entries.",
+            ) from error
+    return pins
