@@ -34,9 +34,10 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, and most are the clie
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
-        """Return the body of the answer."""
-        return json.dumps({"error": self._fields()}).encode()
+    def body(self, path: str = "") -> bytes:
+        """Return the body of the answer; Anthropic's, for a path of theirs, has one field more."""
+        anthropic = {"type": "error"} if path.startswith("/v1/messages") else {}
+        return json.dumps({**anthropic, "error": self._fields()}).encode()
 
     def event(self, path: str) -> bytes:
         """Return the server-sent event that ends a stream whose headers are long gone; it keeps the status."""

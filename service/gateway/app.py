@@ -197,7 +197,7 @@ async def _answer(refusal: Refusal, account: Account, send: Send) -> None:
     account.status, account.code = refusal.status, refusal.code
     if account.left:
         return
-    body = refusal.body()
+    body = refusal.body(account.path)
     headers = {
         "content-type": JSON,
         "content-length": str(len(body)),

@@ -83,6 +83,7 @@ class Inference:
                 404, f"Model '{account.model}' has no engine now, so there is nothing of it to be had at {path}."
             )
         if asked:
+            request_fields.check_lists(path, body)
             await self._grammars.check(asked)
             order.streams = account.stream = bool(asked.stream) and path in STREAMING
             if changes := _changes(asked, target):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from service.gateway.api_errors import Refusal
+from service.in_engine.vllm_service import request_lists
 
 N_LIMIT = 16  # vLLM itself allows 16384 answers to one request
 NAME_LIMIT = 512  # bytes of a model's name
@@ -93,6 +94,18 @@ def read(body: bytes | bytearray | memoryview) -> Asked:
         present=frozenset(given.keys() & {"temperature", "tool_choice"}),
         forces_tool=_forces_tool(given.get("tool_choice")),
     )
+
+
+def check_lists(path: str, body: bytes | bytearray) -> None:
+    """Check what the lists of a body hold, by the rule that the guard of an engine has too.
+
+    Raises:
+        Refusal: 400: an item is not what its list has, or there are too many.
+    """
+    try:
+        request_lists.check(path, body)
+    except request_lists.InvalidListError as error:
+        raise Refusal(400, str(error), code="invalid_value", param=error.param) from None
 
 
 def rewritten(body: bytes | bytearray, changes: Mapping[str, str | float]) -> tuple[memoryview, bytes]:

@@ -36,7 +36,7 @@ def test_modules_of_every_package_are_checked() -> None:
 @pytest.mark.parametrize("path", IN_ENGINE, ids=lambda path: path.stem)
 def test_engines_part_imports_standard_library_and_vllm_only(path: Path) -> None:
     """It runs in the engine's environment, which has neither the service nor Modal."""
-    inside = {"vllm", "vllm_service", "torch", "uvloop", "prometheus_client"}  # what comes with vLLM
+    inside = {"vllm", "vllm_service", "torch", "uvloop", "prometheus_client", "msgspec", "pydantic_core"}  # with vLLM
 
     assert packages(path) <= set(sys.stdlib_module_names) | inside
 

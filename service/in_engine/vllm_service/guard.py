@@ -14,7 +14,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_service import drain, parent_pipe
+from vllm_service import drain, parent_pipe, request_lists
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -123,8 +123,28 @@ class Guard:
             await body.refuse()
         elif scope["path"] == "/health":
             await self.app(scope, receive, _healthy(send))
+        elif scope["method"] == "POST" and scope["path"] in request_lists.ROUTES:
+            await self._check_lists(scope, body)
         else:
             await self.app(scope, body.receive, body.send)
+
+    async def _check_lists(self, scope: Message, body: _LimitedBody) -> None:
+        """Pass the request on once its body is here and its lists are such that vLLM can parse them."""
+        whole = await body.read()
+        if whole is None:
+            return
+        try:
+            request_lists.check(scope["path"], whole)
+        except request_lists.InvalidListError as error:
+            await refuse(body.send, 400, str(error), code="invalid_value", param=error.param, path=scope["path"])
+            return
+        waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
+        del whole  # from here on only vLLM keeps it
+
+        async def receive() -> Message:
+            return waiting.pop() if waiting else await body.receive()
+
+        await self.app(scope, receive, body.send)
 
 
 class _LimitedBody:
@@ -142,6 +162,17 @@ class _LimitedBody:
                 await self.refuse()
             self._refused = True
         return {"type": "http.disconnect"} if self._refused else message
+
+    async def read(self) -> bytes | None:
+        """Return the whole body; None when it was refused or the client left."""
+        pieces, more = [], True
+        while more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                return None
+            pieces.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def send(self, message: Message) -> None:
         self._started = True
@@ -188,10 +219,14 @@ async def refuse(
     *,
     kind: str = "invalid_request_error",
     code: str | None = None,
+    param: str | None = None,
     headers: tuple[tuple[bytes, bytes], ...] = (),
+    path: str = "",
 ) -> None:
-    """Answer with an error in OpenAI's shape."""
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    """Answer with an error in OpenAI's shape; Anthropic's, for a path of theirs, has one field more."""
+    error = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    anthropic = {"type": "error"} if path.startswith("/v1/messages") else {}
+    body = json.dumps({**anthropic, **error}).encode()
     await send({"type": "http.response.start", "status": status, "headers": [*_json_headers(body), *headers]})
     await send({"type": "http.response.body", "body": body})
 

@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 
-from vllm_service import fork_start, parent_pipe
+from vllm_service import first_error, fork_start, parent_pipe
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
 HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a pulse
@@ -55,6 +55,7 @@ def main() -> None:
         sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
     link.tell("started", pid=os.getpid())
     gc.disable()  # what imports make stays: looking through it again and again takes a tenth of their time
+    first_error.enable()
     _import(NEUTRAL)
     if os.environ.get(IMPORTS_VARIABLE) == "all":
         _import_server()

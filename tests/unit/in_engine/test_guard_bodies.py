@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from vllm_service import parent_pipe
 from vllm_service.guard import BODY_LIMIT, MIB, TEXT_BODY_LIMIT, Guard
+from vllm_service.request_lists import ROUTES
 
 from tests.unit.in_engine.test_guard import DIGEST, KEY, Behind, ask, bearer
 
@@ -37,19 +39,28 @@ def test_body_declared_at_the_limit_passes(path: str, limit: int) -> None:
 def test_body_in_chunks_at_the_limit_passes_whole(path: str, limit: int) -> None:
     """Every byte arrives, in order."""
     behind = Behind()
-    answer = ask(Guard(behind, []), path, "POST", chunks=(b"a" * (limit - 1), b"b"))
+    body = b'{"a":"' + b"a" * (limit - 8) + b'"}'
+    answer = ask(Guard(behind, []), path, "POST", chunks=(body[:-1], body[-1:]))
 
     assert answer.status == 200
-    assert behind.read == b"a" * (limit - 1) + b"b"
+    assert len(behind.read) == limit
+    assert behind.read == body
 
 
 @pytest.mark.parametrize(("path", "limit"), LIMITS)
 def test_body_in_chunks_over_the_limit_is_cut_off(path: str, limit: int) -> None:
-    """Nothing was declared: it ends at the first chunk over the limit, and the application sees a client that left."""
+    """Nothing was declared: it ends at the first chunk over the limit, and the application sees a client that left.
+
+    Where lists are checked first, the application sees nothing.
+    """
     behind = Behind()
     answer = ask(Guard(behind, []), path, "POST", chunks=(b"a" * limit, b"b", b"never read"))
 
-    assert (answer.status, behind.read, behind.disconnected) == (413, b"a" * limit, True)
+    assert answer.status == 413
+    if path in ROUTES:
+        assert behind.scopes == []
+    else:
+        assert (behind.read, behind.disconnected) == (b"a" * limit, True)
 
 
 def test_body_longer_than_declared_is_cut_off() -> None:
@@ -181,3 +192,55 @@ def test_guard_compares_with_every_key_in_constant_time(monkeypatch: pytest.Monk
 
     assert ask(Guard(Behind(), [DIGEST, *others]), "/v1/models", headers=bearer()).status == 200
     assert compared == [DIGEST, *others]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"input":[0,1]}', "input"),
+        (b'{"input":[{}]}', "input"),
+        (b'{"input":"hi","tools":[1]}', "tools"),
+        (b"a", None),
+        ('{"input":[{}]}'.encode("utf-16"), None),
+    ],
+)
+@pytest.mark.parametrize("cut", [0, 1])
+def test_body_with_a_bad_list_is_refused_before_the_application(body: bytes, param: str | None, cut: int) -> None:
+    """400 in OpenAI's shape names the field; whatever the body's chunks, vLLM sees nothing of it."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), "/v1/responses", "POST", chunks=(body[:cut], body[cut:]))
+
+    assert (answer.status, answer.error["code"], behind.scopes) == (400, "invalid_value", [])
+    assert answer.error["param"] == param
+
+
+def test_body_with_a_bad_list_is_refused_in_anthropics_shape_on_their_routes() -> None:
+    """`type` is "error", as their clients expect it."""
+    answer = json.loads(ask(Guard(Behind(), []), "/v1/messages", "POST", chunks=(b'{"messages":[{}]}',)).body)
+
+    assert (answer["type"], answer["error"]["type"]) == ("error", "invalid_request_error")
+    assert "messages[0]" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", sorted(ROUTES))
+def test_body_that_the_client_breaks_off_never_reaches_the_application(path: str) -> None:
+    """Nobody waits for an answer, and half a body is no request."""
+    behind, sent = Behind(), []
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Guard(behind, [])({"type": "http", "path": path, "method": "POST", "headers": []}, receive, send))
+    assert (behind.scopes, sent) == ([], [])
+
+
+def test_options_with_a_body_is_not_collected() -> None:
+    """It needs no key: what it sends is not kept."""
+    behind = Behind(reads=False)
+
+    assert ask(Guard(behind, [DIGEST]), "/v1/responses", "OPTIONS", chunks=(b'{"input":[0]}',)).status == 200
+    assert behind.scopes
