@@ -1,0 +1,133 @@
+"""Lists in bodies, sent to the real engine behind nothing but its guard, as on Modal's direct path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from service.engine.environment import EngineEnv
+from service.in_engine.vllm_service import request_lists
+from service.registry.models import Registry
+from service.replica.lifecycle import Replica
+from service.replica.plan import Plan
+
+from .running import free_port
+
+USER = {"role": "user", "content": "Count: one two three"}
+RESPONSES, CHAT, MESSAGES = "/v1/responses", "/v1/chat/completions", "/v1/messages"
+CPU_S = 1.0
+GROWTH = 64 * 1024 * 1024  # 10,000 items `{}` took 6.8 GB
+LONGEST_ANSWER = 1024 * 1024
+TABLES = """
+import json
+from typing import get_args
+from pydantic import TypeAdapter
+from vllm.entrypoints.anthropic.protocol import AnthropicContentBlock, AnthropicMessage
+from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem
+
+schema = TypeAdapter(ResponseInputOutputItem).json_schema()
+
+def values(node):
+    found = {node["const"]} if "const" in node else set(node.get("enum", ()))
+    return found.union(*map(values, node.get("anyOf", ())))
+
+def constants(node, field):
+    node = schema["$defs"][node["$ref"].split("/")[-1]] if "$ref" in node else node
+    inner = [constants(one, field) for one in (*node.get("anyOf", ()), *node.get("oneOf", ()))]
+    return values(node.get("properties", {}).get(field, {})).union(*inner)
+
+print(json.dumps([
+    sorted(constants(schema, "type")), sorted(constants(schema, "role")),
+    sorted(get_args(AnthropicMessage.model_fields["role"].annotation)),
+    sorted(get_args(AnthropicContentBlock.model_fields["type"].annotation)),
+]))
+"""
+
+
+@pytest.fixture(scope="module")
+def replica(engine_env_: EngineEnv) -> Iterator[Replica]:
+    """The tiny model's engine with its guard, and no gateway in front."""
+    spec = Registry.load().specs["tiny"]
+    plan = Plan(spec, "tiny", engine_env_.device, engine_env_.python, os.environ, snapshot="off", port=free_port())
+    replica = Replica(plan)
+    try:
+        replica.prepare()
+        replica.start()
+        yield replica
+    finally:
+        replica.stop(0)
+
+
+def post(replica: Replica, path: str, **fields: Any) -> requests.Response:
+    """Post a body of these fields."""
+    body = {"model": "llm", "max_output_tokens" if path == RESPONSES else "max_tokens": 1, **fields}
+    return requests.post(f"http://127.0.0.1:{replica.plan.port}{path}", json=body, timeout=120)
+
+
+def used(replica: Replica) -> tuple[float, int]:
+    """Return the API process's seconds of CPU and its bytes of memory."""
+    process = psutil.Process(replica.engine.pid)
+    times = process.cpu_times()
+    return times.user + times.system, process.memory_info().rss
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (RESPONSES, {"input": [{}] * 10_000}),
+        (RESPONSES, {"input": [0] * 100_000}),
+        (RESPONSES, {"input": [{"type": "x"}] * 10_000}),
+        (RESPONSES, {"input": [{"role": "user"}] * 10_000}),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}] * 50_000}]}),
+        (RESPONSES, {"input": [USER] * 100_000}),
+        (RESPONSES, {"input": "hi", "tools": [{}] * 2_000}),
+        (RESPONSES, {"input": "hi", "include": [0] * 100_000}),
+        (CHAT, {"messages": [{}] * 100_000}),
+        (CHAT, {"messages": [{"role": "user", "content": [0] * 100_000}]}),
+        (MESSAGES, {"messages": [{}] * 100_000}),
+    ],
+    ids=[
+        *("items empty", "items numbers", "items of no type", "items without content", "parts without text"),
+        *("items too many", "tools empty", "include numbers", "messages empty", "parts numbers", "anthropic empty"),
+    ],
+)
+def test_bad_list_is_400_in_a_second_and_costs_no_memory(replica: Replica, path: str, fields: dict[str, Any]) -> None:
+    """What the guard lets through for want of a field ends at the first such item; others are answered at once."""
+    before_s, before = used(replica)
+    began = time.monotonic()
+    answer = post(replica, path, **fields)
+    took_s = time.monotonic() - began
+    after_s, after = used(replica)
+
+    assert answer.status_code == 400, answer.text[:500]
+    assert after_s - before_s < CPU_S, f"{after_s - before_s:.1f} s of CPU, {took_s:.1f} s in all"
+    assert after - before < GROWTH
+    assert len(answer.content) < LONGEST_ANSWER
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (RESPONSES, "input"), (MESSAGES, "messages")])
+def test_long_conversation_is_served(replica: Replica, path: str, field: str) -> None:
+    """As many turns as the tiny model's context holds."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 100
+
+    answer = post(replica, path, **{field: [*turns, USER]})
+
+    assert answer.status_code == 200, answer.text[:500]
+
+
+def test_types_and_roles_are_those_of_the_engine(engine_python: str) -> None:
+    """A type that vLLM learns is to be let through, one that it drops is not."""
+    done = subprocess.run([engine_python, "-c", TABLES], capture_output=True, text=True, timeout=120, check=True)
+    tables = (
+        request_lists.ITEM_TYPES, request_lists.ITEM_ROLES, request_lists.ANTHROPIC_ROLES, request_lists.BLOCK_TYPES
+    )  # fmt: skip
+
+    assert json.loads(done.stdout.splitlines()[-1]) == [sorted(table) for table in tables]
