@@ -37,7 +37,7 @@ except ServiceError as error:
 SETTINGS = DEPLOYMENT.settings
 
 VERSIONS = versions("cuda")
-VOLUMES = volumes()
+VOLUMES = volumes(SETTINGS.volume_prefix)
 LOCAL_CACHES = ".vllm-service/compiled"  # in the container's home, on its own disk
 app = modal.App(DEPLOYMENT.app_name)
 

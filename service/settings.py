@@ -18,6 +18,7 @@ from service.registry.gpus import check_count, find_gpu
 PREFIX = "SERVICE_"
 _TEXTS = {
     "app": "a name of 1 to 64 letters, digits, dots, dashes and underscores",
+    "volume_prefix": "1 to 40 letters, digits, dots, dashes and underscores",
     "region": "the name of a region, such as us or us-west",
 }
 
@@ -58,6 +59,9 @@ class Settings(BaseModel):
     models_file: str | None = Field(None, description="a TOML file with models of your own")
     hub_secret: str | None = Field(None, description="Modal secret with HF_TOKEN, for gated models")
     keys_secret: str = Field("vllm-api-key", min_length=1, description="Modal secret with API_KEY or API_KEYS")
+    volume_prefix: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,40}$", description="what the names of Modal's volumes begin with"
+    )
     port: int = Field(8000, ge=1, le=65535, description="port of the API")
 
     @field_validator("gpu")

@@ -15,12 +15,19 @@ from service.replica import compile_caches as replica_compile_caches
 HUB_CACHE = "/root/.cache/huggingface"
 VLLM_CACHE = "/root/.cache/vllm"
 FLASHINFER_CACHE = "/root/.cache/flashinfer"
-MOUNTS = {HUB_CACHE: "huggingface-cache", VLLM_CACHE: "vllm-cache", FLASHINFER_CACHE: "flashinfer-cache"}
+_NAMES = {HUB_CACHE: "huggingface-cache", VLLM_CACHE: "vllm-cache", FLASHINFER_CACHE: "flashinfer-cache"}
 
 
-def volumes() -> dict[str | PurePosixPath, modal.Volume]:
+def volume_name(path: str, prefix: str | None = None) -> str:
+    """Return the name of the volume that is mounted at `path`; `prefix` is `SERVICE_VOLUME_PREFIX`."""
+    return f"{prefix or ''}{_NAMES[path]}"
+
+
+def volumes(prefix: str | None = None) -> dict[str | PurePosixPath, modal.Volume]:
     """Return mount path -> volume, created at the first deploy."""
-    return {path: modal.Volume.from_name(name, create_if_missing=True, version=2) for path, name in MOUNTS.items()}
+    return {
+        path: modal.Volume.from_name(volume_name(path, prefix), create_if_missing=True, version=2) for path in _NAMES
+    }
 
 
 def records_directory() -> Path:

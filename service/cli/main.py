@@ -99,7 +99,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
     if modal:
         from service.modal_app import client
 
-        words = client.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret))
+        words = client.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret), settings.volume_prefix)
     else:
         from service.weights.download_process import hub_token
 
@@ -123,9 +123,13 @@ def boots(
 
     if modal:
         from service.modal_app import client
+        from service.settings import Settings
 
-        found = client.boots()
-        place = f"Modal's volume '{client.BOOTS_VOLUME}': every replica of a deployed service records its own there"
+        prefix = Settings.load().volume_prefix
+        found = client.boots(prefix)
+        place = (
+            f"Modal's volume '{client.boots_volume(prefix)}': every replica of a deployed service records its own there"
+        )
     else:
         found = records.load(records.local_directory())
         place = (

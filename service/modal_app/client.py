@@ -14,38 +14,44 @@ from service.boots.records import DIRECTORY, BootRecord, parse
 from service.errors import ServiceError
 from service.modal_app.deployment import no_hub_token
 from service.modal_app.prefetch import application
-from service.volumes import HUB_CACHE, MOUNTS, VLLM_CACHE
+from service.volumes import HUB_CACHE, VLLM_CACHE, volume_name
 from service.weights.prefetch import Order, Word
 
-BOOTS_VOLUME, HUB_VOLUME = MOUNTS[VLLM_CACHE], MOUNTS[HUB_CACHE]
 _AT_A_TIME = 16  # a file is two round trips; hundreds of them one after the other would take a minute
 
 
-def boots() -> list[BootRecord]:
+def boots_volume(volume_prefix: str | None) -> str:
+    """Return the name of the volume on which replicas record their boots."""
+    return volume_name(VLLM_CACHE, volume_prefix)
+
+
+def boots(volume_prefix: str | None) -> list[BootRecord]:
     """Return the records of the deployed service's boots, oldest first; none where none has booted yet. Blocks.
 
     Raises:
         ServiceError: There is no account, no such volume, or Modal cannot be reached.
     """
-    volume = modal.Volume.from_name(BOOTS_VOLUME)
+    name = boots_volume(volume_prefix)
+    volume = modal.Volume.from_name(name)
     try:
         volume.hydrate()
         return parse(_lines(volume))
     except modal.exception.NotFoundError as error:
         raise ServiceError(
-            f"Modal has no volume '{BOOTS_VOLUME}' in this workspace and environment. The first deploy makes it: "
-            "modal deploy -m service.server. MODAL_PROFILE and MODAL_ENVIRONMENT choose another."
+            f"Modal has no volume '{name}' in this workspace and environment.",
+            hint="The first deploy makes it: modal deploy -m service.server. MODAL_PROFILE and MODAL_ENVIRONMENT "
+            "choose another workspace and environment, SERVICE_VOLUME_PREFIX another volume.",
         ) from error
     except modal.exception.AuthError as error:
         raise ServiceError(
-            f"Modal does not know who asks for volume '{BOOTS_VOLUME}': no token, or one that is not valid. "
-            "Run 'modal setup', or leave --modal out for the boots of this machine."
+            f"Modal refused to open volume '{name}': this machine has no Modal token, or an invalid one.",
+            hint="Run 'modal setup', or leave --modal out for the boots of this machine.",
         ) from error
     except (modal.exception.Error, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
-            f"Volume '{BOOTS_VOLUME}' cannot be read from Modal: {said}. "
-            "Try again, or leave --modal out for the boots of this machine."
+            f"Volume '{name}' cannot be read from Modal: {said}.",
+            hint="Try again, or leave --modal out for the boots of this machine.",
         ) from error
 
 
@@ -85,23 +91,24 @@ def missing_hub_token(secret: str) -> str | None:
     return None
 
 
-def prefetch(order: Order, secret: str | None) -> Iterator[Word]:
-    """Have a CPU-only function of Modal's do the order with the volume `huggingface-cache`, and tell what happens.
+def prefetch(order: Order, secret: str | None, volume_prefix: str | None) -> Iterator[Word]:
+    """Run the prefetch in a Modal function without a GPU, on the volume of the hub's cache, and yield its events.
 
     Args:
         order: What is to be done.
         secret: Name of the secret with HF_TOKEN, for gated models.
+        volume_prefix: What the volume's name begins with.
 
     Raises:
         ServiceError: There is no account or no such secret, Modal cannot be reached, or a model cannot be had.
         KeyboardInterrupt: It was interrupted; the function has been ended.
     """
-    app, function = application(secret)
+    app, function = application(secret, volume_prefix)
     interrupted, call_id = False, ""
-    with _explained(secret):
+    with _translate_errors(secret, volume_name(HUB_CACHE, volume_prefix)):
         with app.run():
             try:
-                for word in function.remote_gen(order.model_dump_json()):
+                for word in function.remote_gen(order.model_dump_json(), volume_prefix):
                     if isinstance(word, str):
                         call_id = word
                     elif isinstance(word, tuple):
@@ -117,21 +124,22 @@ def prefetch(order: Order, secret: str | None) -> Iterator[Word]:
 
 
 @contextmanager
-def _explained(secret: str | None) -> Iterator[None]:
+def _translate_errors(secret: str | None, volume: str) -> Iterator[None]:
     try:
         yield
     except modal.exception.AuthError as error:
         raise ServiceError(
-            f"Modal does not know who asks to fill volume '{HUB_VOLUME}': no token, or one that is not valid. "
-            "Run 'modal setup', or leave --modal out to fetch into this machine's cache."
+            f"Modal refused to open volume '{volume}': this machine has no Modal token, or an invalid one.",
+            hint="Run 'modal setup', or leave --modal out to fetch into this machine's cache.",
         ) from error
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
         said = " ".join(str(error).split())
         if secret and secret in said:
             raise no_hub_token(secret, said) from error
-        raise ServiceError(f"Modal refuses to run the prefetch: {said}.") from error
+        raise ServiceError(f"Modal refused to run the prefetch: {said}.") from error
     except (modal.exception.Error, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
-            f"The prefetch on Modal broke off: {said}. What was finished is kept; the same command goes on from there."
+            f"The prefetch on Modal was interrupted: {said}.",
+            hint="Finished files are kept; run the same command again to continue.",
         ) from error

@@ -26,16 +26,17 @@ TIMEOUT_S = 24 * 3600  # the longest that Modal allows: half a terabyte at 6 MB/
 CPU, MEMORY_MB = 4.0, 4096  # Xet decompresses and checksums on every core it gets
 
 
-def application(secret: str | None) -> tuple[modal.App, Any]:
+def application(secret: str | None, volume_prefix: str | None) -> tuple[modal.App, Any]:
     """Return an app with the function, ready to be run.
 
     Args:
         secret: Name of the secret with HF_TOKEN, for gated models.
+        volume_prefix: What the volume's name begins with.
     """
     app = modal.App(APP)
     wrapped = app.function(
         image=light_image().env(fast_transfer(pinned("light.lock", "huggingface-hub"))),
-        volumes={HUB_CACHE: volumes()[HUB_CACHE]},
+        volumes={HUB_CACHE: volumes(volume_prefix)[HUB_CACHE]},
         secrets=[modal.Secret.from_name(secret, required_keys=["HF_TOKEN"])] if secret else [],
         cpu=CPU,
         memory=MEMORY_MB,
@@ -44,13 +45,13 @@ def application(secret: str | None) -> tuple[modal.App, Any]:
     return app, wrapped
 
 
-def fetch(order: str) -> Iterator[str | Word | tuple[str, str]]:
+def fetch(order: str, volume_prefix: str | None) -> Iterator[str | Word | tuple[str, str]]:
     """Do an `Order`, which comes as JSON, in a container.
 
     The call's own id comes first, so that it can be cancelled; an error comes as its class's name and its sentence.
     """
     yield modal.current_function_call_id() or ""
-    volume = volumes()[HUB_CACHE]
+    volume = volumes(volume_prefix)[HUB_CACHE]
     try:
         yield from stock(Order.model_validate_json(order), hub_token(os.environ), fleet_lock(volume))
         volume.commit()  # what was removed; each download was committed when its lock was given back

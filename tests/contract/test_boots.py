@@ -15,9 +15,10 @@ import pytest
 from service.boots.records import BootRecord, Span, new_id
 from service.errors import ServiceError
 from service.modal_app import client
-from service.modal_app.client import BOOTS_VOLUME
+from service.volumes import VLLM_CACHE, volume_name
 from tests.fakes.modal import ModalPlane
 
+VOLUME = volume_name(VLLM_CACHE)
 COMMAND = Path(sys.executable).with_name("vllm-service")
 RECORD = BootRecord(
     id="",
@@ -37,12 +38,12 @@ RECORD = BootRecord(
 )
 
 
-def boots(plane: ModalPlane, *arguments: str) -> subprocess.CompletedProcess[str]:
+def boots(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command as somebody who has an account of the plane's."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
     return subprocess.run(
         [str(COMMAND), "boots", "--modal", *arguments],
-        env={**ours, **plane.env},
+        env={**ours, **plane.env, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -64,7 +65,7 @@ def test_boots_of_modal_are_read_from_the_volume(plane: ModalPlane) -> None:
     """Oldest first, without what is damaged, a part, another's, or beside the directory."""
     wanted = [record(minute) for minute in range(40)]
     others = {"boots/half.json": b'{"id": "x"', "boots/.x.json.part": b"", "boots/deep/x.json": b"{}", "x.json": b"{}"}
-    plane.volumes.put(BOOTS_VOLUME, files(*reversed(wanted)) | others | {"boots/empty.json": b""})
+    plane.volumes.put(VOLUME, files(*reversed(wanted)) | others | {"boots/empty.json": b""})
     done = boots(plane, "--json")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -73,18 +74,27 @@ def test_boots_of_modal_are_read_from_the_volume(plane: ModalPlane) -> None:
 
 def test_boots_of_modal_are_shown_like_those_of_a_machine(plane: ModalPlane) -> None:
     """The same table."""
-    plane.volumes.put(BOOTS_VOLUME, files(one := record(5)))
+    plane.volumes.put(VOLUME, files(one := record(5)))
 
     assert one.id in boots(plane).stdout
 
 
+def test_boots_of_modal_with_a_volume_prefix_are_read_from_that_volume(plane: ModalPlane) -> None:
+    """Those of the volume without the prefix are another deployment's."""
+    plane.volumes.put(VOLUME, files(record(5)))
+    plane.volumes.put(f"team-{VOLUME}", files(one := record(6)))
+    done = boots(plane, "--json", SERVICE_VOLUME_PREFIX="team-")
+
+    assert json.loads(done.stdout) == [one.as_object()]
+
+
 def test_boots_of_modal_before_the_first_are_none(plane: ModalPlane) -> None:
     """The volume is there since the deploy; no replica has booted."""
-    plane.volumes.put(BOOTS_VOLUME, {"torch_compile_cache/x": b"1"})
+    plane.volumes.put(VOLUME, {"torch_compile_cache/x": b"1"})
     plain, as_json = boots(plane), boots(plane, "--json")
 
     assert (plain.returncode, plain.stderr, plain.stdout.count("\n")) == (0, "", 1)
-    assert f"No boots are recorded yet in Modal's volume '{BOOTS_VOLUME}'" in plain.stdout
+    assert f"No boots are recorded yet in Modal's volume '{VOLUME}'" in plain.stdout
     assert (as_json.returncode, as_json.stdout) == (0, "[]\n")
 
 
@@ -93,9 +103,9 @@ def test_boots_of_modal_without_the_volume_say_how_it_is_made(plane: ModalPlane)
     done = boots(plane, "--json")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: Modal has no volume '{BOOTS_VOLUME}'")
-    assert "modal deploy -m service.server" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: Modal has no volume '{VOLUME}'")
+    _, hint = done.stderr.splitlines()
+    assert hint.startswith("hint: The first deploy makes it: modal deploy -m service.server.")
     assert list(plane.volumes) == []
 
 
@@ -106,7 +116,7 @@ def test_boots_of_a_modal_out_of_reach_say_so(monkeypatch: pytest.MonkeyPatch) -
         raise modal.exception.ConnectionError("Could not connect to the Modal server.\nhttp://127.0.0.1:9")
 
     monkeypatch.setattr(modal.Volume, "hydrate", refused)
-    with pytest.raises(ServiceError, match=f"Volume '{BOOTS_VOLUME}' cannot be read from Modal: Could not") as raised:
-        client.boots()
+    with pytest.raises(ServiceError, match=f"Volume '{VOLUME}' cannot be read from Modal: Could not") as raised:
+        client.boots(None)
 
     assert "\n" not in str(raised.value)

@@ -35,6 +35,7 @@ class Published:
     secrets: dict[str, list[str]]  # name -> keys that the deploy insisted on
     container: dict[str, str]  # the environment that the image gives
     layers: list[str]
+    volumes: list[str]
 
     @property
     def web(self) -> pb.WebhookConfig:
@@ -58,7 +59,9 @@ def _published(plane: ModalPlane, app: str) -> Published:
     names = {modal.Secret.from_name(name).hydrate(plane.client()).object_id: name for name in there}
     secrets = {names[secret_id]: asked[names[secret_id]] for secret_id in function.secret_ids}
     images, image = plane.images, function.image_id
-    return Published(function, secrets, images.env(image), images.layers(image))
+    ids = [mount.volume_id for mount in function.volume_mounts]
+    mounted = sorted(volume.name for volume in plane.volumes if volume.id in ids)
+    return Published(function, secrets, images.env(image), images.layers(image), mounted)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -131,6 +134,10 @@ SETTINGS: dict[str, tuple[str, str | None, Read, Any, Any]] = {
     "SERVICE_DIRECT_AUTH": ("keys", None, lambda p: p.web.requires_proxy_auth, False, True),
     "SERVICE_HUB_SECRET": ("team-hub", None, lambda p: p.secrets.get("team-hub"), ["HF_TOKEN"], None),
     "SERVICE_KEYS_SECRET": ("team-keys", None, lambda p: p.secrets.get("team-keys"), [], None),
+    "SERVICE_VOLUME_PREFIX": (
+        *("team-", None, lambda p: p.volumes),
+        *([f"team-{name}" for name in sorted(VOLUMES.values())], sorted(VOLUMES.values())),
+    ),
     "SERVICE_PORT": ("8123", None, lambda p: p.web.web_server_port, 8123, 8000),
 }
 ELSEWHERE = {"SERVICE_HANG_S": "99", "SERVICE_HOLD_S": "9"}  # for the container's eyes, and the gateway's

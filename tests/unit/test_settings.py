@@ -33,6 +33,7 @@ VALID: dict[str, dict[str, object]] = {
     "models_file": {"~/models.toml": "~/models.toml"},
     "hub_secret": {"huggingface": "huggingface"},
     "keys_secret": {"team-keys": "team-keys"},
+    "volume_prefix": {"team-a-": "team-a-", "A.b_c-9": "A.b_c-9", "x" * 40: "x" * 40},
     "port": {"1": 1, "65535": 65535},
 }
 # field -> values that are refused, and words of what is expected instead
@@ -54,6 +55,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "region": (("u",), ""),
     "direct_auth": (("none", "Proxy"), "one of proxy, keys"),
     "hold_s": (("-1", "3601"), "a whole number from 0 to 3600"),
+    "volume_prefix": (("a b", "x" * 41, "a/b"), "1 to 40 letters, digits, dots, dashes and underscores"),
     "port": (("0", "65536", "http"), "a whole number from 1 to 65535"),
 }
 ANY_TEXT = {"model", "models_file", "hub_secret", "keys_secret"}

@@ -277,9 +277,10 @@ def test_image_takes_a_models_file_from_the_home_directory(monkeypatch: pytest.M
 
 def test_volumes_are_mounted_where_the_caches_are() -> None:
     """The contract's three volumes."""
-    assert dict(volumes.MOUNTS) == {
-        f"/root/.cache/{name}": f"{name}-cache" for name in ("huggingface", "vllm", "flashinfer")
-    }
+    named = {path: volume.name for path, volume in volumes.volumes().items()}
+
+    assert named == {f"/root/.cache/{name}": f"{name}-cache" for name in ("huggingface", "vllm", "flashinfer")}
+    assert {volume.name for volume in volumes.volumes("a-").values()} == {f"a-{name}" for name in named.values()}
 
 
 class DeployedClass:
