@@ -21,6 +21,7 @@ from service import keys
 from service.gateway import local_server
 from service.gateway.clients import load_keyring
 from service.gateway.local_pool import Engine, Machine
+from service.gateway.metrics import Metrics
 from service.local import serve as local_serve
 from service.ports import bound_port
 from service.registry.models import ModelSpec, Registry
@@ -55,7 +56,7 @@ def serve(port: int, upstream: int) -> None:
         local_serve._lines(Path(os.devnull)) as access,
     ):
         door = local_server.door(
-            registry, spec, machine, keyring, python=sys.executable, settings=Settings.load(), access=access
+            registry, spec, machine, keyring, Metrics(access), python=sys.executable, settings=Settings.load()
         )
         listener = local_server.Listener(door, address, machine, on_open=_ready, on_drain=lambda: None)
         listener.run((signal.SIGTERM,))

@@ -1,11 +1,11 @@
-"""The shapes of errors: OpenAI's, whole and inside a stream; Anthropic's inside a stream of its own."""
+"""Errors that a request ends with; `http_contract` has their shapes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
-JSON = "application/json"
+from service.in_engine.vllm_service import http_contract
+from service.in_engine.vllm_service.http_contract import Route
 
 
 class Refusal(Exception):  # noqa: N818 - it is an answer, and most are the client's doing
@@ -34,22 +34,32 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, and most are the clie
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
         self.headers = dict(headers or {})
 
-    def body(self, path: str = "") -> bytes:
-        """Return the body of the answer; Anthropic's, for a path of theirs, has one field more."""
-        anthropic = {"type": "error"} if path.startswith("/v1/messages") else {}
-        return json.dumps({**anthropic, "error": self._fields()}).encode()
+    def body(self, path: str) -> bytes:
+        """Return the body of the answer to a request for `path`."""
+        return http_contract.error_body(path, self._fields())
 
     def event(self, path: str) -> bytes:
-        """Return the server-sent event that ends a stream whose headers are long gone; it keeps the status."""
-        fields = {**self._fields(), "status": self.status}
-        if path == "/v1/messages":
-            return b"event: error\ndata: " + json.dumps({"type": "error", "error": fields}).encode() + b"\n\n"
-        if path == "/v1/responses":
-            return b"event: error\ndata: " + json.dumps({**fields, "type": "error", "error": fields}).encode() + b"\n\n"
-        return b"data: " + json.dumps({"error": fields}).encode() + b"\n\ndata: [DONE]\n\n"
+        """Return the event that ends a stream of `path` whose headers were sent before; it carries the status."""
+        return http_contract.error_event(path, {**self._fields(), "status": self.status})
 
     def _fields(self) -> dict[str, object]:
-        return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return http_contract.error_fields(self.message, self.kind, self.code, self.param)
+
+
+def find_route(method: str, path: str) -> Route:
+    """Return the route of a request.
+
+    Raises:
+        Refusal: 404 or 405, there is none.
+    """
+    routes = http_contract.routes_at(path)
+    if not routes:
+        raise Refusal(404, http_contract.no_route(path), kind="not_found_error")
+    route = routes.get(method) or (routes.get("GET") if method == "HEAD" else None)
+    if route is None or (method == "HEAD" and route.model_from and not route.is_own_without_model):
+        allowed = ", ".join(sorted(routes))
+        raise Refusal(405, http_contract.not_allowed(method, path, routes), headers={"Allow": allowed})
+    return route
 
 
 def unauthorized() -> Refusal:

@@ -5,28 +5,23 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Router
 
-from service.gateway import catalog
-from service.gateway.api_errors import JSON, Refusal, unauthorized
+from service.gateway.api_errors import Refusal, find_route, unauthorized
+from service.gateway.catalog import Catalog
 from service.gateway.clients import Keyring
 from service.gateway.grammars import Grammars
 from service.gateway.inference import Inference
 from service.gateway.metrics import Account, Metrics
 from service.gateway.proxy import HEARTBEAT_S, Message, Receive, Send
 from service.gateway.router import Directory
-from service.gateway.routes import INFERENCE, OPEN
 from service.gateway.upstream import session
+from service.in_engine.vllm_service import http_contract
+from service.in_engine.vllm_service.http_contract import JSON
 
-_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]+")
-_RESPONSE_CANCEL = re.compile(r"/v1/responses/[A-Za-z0-9_-]+/cancel")
 _MODEL = re.compile(rb"(?:^|&)model=.")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -38,27 +33,35 @@ class Door:
     Args:
         keyring: Who may come in.
         inference: The routes that reach an engine.
-        others: All other routes, and the lifespan.
+        catalog: All other routes, and the lifespan.
         metrics: What is counted.
     """
 
-    def __init__(self, keyring: Keyring, inference: Inference, others: Starlette, metrics: Metrics) -> None:
-        self._keyring, self._inference, self._others, self._metrics = keyring, inference, others, metrics
+    def __init__(self, keyring: Keyring, inference: Inference, catalog: Router, metrics: Metrics) -> None:
+        self._keyring, self._inference, self._catalog, self._metrics = keyring, inference, catalog, metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request; every refusal has OpenAI's shape."""
         if scope["type"] == "lifespan":
-            await self._others(scope, receive, send)
+            await self._catalog(scope, receive, send)
         elif scope["type"] != "http":
             await receive()
             await send({"type": "websocket.close", "code": 4404})
-        elif scope["path"] in OPEN:
-            await self._others(scope, receive, send)
+        elif http_contract.is_open(http_contract.routes_at(scope["path"])):
+            await self._answer_openly(scope, receive, send)
         else:
             await self._counted(scope, receive, send)
 
+    async def _answer_openly(self, scope: Message, receive: Receive, send: Send) -> None:
+        try:
+            find_route(scope["method"], scope["path"])
+        except Refusal as refusal:
+            await _answer(refusal, _account(scope), send)
+        else:
+            await self._catalog(scope, receive, send)
+
     async def _counted(self, scope: Message, receive: Receive, send: Send) -> None:
-        account = Account(_request_id(scope), scope["method"], scope["path"])
+        account = _account(scope)
         self._metrics.begin()
         try:
             await self._admitted(scope, receive, send, account)
@@ -81,96 +84,50 @@ class Door:
         if client is None:
             raise unauthorized()
         account.key = client.name
-        if _reaches_an_engine(scope):
-            await self._inference.serve(scope, receive, send, client, account)
+        route = find_route(scope["method"], scope["path"])
+        if route.model_from and (not route.is_own_without_model or _names_model(scope)):
+            await self._inference.serve(route, scope, receive, send, client=client, account=account)
         else:
-            await self._others(scope, receive, _noting(send, account))
+            await self._catalog(scope, receive, _noting(send, account))
 
 
 def gateway(
     directory: Directory,
     keyring: Keyring,
+    metrics: Metrics,
     *,
     hold_s: float,
     heartbeat_s: float = HEARTBEAT_S,
     grammars: Grammars | None = None,
-    access: Callable[[str], None] | None = None,
 ) -> Door:
     """Return the door to the models of a directory.
 
     Args:
         directory: Which pool a name stands for.
         keyring: Who may come in.
+        metrics: Counts requests; the pools tell it of their wakes.
         hold_s: How long a request that is no stream waits for a pool.
         heartbeat_s: Seconds between the comments of a waiting stream.
         grammars: Compiles what an output is to be like; default: without the engine's library.
-        access: Takes one JSON line a request.
     """
     grammars = grammars or Grammars()
-    metrics = Metrics(access)
-    directory.on_woke = lambda pool, well: metrics.woke(pool.spec.key, well=well)
-    inference = Inference(directory, grammars, hold_s, heartbeat_s)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with session() as inference.http:
-            yield
+    async def lifespan(_: Router) -> AsyncIterator[dict[str, object]]:
+        async with session() as http:
+            yield {"http": http}
             await grammars.close()
 
-    async def health(_: Request) -> Response:
-        return Response(b'{"status":"ok"}', media_type=JSON)
-
-    async def models(_: Request) -> Response:
-        return Response(await catalog.models(directory), media_type=JSON)
-
-    async def counters(_: Request) -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def docs(_: Request) -> Response:
-        return Response(catalog.docs(directory), media_type="text/html")
-
-    async def openapi(_: Request) -> Response:
-        return Response(catalog.openapi(), media_type=JSON)
-
-    others = Starlette(
-        routes=[
-            Route("/health", health),
-            Route("/v1/models", models),
-            Route("/metrics", counters),
-            Route("/docs", docs),
-            Route("/openapi.json", openapi),
-            *(Route(path, _unreached, methods=["POST"]) for path in INFERENCE),
-        ],
-        exception_handlers={HTTPException: _not_here},
-        lifespan=lifespan,
-    )
-    others.router.redirect_slashes = False
-    return Door(keyring, inference, others, metrics)
+    catalog = Router(Catalog(directory, metrics).routes(), redirect_slashes=False, lifespan=lifespan)
+    return Door(keyring, Inference(directory, grammars, hold_s, heartbeat_s), catalog, metrics)
 
 
-def _reaches_an_engine(scope: Message) -> bool:
-    method, path = scope["method"], scope["path"]
-    if method == "POST":
-        return path in INFERENCE or _RESPONSE_CANCEL.fullmatch(path) is not None
-    if method != "GET":
-        return False
-    return _RESPONSE.fullmatch(path) is not None or bool(path == "/metrics" and _MODEL.search(scope["query_string"]))
+def _names_model(scope: Message) -> bool:
+    return bool(scope["method"] == "GET" and _MODEL.search(scope["query_string"]))
 
 
-async def _unreached(_: Request) -> Response:
-    raise AssertionError("POST never comes here; the route is listed for its 405")
-
-
-async def _not_here(request: Request, error: Exception) -> Response:
-    """Put Starlette's 404 and 405 into OpenAI's shape."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - it is what this handler is for
-    path = request.url.path
-    if error.status_code == 404:
-        refusal = Refusal(404, f"No route {path}. What this service has is listed at /docs.", kind="not_found_error")
-    else:
-        allowed = (error.headers or {}).get("Allow", "")
-        refusal = Refusal(error.status_code, f"{request.method} is not allowed on {path}; use {allowed}.")
-    return Response(refusal.body(), refusal.status, headers=error.headers, media_type=JSON)
+def _account(scope: Message) -> Account:
+    return Account(_request_id(scope), scope["method"], scope["path"])
 
 
 def _request_id(scope: Message) -> str:

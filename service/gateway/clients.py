@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import UnknownModelError, UsageError, did_you_mean
 from service.gateway.api_errors import Refusal
+from service.in_engine.vllm_service import http_contract
 from service.keys import digest
 from service.registry.models import Registry
 
@@ -129,7 +130,7 @@ class Keyring:
         """Return whose key the headers carry, or None. Takes as long whichever key it is, and for none of them."""
         if self._anonymous:
             return self._anonymous
-        shown = digest(_key(headers))
+        shown = digest(http_contract.key_of(headers))
         found = None
         for known, client in self._clients:
             if hmac.compare_digest(shown, known):
@@ -197,12 +198,6 @@ def _model(name: str, model: str, registry: Registry, default: str) -> str:
             f"Write '{choice.spec.key}'."
         )
     return choice.spec.key
-
-
-def _key(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    found = dict(headers)
-    scheme, _, token = found.get(b"authorization", b"").partition(b" ")
-    return token.strip() if scheme.lower() == b"bearer" else found.get(b"x-api-key", b"")
 
 
 def _too_many(message: str, wait_s: int) -> Refusal:

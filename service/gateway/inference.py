@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
-import aiohttp
-
 from service.gateway import request_fields
 from service.gateway.api_errors import Refusal
 from service.gateway.clients import Client
@@ -18,8 +16,9 @@ from service.gateway.metrics import Account
 from service.gateway.proxy import HEARTBEAT_S, Message, Receive, Relay, Send
 from service.gateway.request_fields import Asked
 from service.gateway.router import Directory, Target
-from service.gateway.routes import INFERENCE, MIB, STREAMING, body_limit
 from service.gateway.upstream import Order
+from service.in_engine.vllm_service import http_contract
+from service.in_engine.vllm_service.http_contract import Route
 
 _PIECE_S = 30.0
 _QUERY = {"stream", "starting_after"}  # of GET /v1/responses/<id>
@@ -41,23 +40,23 @@ class Inference:
     ) -> None:
         self._directory, self._grammars = directory, grammars
         self._hold_s, self._heartbeat_s = hold_s, heartbeat_s
-        self.http: aiohttp.ClientSession | None = None
 
-    async def serve(self, scope: Message, receive: Receive, send: Send, client: Client, account: Account) -> None:
-        """Answer one request.
+    async def serve(
+        self, route: Route, scope: Message, receive: Receive, send: Send, *, client: Client, account: Account
+    ) -> None:
+        """Answer one request. The state of `scope` has the connections to the engines, as `http`.
 
         Raises:
             Refusal: Nothing has been sent yet, and the client is to have this answer.
             ConnectionError: The answer broke off; the client's connection must end.
         """
         with client.request():
-            body = await _body(scope, receive, account)
+            body = await _body(route.body_limit, scope, receive, account)
             async with _while_client_stays(receive, account):
-                target, order = await self._order(scope, body, client, account)
+                target, order = await self._order(route, scope, body, client, account)
                 del body
-                assert self.http is not None  # noqa: S101 - the lifespan has begun
                 relay = Relay(
-                    self.http,
+                    scope["state"]["http"],
                     target.pool,
                     order,
                     account,
@@ -68,10 +67,10 @@ class Inference:
                 await relay.run()
 
     async def _order(
-        self, scope: Message, body: bytes | bytearray, client: Client, account: Account
+        self, route: Route, scope: Message, body: bytes | bytearray, client: Client, account: Account
     ) -> tuple[Target, Order]:
         path, query = scope["path"], dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        asked = request_fields.read(body) if path in INFERENCE else None
+        asked = request_fields.read(body) if route.model_from == "body" else None
         target = self._directory.find(asked.model if asked else query.get("model"))
         account.model, account.pool = target.pool.spec.key, target.pool.place
         client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
@@ -85,7 +84,7 @@ class Inference:
         if asked:
             request_fields.check_lists(path, body)
             await self._grammars.check(asked)
-            order.streams = account.stream = bool(asked.stream) and path in STREAMING
+            order.streams = account.stream = bool(asked.stream) and route.streams
             if changes := _changes(asked, target):
                 order.body, order.suffix = request_fields.rewritten(body, changes)
         return target, order
@@ -98,9 +97,8 @@ def _changes(asked: Asked, target: Target) -> dict[str, str | float]:
     return changes
 
 
-async def _body(scope: Message, receive: Receive, account: Account) -> bytes | bytearray:
+async def _body(limit: int, scope: Message, receive: Receive, account: Account) -> bytes | bytearray:
     """Read a body of a bounded size, into one buffer."""
-    limit = body_limit(scope["path"])
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     length = int(declared) if declared.isdigit() else limit + 1
     if length > limit:
@@ -130,7 +128,7 @@ async def _more(receive: Receive) -> Message:
 
 
 def _too_large(limit: int) -> Refusal:
-    return Refusal(413, f"The body is over the limit of {limit // MIB} MiB for this route.", code="body_too_large")
+    return Refusal(413, http_contract.too_large(limit), code="body_too_large")
 
 
 @asynccontextmanager

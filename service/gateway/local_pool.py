@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from service.errors import EngineError
-from service.gateway.pool import Address, Pool, WakeError
+from service.gateway.pool import Address, OnWake, Pool, WakeError, ignore_wake
 from service.gateway.threads import in_thread
 from service.keys import digest
 from service.ports import free_port
@@ -50,6 +50,7 @@ class Machine:
         gpus: Numbers of the GPUs; none: engines run on the processor.
         n_gpu: Returns how many of them a model takes.
         idle_s: How long an engine without requests goes on.
+        on_wake: Called after each wake of a pool.
         say: Called with a sentence for people.
     """
 
@@ -63,9 +64,10 @@ class Machine:
         gpus: tuple[int, ...] = (),
         n_gpu: Callable[[ModelSpec], int] = lambda _: 1,
         idle_s: float = 900.0,
+        on_wake: OnWake = ignore_wake,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.fetch, self.make, self.say = fetch, make, say
+        self.fetch, self.make, self.on_wake, self.say = fetch, make, on_wake, say
         self._free_memory, self._needs_memory = free_memory, needs_memory
         self._gpus, self._n_gpu, self._idle_s = gpus, n_gpu, idle_s
         self._pools: dict[str, LocalPool] = {}
@@ -160,7 +162,7 @@ class LocalPool(Pool):
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine) -> None:
-        super().__init__(spec, PLACE)
+        super().__init__(spec, PLACE, on_wake=machine.on_wake)
         self._machine = machine
         self.engine: Engine | None = None
         self._address: Address | None = None

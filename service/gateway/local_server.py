@@ -18,9 +18,10 @@ from service.gateway.app import Door, gateway
 from service.gateway.clients import Keyring
 from service.gateway.grammars import Grammars
 from service.gateway.local_pool import Machine
+from service.gateway.metrics import Metrics
 from service.gateway.process_limits import for_many_streams
 from service.gateway.router import Directory
-from service.gateway.routes import BODY_LIMIT
+from service.in_engine.vllm_service.http_contract import BODY_LIMIT
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
@@ -33,10 +34,10 @@ def door(
     first: ModelSpec,
     machine: Machine,
     keyring: Keyring,
+    metrics: Metrics,
     *,
     python: str,
     settings: Settings,
-    access: Callable[[str], None],
 ) -> Door:
     """Return the door to this machine's engines.
 
@@ -45,12 +46,12 @@ def door(
         first: What `llm` stands for.
         machine: The engines.
         keyring: Who may come in.
+        metrics: Counts requests.
         python: Interpreter of the environment that has the engine's libraries.
         settings: How long requests are held.
-        access: Takes one JSON line a request.
     """
     directory = Directory(registry, first.key, machine.pool)
-    return gateway(directory, keyring, hold_s=settings.hold_s, grammars=Grammars(python), access=access)
+    return gateway(directory, keyring, metrics, hold_s=settings.hold_s, grammars=Grammars(python))
 
 
 class Listener:

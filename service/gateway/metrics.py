@@ -126,9 +126,9 @@ class Metrics:
         if self._access:
             self._access(_line(account, tokens))
 
-    def woke(self, model: str, *, well: bool) -> None:
+    def count_wake(self, model: str, is_ready: bool) -> None:
         """Count a wake that has ended."""
-        self._wakes.labels(model, "ready" if well else "failed").inc()
+        self._wakes.labels(model, "ready" if is_ready else "failed").inc()
 
     def text(self) -> bytes:
         """Return all in Prometheus' format."""

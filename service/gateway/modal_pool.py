@@ -19,7 +19,8 @@ from service.errors import GpuMemoryError, SettingsError, UsageError
 from service.gateway.api_errors import Refusal, unavailable
 from service.gateway.app import Door, gateway
 from service.gateway.clients import load_keyring
-from service.gateway.pool import Address, Pool, State, WakeError
+from service.gateway.metrics import Metrics
+from service.gateway.pool import Address, OnWake, Pool, State, WakeError, ignore_wake
 from service.gateway.router import Directory
 from service.gateway.upstream import session
 from service.keys import digests
@@ -92,12 +93,20 @@ class ModalPool(Pool):
         headers: What Modal's proxy asks for; empty: the client's own key is passed on.
         fresh_s: How long an answer is taken for a sign that the next one comes too.
         timeout_s: What a wake may take.
+        on_wake: Called after each wake.
     """
 
     def __init__(
-        self, spec: ModelSpec, tier: DeployedTier, headers: Mapping[str, str], fresh_s: float, timeout_s: float
+        self,
+        spec: ModelSpec,
+        tier: DeployedTier,
+        headers: Mapping[str, str],
+        *,
+        fresh_s: float,
+        timeout_s: float,
+        on_wake: OnWake,
     ) -> None:
-        super().__init__(spec, tier.tier.label, tier.tier.dollars_per_hour)
+        super().__init__(spec, tier.tier.label, tier.tier.dollars_per_hour, on_wake)
         self._tier, self._headers = tier, headers
         self._fresh_s, self._timeout_s = min(_FRESH_S, fresh_s), timeout_s
         self._address: Address | None = None
@@ -196,10 +205,11 @@ class Tiers:
     Args:
         settings: The door's: default GPU, app, timeouts.
         headers: What Modal's proxy asks for.
+        on_wake: Called after each wake of a pool.
     """
 
-    def __init__(self, settings: Settings, headers: Mapping[str, str]) -> None:
-        self._settings, self._headers = settings, headers
+    def __init__(self, settings: Settings, headers: Mapping[str, str], on_wake: OnWake = ignore_wake) -> None:
+        self._settings, self._headers, self._on_wake = settings, headers, on_wake
         self._tiers: dict[Tier, DeployedTier] = {}
         self._pools: dict[tuple[str, Tier], ModalPool] = {}
 
@@ -208,7 +218,14 @@ class Tiers:
         settings, tier = self._settings, tier_for(self._settings, spec, gpu)
         app = self._tiers.setdefault(tier, DeployedTier(tier, settings.app or tier.app_name))
         if (pool := self._pools.get((spec.key, tier))) is None:
-            pool = ModalPool(spec, app, self._headers, settings.scaledown_window / 2, float(settings.startup_timeout_s))
+            pool = ModalPool(
+                spec,
+                app,
+                self._headers,
+                fresh_s=settings.scaledown_window / 2,
+                timeout_s=float(settings.startup_timeout_s),
+                on_wake=self._on_wake,
+            )
             self._pools[spec.key, tier] = pool
         return pool
 
@@ -235,11 +252,10 @@ def modal_gateway(settings: Settings, registry: Registry, environ: Mapping[str, 
             "GPUs. Put one in: modal secret create --force "
             f"{settings.keys_secret} API_KEY=<key>."
         )
-    tiers = Tiers(settings, _proxy_token(settings, environ))
-    directory = Directory(registry, settings.model, tiers.pool)
-    return gateway(
-        directory, load_keyring(environ, found, registry, settings.model), hold_s=settings.hold_s, access=_write
-    )
+    metrics = Metrics(_write)
+    tiers = Tiers(settings, _proxy_token(settings, environ), metrics.count_wake)
+    keyring = load_keyring(environ, found, registry, settings.model)
+    return gateway(Directory(registry, settings.model, tiers.pool), keyring, metrics, hold_s=settings.hold_s)
 
 
 def _proxy_token(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

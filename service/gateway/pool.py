@@ -17,7 +17,12 @@ from service.gateway.api_errors import Refusal, unavailable
 from service.registry.models import ModelSpec
 
 State = Literal["cold", "waking", "ready", "not_deployed"]
+OnWake = Callable[[str, bool], None]  # takes a model's key and whether its pool is ready
 FAILED_FOR_S = 5.0  # whoever retries at once after a failed wake is told of that one: each costs a boot
+
+
+def ignore_wake(_key: str, _is_ready: bool) -> None:
+    """Do nothing after a wake."""
 
 
 class WakeError(Exception):
@@ -47,12 +52,14 @@ class Pool(ABC):
     Args:
         spec: The model.
         place: Where it runs, for people: `H100`, `this machine`.
-        dollars_per_hour: Price of one replica; None where nobody asks for money.
+        dollars_per_hour: Price of one replica; None: it has none.
+        on_wake: Called after each wake.
     """
 
-    def __init__(self, spec: ModelSpec, place: str, dollars_per_hour: float | None = None) -> None:
-        self.spec, self.place, self.dollars_per_hour = spec, place, dollars_per_hour
-        self.on_woke: Callable[[Pool, bool], None] = lambda _pool, _well: None
+    def __init__(
+        self, spec: ModelSpec, place: str, dollars_per_hour: float | None = None, on_wake: OnWake = ignore_wake
+    ) -> None:
+        self.spec, self.place, self.dollars_per_hour, self._on_wake = spec, place, dollars_per_hour, on_wake
         self.in_use = 0
         self.used_at = time.monotonic()
         self.answering = 0
@@ -168,7 +175,7 @@ class Pool(ABC):
             self.wake_s = time.monotonic() - self._woken_at
         elif isinstance(error, WakeError):
             self._failure = (time.monotonic(), str(error))
-        self.on_woke(self, error is None)
+        self._on_wake(self.spec.key, error is None)
 
     def _check_failure(self) -> None:
         if self._failure and time.monotonic() - self._failure[0] < FAILED_FOR_S:

@@ -16,10 +16,11 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from service.gateway.api_errors import JSON, Refusal, unavailable
+from service.gateway.api_errors import Refusal, unavailable
 from service.gateway.metrics import Account
 from service.gateway.pool import Address, Pool
 from service.gateway.upstream import Order, Sent, data_of
+from service.in_engine.vllm_service.http_contract import EVENT_STREAM, JSON
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -109,7 +110,7 @@ class Relay:
 
     async def _beat(self) -> None:
         if not self._started:
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            headers = [(b"content-type", f"{EVENT_STREAM}; charset=utf-8".encode()), (b"cache-control", b"no-cache")]
             await self._start(200, headers)
         waited = time.monotonic() - self._began
         doing = "waking" if self._pool.state == "waking" else "waiting for"
@@ -195,7 +196,7 @@ class Relay:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except (aiohttp.ClientError, ConnectionError) as error:
             self._pool.lost()
-            if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+            if not answer.headers.get("Content-Type", "").startswith(EVENT_STREAM):
                 raise ConnectionError(f"the answer of '{self._pool.spec.key}' broke off") from error
             if not ends_well:
                 await self._say(b"\n\n")  # a line that was cut is not made longer

@@ -44,7 +44,6 @@ class Directory:
     def __init__(self, registry: Registry, default: str, pool: Callable[[ModelSpec, Gpu | None], Pool]) -> None:
         self.registry, self.default = registry, default
         self._pool = pool
-        self.on_woke: Callable[[Pool, bool], None] = lambda _pool, _well: None
         self._found: dict[str, Target] = {}
 
     def find(self, name: str | None) -> Target:
@@ -72,7 +71,6 @@ class Directory:
         names = (*spec.names, *(adapter.name for adapter in spec.adapters))
         adapter = next((part.name for part in spec.adapters if part.name.lower() == choice.name), None)
         pool = self._pool(spec, choice.gpu)
-        pool.on_woke = self.on_woke
         return Target(pool, adapter or spec.key, known=asked in names, tuned=bare != asked)
 
     def _choose(self, asked: str) -> tuple[Choice, str]:

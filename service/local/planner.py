@@ -12,6 +12,7 @@ from service.engine.args import cpu_memory_bytes
 from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
+from service.gateway.pool import OnWake
 from service.hardware import available_bytes, check_gpu_count, check_memory, visible_gpus
 from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.replica.compile_caches import Caches
@@ -132,8 +133,8 @@ class Here:
             on_death=on_death,
         )
 
-    def machine(self) -> Machine:
-        """Return the engines of this machine, of which none runs yet."""
+    def machine(self, on_wake: OnWake) -> Machine:
+        """Return the engines of this machine, of which none runs yet; `on_wake` is called after each wake of a pool."""
         return Machine(
             self.fetch,
             self.replica,
@@ -142,6 +143,7 @@ class Here:
             gpus=tuple(range(self.gpus)),
             n_gpu=self.n_gpu,
             idle_s=self.settings.scaledown_window,
+            on_wake=on_wake,
             say=self.screen.say,
         )
 

@@ -31,6 +31,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.gateway.local_server import Listener
+    from service.gateway.metrics import Metrics
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LISTEN = "service.gateway.local_server"  # half a second of imports, which are done while the engine does its own
@@ -105,37 +106,36 @@ class _Run:
             screen.phase("spawned")
             threading.Thread(target=import_module, args=(_LISTEN,), name="imports", daemon=True).start()
             replica.start({keys.digest(key.encode()): "gateway"})
-            machine = here.machine()
-            machine.pool(self._spec).adopt(replica, port, key, gpus)
-            self._listen(machine, address, plan.python, lambda: on_open(replica.ready_after_s or 0.0))
+            from service.gateway.metrics import Metrics  # noqa: PLC0415 - imported meanwhile, as local_server is
+
+            with _lines(access_file(here.settings.port)) as access:
+                metrics = Metrics(access)
+                machine = here.machine(metrics.count_wake)
+                machine.pool(self._spec).adopt(replica, port, key, gpus)
+                self._listen(machine, metrics, address, plan.python, lambda: on_open(replica.ready_after_s or 0.0))
         finally:
             replica.stop(0)
         if self._death:
             raise self._death
 
-    def _listen(self, machine: Machine, address: socket.socket, python: str, on_open: Callable[[], None]) -> None:
+    def _listen(
+        self, machine: Machine, metrics: Metrics, address: socket.socket, python: str, on_open: Callable[[], None]
+    ) -> None:
         from service.gateway import local_server  # noqa: PLC0415 - by now it is imported, while the engine did its own
 
         here = self._here
-        with _lines(access_file(here.settings.port)) as access:
-            door = local_server.door(
-                here.registry,
-                self._spec,
-                machine,
-                self._keyring,
-                python=python,
-                settings=here.settings,
-                access=access,
-            )
-            self._listener = local_server.Listener(
-                door,
-                address,
-                machine,
-                on_open=on_open,
-                on_drain=lambda: here.screen.phase("draining"),
-            )
-            if not self._death:
-                self._listener.run(_SIGNALS)
+        door = local_server.door(
+            here.registry, self._spec, machine, self._keyring, metrics, python=python, settings=here.settings
+        )
+        self._listener = local_server.Listener(
+            door,
+            address,
+            machine,
+            on_open=on_open,
+            on_drain=lambda: here.screen.phase("draining"),
+        )
+        if not self._death:
+            self._listener.run(_SIGNALS)
 
     def _died(self, error: EngineError) -> None:
         self._death = error

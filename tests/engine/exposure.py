@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import unquote
 
+from vllm_service import http_contract
+from vllm_service.http_contract import BODY_LIMIT, MIB
+
 from .routes import ALLOWED, DISGUISES, KNOWN
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-WITHOUT_KEY = {"/health", "/docs", "/openapi.json"}
-MIB = 1024 * 1024
-BODY_LIMIT = 32 * MIB
-BODY_LIMITS = {"/tokenize": MIB, "/detokenize": MIB}  # of these routes; every other has BODY_LIMIT
+_ROUTES = [route for routes in http_contract.ROUTES.values() for route in routes.values()]
+WITHOUT_KEY = {route.path for route in _ROUTES if not route.needs_key}
+BODY_LIMITS = {route.path: route.body_limit for route in _ROUTES}
 GuardError = Literal["no route", "no method", "no key", "too large"]
 GUARD_ERRORS: tuple[GuardError, ...] = ("no route", "no method", "no key", "too large")
 # FastAPI's answers to a path that is not registered, and to a method that is not

@@ -33,7 +33,7 @@ def test_gateway_every_route_of_the_engine_off_the_list_is_refused(tiny: Service
             status, body = ask(tiny, method, path.format(response_id="resp_1"))
             assert status in {404, 405}, f"{method} {path}: {status} {body!r}"
             assert status == 404 or path.startswith(tuple(ALLOWED)), f"{method} {path}: {status} {body!r}"
-            error_of(body)
+            error_of(body, path)
 
 
 def test_gateway_list_has_what_the_engine_serves(tiny: Service) -> None:

@@ -11,6 +11,7 @@ import socket
 import aiohttp
 import pytest
 
+from service.gateway.upstream import session
 from tests.gateway.upstream import STREAM, Engine, Request, answers, chunk, eventually, house, streams
 
 EVENT = b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9"}}]}\n\n'
@@ -111,8 +112,15 @@ async def _take_one(context: object) -> None:
             await asyncio.sleep(60)
 
 
-def test_relay_thousand_clients_that_leave_at_random_leave_nothing() -> None:
+def test_relay_thousand_clients_that_leave_at_random_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No task, no socket and no generation is left, whenever they went."""
+    sessions: list[aiohttp.ClientSession] = []
+
+    def recorded_session() -> aiohttp.ClientSession:
+        sessions.append(session())
+        return sessions[-1]
+
+    monkeypatch.setattr("service.gateway.app.session", recorded_session)
 
     async def run() -> None:
         behaviour = streams(*[EVENT] * 20, pause_s=0.02)
@@ -144,15 +152,15 @@ def test_relay_thousand_clients_that_leave_at_random_leave_nothing() -> None:
             await eventually(lambda: door.pools["tiny"].in_use == 0)
             await door.http.close()
             # an engine's connection that is kept for the next request is a task of the stub's own
-            await eventually(lambda: len(asyncio.all_tasks()) <= before + _kept(door.door))
-            assert _kept(door.door) <= 100
+            await eventually(lambda: len(asyncio.all_tasks()) <= before + _kept(sessions[0]))
+            assert _kept(sessions[0]) <= 100
 
     asyncio.run(run())
 
 
-def _kept(door: object) -> int:
-    connector = door._inference.http.connector  # type: ignore[attr-defined]
-    return sum(len(kept) for kept in connector._conns.values())
+def _kept(session: aiohttp.ClientSession) -> int:
+    assert session.connector
+    return sum(len(kept) for kept in session.connector._conns.values())
 
 
 def test_relay_pool_that_dies_under_streams_ends_each_with_an_error_and_the_next_request_is_served() -> None:

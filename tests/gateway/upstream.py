@@ -7,13 +7,15 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import aiohttp
 import uvicorn
 
 from service.gateway.app import Door, gateway
 from service.gateway.clients import Keyring
-from service.gateway.pool import Address, Pool, WakeError
+from service.gateway.metrics import Metrics
+from service.gateway.pool import Address, OnWake, Pool, WakeError, ignore_wake
 from service.gateway.router import Directory
 from service.registry.models import ModelSpec, Registry
 
@@ -154,8 +156,8 @@ class TestPool(Pool):
 
     __test__ = False
 
-    def __init__(self, spec: ModelSpec, place: str = "H100") -> None:
-        super().__init__(spec, place, 3.95)
+    def __init__(self, spec: ModelSpec, place: str = "H100", on_wake: OnWake = ignore_wake) -> None:
+        super().__init__(spec, place, 3.95, on_wake)
         self.wakes = 0
         self.may_wake = asyncio.Event()
         self.fails: str | None = None
@@ -203,32 +205,41 @@ async def house(
 ) -> AsyncIterator[House]:
     """Open a door on loopback; its pools wake at `url` at once where one is given, and no wait is told in comments."""
     pools: dict[str, TestPool] = {}
+    lines: list[str] = []
+    metrics = Metrics(lines.append)
 
     def pool(spec: ModelSpec, gpu: object) -> TestPool:
         key = spec.key if gpu is None else f"{spec.key} {gpu.name}"  # type: ignore[attr-defined]
         if key not in pools:
-            pools[key] = TestPool(spec)
+            pools[key] = TestPool(spec, on_wake=metrics.count_wake)
             pools[key].url = url
             if url:
                 pools[key].may_wake.set()
         return pools[key]
 
-    lines: list[str] = []
     directory = Directory(Registry(SPECS), "tiny", pool)
-    door = gateway(directory, keyring or Keyring({}), hold_s=hold_s, heartbeat_s=heartbeat_s, access=lines.append)
-    config = uvicorn.Config(door, port=0, lifespan="on", log_config=None, access_log=False, backlog=2048)
+    door = gateway(directory, keyring or Keyring({}), metrics, hold_s=hold_s, heartbeat_s=heartbeat_s)
+    async with (
+        serving(door, lifespan="on") as url_of_door,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+    ):
+        yield House(url_of_door, pools, http, door, lines)
+
+
+@asynccontextmanager
+async def serving(app: object, lifespan: Literal["on", "off"] = "off") -> AsyncIterator[str]:
+    """Serve an ASGI application on loopback, and return its URL."""
+    config = uvicorn.Config(app, port=0, lifespan=lifespan, log_config=None, access_log=False, backlog=2048)  # type: ignore[arg-type]
     server = _Server(config)
-    serving = asyncio.create_task(server.serve())
+    running = asyncio.create_task(server.serve())
     try:
         while not server.started:
-            assert not serving.done()
+            assert not running.done()
             await asyncio.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-            yield House(f"http://127.0.0.1:{port}", pools, http, door, lines)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        await serving
+        await running
 
 
 class _Server(uvicorn.Server):

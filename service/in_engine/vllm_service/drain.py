@@ -1,34 +1,42 @@
-"""The end of serving: new requests are refused, those in flight get their grace, and what is left ends with a word.
+"""The drain before an engine ends: new requests get 503, running ones get a grace period, the rest end with an error.
 
-The parent says `drain` before it terminates the engine. vLLM's own shutdown answers new requests with 500 and cuts
-streams without a word; here every client learns what happened and that asking again is right.
+The parent sends the command `drain` before it terminates the engine. vLLM's own shutdown answers new requests with 500
+and breaks streams off without an event; here every client learns what happened and that it should retry.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from vllm_service import http_contract
+from vllm_service.http_contract import Protocol
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 RETRY_AFTER_S = 5  # by then another replica takes requests, or queues them
 TEXT = "This replica is shutting down. Send the request again: another one takes it."
+# The fields of a stream's last event.
+_STREAM_ERRORS: dict[Protocol, dict[str, object]] = {
+    Protocol.OPENAI: http_contract.error_fields(TEXT, "service_unavailable", 503),
+    Protocol.RESPONSES: {"code": "service_unavailable", "message": TEXT, "param": None},
+    Protocol.ANTHROPIC: {"type": "overloaded_error", "message": TEXT},
+}
 
 
 class Drain:
-    """Which requests are in flight, and whether the end has begun. Lives in one event loop."""
+    """The requests in flight, and whether the drain has begun. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self.begun = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._none_left = asyncio.Event()
-        self._cut: set[asyncio.Task[Any]] = set()
+        self._cancelled: set[asyncio.Task[Any]] = set()
 
     async def run(self, path: str, send: Send, app: Callable[[Send], Awaitable[None]]) -> None:
-        """Run a request as one in flight. One that outlives the grace ends in the form its protocol has for errors."""
+        """Run a request as one in flight. One that outlasts the grace period ends with an error of its protocol."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
         answer = _Answer(path, send)
@@ -36,13 +44,13 @@ class Drain:
         try:
             await app(answer.send)
         except asyncio.CancelledError:
-            if task not in self._cut:
+            if task not in self._cancelled:
                 raise
             task.uncancel()
             await answer.end()
         finally:
             self._tasks.discard(task)
-            self._cut.discard(task)
+            self._cancelled.discard(task)
             if not self._tasks:
                 self._none_left.set()
 
@@ -55,9 +63,9 @@ class Drain:
         """
         self.begun = True
         await self._wait(grace_s)
-        self._cut = set(self._tasks)
-        count = len(self._cut)
-        for task in self._cut:
+        self._cancelled = set(self._tasks)
+        count = len(self._cancelled)
+        for task in self._cancelled:
             task.cancel()
         await self._wait(cancel_s)
         return count
@@ -72,53 +80,47 @@ class Drain:
 
 
 class _Answer:
-    """Knows how far a response has come, and so how it can still be ended."""
+    """Tracks how much of a response was sent, and so how it can still end with an error."""
 
     def __init__(self, path: str, send: Send) -> None:
         self._path, self._send = path, send
-        self._began = self._streams = self._over = False
+        self._started = self._is_stream = self._finished = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._began = True
-            self._streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+            self._started = True
+            self._is_stream = (
+                dict(message["headers"]).get(b"content-type", b"").startswith(http_contract.EVENT_STREAM.encode())
+            )
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._over = True
+            self._finished = True
         await self._send(message)
 
     async def end(self) -> None:
-        if self._over:
+        if self._finished:
             return
-        if not self._began:
-            await refuse(self._send)
-        elif self._streams:  # vLLM sends whole events: this one stands between two
-            await self._send({"type": "http.response.body", "body": last_event(self._path)})
-        # anything else was cut in the middle: no end is sent, and the server closes the connection
+        if not self._started:
+            await send_shutdown_error(self._path, self._send)
+        elif self._is_stream:  # vLLM sends whole events, so this one does not interrupt another
+            await self._send({"type": "http.response.body", "body": stream_error_event(self._path)})
+        # anything else broke off in the middle: no end is sent, and the server closes the connection
 
 
-def last_event(path: str) -> bytes:
-    """Return what ends a stream of `path` as an error."""
-    error = {"message": TEXT, "type": "service_unavailable", "param": None, "code": 503}
-    if path.startswith("/v1/messages"):
-        anthropic = {"type": "error", "error": {"type": "overloaded_error", "message": TEXT}}
-        return b"event: error\ndata: " + json.dumps(anthropic).encode() + b"\n\n"
-    if path.startswith("/v1/responses"):
-        event = {"type": "error", "code": "service_unavailable", "message": TEXT, "param": None}
-        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
-    return b"data: " + json.dumps({"error": error}).encode() + b"\n\ndata: [DONE]\n\n"
+def stream_error_event(path: str) -> bytes:
+    """Return the error event that ends a stream of `path`."""
+    return http_contract.error_event(path, _STREAM_ERRORS[http_contract.protocol_of(path)])
 
 
-async def refuse(send: Send) -> None:
-    """Answer 503 with the time after which to ask again."""
-    body = {"message": TEXT, "type": "service_unavailable", "param": None, "code": "shutting_down"}
-    encoded = json.dumps({"error": body}).encode()
+async def send_shutdown_error(path: str, send: Send) -> None:
+    """Answer 503 `shutting_down` with the time after which to retry."""
+    body = http_contract.error_body(path, http_contract.error_fields(TEXT, "service_unavailable", "shutting_down"))
     headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(encoded)).encode()),
+        (b"content-type", http_contract.JSON.encode()),
+        (b"content-length", str(len(body)).encode()),
         (b"retry-after", str(RETRY_AFTER_S).encode()),
     ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": encoded})
+    await send({"type": "http.response.body", "body": body})
 
 
 _current: Drain | None = None
@@ -126,7 +128,7 @@ _current: Drain | None = None
 
 def current() -> Drain:
     """Return the drain of this process's API server."""
-    global _current  # noqa: PLW0603 - one server, one end
+    global _current  # noqa: PLW0603 - one API server a process, one drain
     if _current is None:
         _current = Drain()
     return _current

@@ -1,50 +1,23 @@
-"""What stands in front of vLLM's routes: only those listed here exist, each with its key and its body limit.
+"""ASGI middleware in front of vLLM's routes: it serves those of `http_contract` only, with their keys and body limits.
 
-vLLM's own `--api-key` covers a few prefixes and leaves full inference open on others, so the rule is turned round:
-default deny. Pure ASGI, no imports of vLLM; `--middleware vllm_service.guard.Guard` makes it the outermost layer.
+vLLM's own `--api-key` covers a few prefixes and leaves full inference open on others, so the guard denies by default.
+It imports nothing of vLLM; `--middleware vllm_service.guard.Guard` makes it the outermost layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
-import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_service import drain, parent_pipe, request_lists
+from vllm_service import drain, http_contract, parent_pipe, request_lists
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-MIB = 1024 * 1024
-BODY_LIMIT = 32 * MIB  # a dozen photographs in base64
-TEXT_BODY_LIMIT = 1 * MIB  # tokenizing 30 MB took the engine 40 s and 6 GB
-
-# path -> methods; without a key, and with one
-_OPEN = {"/health": {"GET"}, "/docs": {"GET"}, "/openapi.json": {"GET"}}
-_KEYED = {
-    "/v1/models": {"GET"},
-    "/v1/chat/completions": {"POST"},
-    "/v1/completions": {"POST"},
-    "/v1/responses": {"POST"},
-    "/v1/messages": {"POST"},
-    "/v1/messages/count_tokens": {"POST"},
-    "/v1/embeddings": {"POST"},
-    "/tokenize": {"POST"},
-    "/detokenize": {"POST"},
-    "/metrics": {"GET"},
-}
-_KEYED_PATTERNS = (
-    (re.compile(r"/v1/responses/[\w-]+"), {"GET"}),
-    (re.compile(r"/v1/responses/[\w-]+/cancel"), {"POST"}),
-)
-_TEXT_ONLY = {"/tokenize", "/detokenize"}
-_HEALTHY = b'{"status":"ok"}'
 
 
 class Guard:
@@ -52,9 +25,12 @@ class Guard:
 
     Args:
         app: vLLM's application.
-        digests: SHA-256 of each key in hexadecimal; empty means that no key is asked for. Default: what the parent's
-            release carried, which is refused to be absent.
-        drain: Tells whether the end has begun. Default: this process's.
+        digests: SHA-256 of each key in hexadecimal; empty: requests need no key. Default: the digests of the parent's
+            release command.
+        drain_: Tells whether the drain has begun. Default: this process's.
+
+    Raises:
+        RuntimeError: At the first request, when neither an argument nor the release command gave digests.
     """
 
     def __init__(self, app: App, digests: list[str] | None = None, drain_: drain.Drain | None = None) -> None:
@@ -67,12 +43,12 @@ class Guard:
         if self._given is None:
             link = parent_pipe.current()
             if link is None or "digests" not in link.release:
-                raise RuntimeError("The guard got no word about keys; it serves nobody.")
+                raise RuntimeError("The release command carried no key digests, so the guard serves no request.")
             self._given = list(link.release["digests"])
         return self._given
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer it in OpenAI's error shape."""
+        """Pass the request on, or answer it with an API error."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
@@ -83,16 +59,16 @@ class Guard:
 
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
-        allowed = _methods(path)
-        if allowed is None:
-            await refuse(
-                send, 404, f"No route {path}. What this service has is listed at /docs.", kind="not_found_error"
-            )
-        elif method not in allowed | {"HEAD", "OPTIONS"} or (method == "HEAD" and "GET" not in allowed):
-            await refuse(send, 405, f"{method} is not allowed on {path}; use {', '.join(sorted(allowed))}.")
-        elif path not in _OPEN and method != "OPTIONS" and not self._admits(scope):
-            await refuse(
+        routes = http_contract.routes_at(path)
+        route = routes.get("GET" if method == "HEAD" else method)
+        if not routes:
+            await send_error(send, path, 404, http_contract.no_route(path), kind="not_found_error")
+        elif route is None and method != "OPTIONS":
+            await send_error(send, path, 405, http_contract.not_allowed(method, path, routes))
+        elif route and route.needs_key and not self._admits(scope):
+            await send_error(
                 send,
+                path,
                 401,
                 "A valid API key is needed: send 'Authorization: Bearer <key>'.",
                 kind="authentication_error",
@@ -100,17 +76,15 @@ class Guard:
                 headers=((b"www-authenticate", b"Bearer"),),
             )
         elif self._drain.begun:
-            await drain.refuse(send)
+            await drain.send_shutdown_error(path, send)
         else:
-            limit = TEXT_BODY_LIMIT if path in _TEXT_ONLY else BODY_LIMIT
+            limit = route.body_limit if route else http_contract.TEXT_BODY_LIMIT  # of OPTIONS
             await self._drain.run(path, send, lambda send: self._pass_on(scope, receive, send, limit))
 
     def _admits(self, scope: Message) -> bool:
         if not self._digests:
             return True
-        headers = dict(scope["headers"])
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        key = http_contract.key_of(scope["headers"])
         if not key:
             return False
         digest = hashlib.sha256(key).hexdigest()
@@ -118,7 +92,7 @@ class Guard:
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, limit: int) -> None:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        body = _LimitedBody(receive, send, limit)
+        body = _LimitedBody(scope["path"], receive, send, limit)
         if not declared.isdigit() or int(declared) > limit:
             await body.refuse()
         elif scope["path"] == "/health":
@@ -136,7 +110,7 @@ class Guard:
         try:
             request_lists.check(scope["path"], whole)
         except request_lists.InvalidListError as error:
-            await refuse(body.send, 400, str(error), code="invalid_value", param=error.param, path=scope["path"])
+            await send_error(body.send, scope["path"], 400, str(error), code="invalid_value", param=error.param)
             return
         waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
         del whole  # from here on only vLLM keeps it
@@ -148,10 +122,10 @@ class Guard:
 
 
 class _LimitedBody:
-    """Counts a body as it comes and ends the request with 413 once it is over the limit."""
+    """Counts the bytes of a body as they arrive, and ends the request with 413 once they exceed the limit."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
-        self._receive, self._send, self._limit = receive, send, limit
+    def __init__(self, path: str, receive: Receive, send: Send, limit: int) -> None:
+        self._path, self._receive, self._send, self._limit = path, receive, send, limit
         self._seen, self._started, self._refused = 0, False, False
 
     async def receive(self) -> Message:
@@ -181,19 +155,13 @@ class _LimitedBody:
 
     async def refuse(self) -> None:
         self._refused = True
-        await refuse(self._send, 413, f"The body is over the limit of {self._limit // MIB} MiB for this route.")
-
-
-def _methods(path: str) -> set[str] | None:
-    """Return the methods a path allows; None when there is no such path."""
-    exact = _OPEN.get(path) or _KEYED.get(path)
-    return exact or next((methods for pattern, methods in _KEYED_PATTERNS if pattern.fullmatch(path)), None)
+        await send_error(self._send, self._path, 413, http_contract.too_large(self._limit))
 
 
 def _healthy(send: Send) -> Send:
-    """Give vLLM's empty 200 of /health a body, and say whose it is: the parent waits for its own engine's.
+    """Give vLLM's empty 200 of /health a body and the engine's process id, by which the parent knows its own engine.
 
-    Other answers pass as they are.
+    Other answers pass unchanged.
     """
     ok = answered = False
 
@@ -201,19 +169,21 @@ def _healthy(send: Send) -> Send:
         nonlocal ok, answered
         if message["type"] == "http.response.start" and message["status"] == 200:
             ok = True
-            message = {**message, "headers": [*_json_headers(_HEALTHY), (b"x-engine-pid", str(os.getpid()).encode())]}
+            pid = (b"x-engine-pid", str(os.getpid()).encode())
+            message = {**message, "headers": [*_json_headers(http_contract.HEALTHY), pid]}
         elif message["type"] == "http.response.body" and ok:
             if answered:  # an application may send an empty body in several messages
                 return
             answered = True
-            message = {"type": "http.response.body", "body": _HEALTHY}
+            message = {"type": "http.response.body", "body": http_contract.HEALTHY}
         await send(message)
 
     return wrapped
 
 
-async def refuse(
+async def send_error(
     send: Send,
+    path: str,
     status: int,
     message: str,
     *,
@@ -221,15 +191,12 @@ async def refuse(
     code: str | None = None,
     param: str | None = None,
     headers: tuple[tuple[bytes, bytes], ...] = (),
-    path: str = "",
 ) -> None:
-    """Answer with an error in OpenAI's shape; Anthropic's, for a path of theirs, has one field more."""
-    error = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    anthropic = {"type": "error"} if path.startswith("/v1/messages") else {}
-    body = json.dumps({**anthropic, **error}).encode()
+    """Answer with an error in the shape of the path's protocol."""
+    body = http_contract.error_body(path, http_contract.error_fields(message, kind, code, param))
     await send({"type": "http.response.start", "status": status, "headers": [*_json_headers(body), *headers]})
     await send({"type": "http.response.body", "body": body})
 
 
 def _json_headers(body: bytes) -> list[tuple[bytes, bytes]]:
-    return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return [(b"content-type", http_contract.JSON.encode()), (b"content-length", str(len(body)).encode())]

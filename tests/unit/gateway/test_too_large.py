@@ -12,6 +12,7 @@ import pytest
 
 from service.gateway.app import gateway
 from service.gateway.clients import load_keyring
+from service.gateway.metrics import Metrics
 from service.gateway.modal_pool import Tiers
 from service.gateway.router import Directory
 from service.keys import digests
@@ -39,7 +40,7 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
     settings = Settings(model="qwen3-8b")
     registry = Registry.load(models_file)
     keyring = load_keyring(KEYS, digests(KEYS), registry, settings.model)
-    door = gateway(Directory(registry, settings.model, Tiers(settings, {}).pool), keyring, hold_s=5)
+    door = gateway(Directory(registry, settings.model, Tiers(settings, {}).pool), keyring, Metrics(), hold_s=5)
     headers = [(b"authorization", f"Bearer {key}".encode())]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
     sent: list[Any] = []

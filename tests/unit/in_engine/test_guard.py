@@ -8,17 +8,14 @@ import json
 from typing import Any
 
 import pytest
+from vllm_service import http_contract
 from vllm_service.guard import Guard, Message
 
 KEY = "open-sesame"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
-GETS = ["/v1/models", "/metrics", "/v1/responses/resp_a-1"]
-POSTS = [
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/embeddings", "/tokenize", "/detokenize", "/v1/responses/resp_a-1/cancel",
-]  # fmt: skip
-OPEN = ["/health", "/docs", "/openapi.json"]
-ROUTES = [*((path, "GET") for path in GETS + OPEN), *((path, "POST") for path in POSTS)]
+LISTED = [route for routes in http_contract.ROUTES.values() for route in routes.values()]
+ROUTES = [(route.path.format(response_id="resp_a-1"), route.method) for route in LISTED]
+OPEN = [route.path for route in LISTED if not route.needs_key]
 # What vLLM also has, most of it open in spite of its own key.
 CLOSED = [
     "/invocations", "/generative_scoring", "/load", "/version", "/redoc", "/scale_elastic_ep", "/pooling", "/classify",

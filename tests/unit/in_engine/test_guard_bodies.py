@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from vllm_service import parent_pipe
-from vllm_service.guard import BODY_LIMIT, MIB, TEXT_BODY_LIMIT, Guard
+from vllm_service.guard import Guard
+from vllm_service.http_contract import BODY_LIMIT, MIB, TEXT_BODY_LIMIT
 from vllm_service.request_lists import ROUTES
 
 from tests.unit.in_engine.test_guard import DIGEST, KEY, Behind, ask, bearer
@@ -163,7 +164,7 @@ def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.Monke
     monkeypatch.setattr(parent_pipe, "current", lambda: link)
     behind = Behind()
 
-    with pytest.raises(RuntimeError, match="no word about keys"):
+    with pytest.raises(RuntimeError, match="carried no key digests"):
         ask(Guard(behind), "/v1/models", headers=bearer())
     assert behind.scopes == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,9 +14,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from vllm_service import guard
+from starlette.routing import Route as StarletteRoute
+from vllm_service import guard, http_contract
 from vllm_service.guard import Guard
+from vllm_service.http_contract import ROUTES, Route
 
 from tests.engine.exposure import Answer, Case, cases, violations
 from tests.engine.routes import ALLOWED, KNOWN
@@ -35,8 +37,8 @@ def vllm() -> Starlette:
         assert isinstance(error, HTTPException)
         return JSONResponse({"detail": error.detail}, error.status_code)
 
-    routes = [Route(path, answer, methods=sorted(methods)) for path, methods in ALLOWED.items()]
-    routes += [Route(path, answer, methods=["GET", "POST"]) for path in KNOWN]
+    routes = [StarletteRoute(path, answer, methods=sorted(methods)) for path, methods in ALLOWED.items()]
+    routes += [StarletteRoute(path, answer, methods=["GET", "POST"]) for path in KNOWN]
     return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
@@ -68,25 +70,33 @@ def test_exposure_of_the_guard_as_it_is_is_right(digests: list[str]) -> None:
     assert found(digests) == []
 
 
+def _change(patch: pytest.MonkeyPatch, path: str, **changes: Any) -> None:
+    for method, route in ROUTES[path].items():
+        patch.setitem(ROUTES[path], method, replace(route, **changes))
+
+
 def _everything(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(guard, "_methods", lambda _: {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"})
+    methods = ("GET", "POST", "PUT", "PATCH", "DELETE", "TRACE")
+    patch.setattr(http_contract, "routes_at", lambda path: {method: Route(method, path, "") for method in methods})
 
 
 def _one_route_more(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(guard._KEYED, "/invocations", {"POST"})
+    patch.setitem(ROUTES, "/invocations", {"POST": Route("POST", "/invocations", "")})
 
 
 def _one_method_more(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(guard._KEYED, "/v1/embeddings", {"GET", "POST"})
+    patch.setitem(ROUTES["/v1/embeddings"], "GET", Route("GET", "/v1/embeddings", ""))
 
 
 def _one_route_less(patch: pytest.MonkeyPatch) -> None:
-    patch.delitem(guard._KEYED, "/v1/embeddings")
+    patch.delitem(ROUTES, "/v1/embeddings")
 
 
 def _prefixes(patch: pytest.MonkeyPatch) -> None:
-    listed = guard._KEYED.items()
-    patch.setattr(guard, "_methods", lambda path: next((m for known, m in listed if path.startswith(known)), None))
+    keyed = [(known, routes) for known, routes in ROUTES.items() if not http_contract.is_open(routes)]
+    patch.setattr(
+        http_contract, "routes_at", lambda path: next((found for known, found in keyed if path.startswith(known)), {})
+    )
 
 
 def _no_keys(patch: pytest.MonkeyPatch) -> None:
@@ -98,23 +108,24 @@ def _any_key(patch: pytest.MonkeyPatch) -> None:
 
 
 def _open_metrics(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(guard._OPEN, "/metrics", {"GET"})
+    _change(patch, "/metrics", needs_key=False)
 
 
 def _no_limits(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(guard, "BODY_LIMIT", 1 << 62)
-    patch.setattr(guard, "TEXT_BODY_LIMIT", 1 << 62)
+    for path in ROUTES:
+        _change(patch, path, body_limit=1 << 62)
 
 
 def _one_limit(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(guard, "TEXT_BODY_LIMIT", guard.BODY_LIMIT)
+    for path in ROUTES:
+        _change(patch, path, body_limit=http_contract.BODY_LIMIT)
 
 
 def _other_errors(patch: pytest.MonkeyPatch) -> None:
-    async def refuse(send: Any, status: int, message: str, **_: object) -> None:
+    async def refuse(send: Any, _path: str, status: int, message: str, **_: object) -> None:
         await JSONResponse({"detail": message}, status)({"type": "http"}, None, send)  # type: ignore[arg-type]
 
-    patch.setattr(guard, "refuse", refuse)
+    patch.setattr(guard, "send_error", refuse)
 
 
 @pytest.mark.parametrize(
