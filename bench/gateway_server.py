@@ -47,7 +47,7 @@ class Upstream:
 def serve(port: int, upstream: int) -> None:
     """Serve until SIGTERM."""
     registry = Registry.load()
-    spec = registry.find(MODEL).spec
+    spec = registry.resolve(MODEL).spec
     machine = Machine(_nothing, _never, free_memory=lambda: 0, needs_memory=lambda _: 0, idle_s=86_400)
     machine.pool(spec).adopt(Upstream(), upstream, os.environ[ENGINE_KEY])
     keyring = load_keyring(os.environ, keys.digests(os.environ), registry, MODEL)

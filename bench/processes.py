@@ -32,7 +32,7 @@ def service(port: int) -> list[str]:
 
 def plain_vllm(python: str, port: int) -> list[str]:
     """Return vLLM's own command for the tiny model."""
-    model = Registry.load().find("tiny").spec.directory
+    model = Registry.load().resolve("tiny").spec.directory
     entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs; the CPU build lacks the command
     flags = ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
     flags += ["--kv-cache-memory-bytes", str(64 * 1024**2)]  # as small as ours: else it claims nearly all memory

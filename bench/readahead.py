@@ -154,7 +154,7 @@ def _model(directory: Path, gb: float, python: str) -> Path:
     check_room(directory, 2.2 * gb + 1, "The benchmark's model", "give --gb or --directory")
     if available_bytes() < (2 * gb + 4) * 1e9:  # in the page cache, in the engine, and the engine itself
         raise SystemExit(f"{gb:g} GB of weights want {2 * gb + 4:g} GB of memory; give a lower --gb.")
-    tiny = Registry.load().find("tiny").spec.directory
+    tiny = Registry.load().resolve("tiny").spec.directory
     directory.mkdir()
     assert tiny  # noqa: S101 - it ships with the package
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

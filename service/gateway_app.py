@@ -48,7 +48,7 @@ class DoorDeployment:
         settings = Settings.load()
         registry = revisions.registry(settings.models_file)
         try:
-            choice = registry.find(settings.model, Settings.model_fields["model"].default)
+            choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
             raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
         check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)

@@ -44,7 +44,7 @@ def variant(
     """
     tier = Tier(find_gpu(gpu), n_gpu)
     with suppress(UnknownModelError):
-        spec = Registry.load(Settings.load().models_file).find(model).spec
+        spec = Registry.load(Settings.load().models_file).resolve(model).spec
         check_weights(spec, tier, lambda other: f"gpu='{other.gpu.name}', n_gpu={other.n_gpu}")
     server = modal.Cls.from_name(app or tier.app_name, "Server")
     options = server.with_options(gpu=tier.request, scaledown_window=scaledown_window)

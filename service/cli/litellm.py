@@ -119,7 +119,7 @@ def too_large(registry: Registry, gpus: Iterable[str]) -> list[str]:
 def _names(registry: Registry, further: list[Gpu], local: bool) -> Iterator[str]:
     yield DEFAULT_ALIAS
     for spec in registry.specs.values():
-        gpus = dict.fromkeys([spec.gpu_tier, *(gpu for gpu in further if _holds(gpu, spec))])
+        gpus = dict.fromkeys([spec.tier.gpu, *(gpu for gpu in further if _holds(gpu, spec))])
         for name in (spec.key, *(adapter.name for adapter in spec.adapters)):
             yield name
             yield from (f"{name}-{gpu.slug}" for gpu in gpus)
@@ -129,7 +129,7 @@ def _names(registry: Registry, further: list[Gpu], local: bool) -> Iterator[str]
 
 def _holds(gpu: Gpu, spec: ModelSpec) -> bool:
     """Tell whether the tier that `<key>-<gpu>` means has room for the weights; an entry's own is not doubted."""
-    return gpu == spec.gpu_tier or tier_of(spec, gpu).holds(spec)
+    return gpu == spec.tier.gpu or tier_of(spec, gpu).holds(spec)
 
 
 def _entry(name: str, base: str) -> dict[str, Any]:

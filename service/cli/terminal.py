@@ -117,7 +117,7 @@ Ctrl-C stops it."""
 def print_models(registry: Registry, default: str, as_json: bool) -> None:
     """Print the registry as a table, or as a JSON array with one object a model."""
     try:
-        default_key = registry.find(default, Settings.model_fields["model"].default).spec.key
+        default_key = registry.resolve(default, Settings.model_fields["model"].default).spec.key
     except UnknownModelError:
         if not looks_like_a_source(default):
             raise
@@ -129,7 +129,7 @@ def print_models(registry: Registry, default: str, as_json: bool) -> None:
             "revision": spec.revision,
             "gpu": spec.gpu,
             "n_gpu": spec.n_gpu,
-            "dollars_per_hour": round(spec.dollars_per_hour, 2),
+            "dollars_per_hour": round(spec.tier.dollars_per_hour, 2),
             "max_model_len": spec.max_model_len,
             "weights_gb": spec.weights_gb,
             "modalities": list(spec.modalities),
@@ -148,15 +148,15 @@ def print_models(registry: Registry, default: str, as_json: bool) -> None:
     for header in ("model", "GPU", "$/h", "context", "tools", "reasoning", "gated", "hub id"):
         table.add_column(header, no_wrap=True, justify="right" if header in {"$/h", "context"} else "left")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, registry.specs[str(row["key"])].tier.label))
     Console(highlight=False, width=_TABLE_WIDTH).print(table)
     console.print(f"* what 'llm' means; prices per replica: {PRICES_SOURCE}, {PRICES_DATE}", markup=False)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], gpu_label: str) -> list[str]:
     return [
         f"{row['key']} *" if row["default"] else row["key"],
-        row["gpu"] if row["n_gpu"] == 1 else f"{row['n_gpu']} x {row['gpu']}",
+        gpu_label,
         f"{row['dollars_per_hour']:.2f}",
         "-" if row["max_model_len"] is None else f"{row['max_model_len']:,}",
         row["tool_call_parser"] or "-",

@@ -189,7 +189,7 @@ def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registr
 
 def _model(name: str, model: str, registry: Registry, default: str) -> str:
     try:
-        choice = registry.find(model, default)
+        choice = registry.resolve(model, default)
     except UnknownModelError as error:
         raise UsageError(f"API_LIMITS of '{name}': {error}") from error
     if choice.gpu:

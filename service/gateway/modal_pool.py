@@ -234,7 +234,7 @@ def tier_for(settings: Settings, spec: ModelSpec, gpu: Gpu | None) -> Tier:
     """Return the tier of a model: that of the GPU in its name, else that of the settings, else its entry's own."""
     if gpu:
         return tier_of(spec, gpu)
-    chosen = find_gpu(settings.gpu) if settings.gpu else spec.gpu_tier
+    chosen = find_gpu(settings.gpu) if settings.gpu else spec.tier.gpu
     # SERVICE_N_GPU speaks of the default tier: of another GPU one container may not hold so many
     return tier_of(spec, chosen, settings.n_gpu and min(settings.n_gpu, chosen.max_count))
 

@@ -9,7 +9,7 @@ from service.errors import UnknownModelError
 from service.gateway.api_errors import Refusal
 from service.gateway.pool import Pool
 from service.registry.gpus import Gpu
-from service.registry.models import DEFAULT_ALIAS, Choice, ModelSpec, Registry
+from service.registry.models import DEFAULT_ALIAS, ModelChoice, ModelSpec, Registry
 
 LOCAL_SUFFIX = "-local"
 _REMEMBERED = 4096  # names, in all the ways to write them
@@ -73,15 +73,15 @@ class Directory:
         pool = self._pool(spec, choice.gpu)
         return Target(pool, adapter or spec.key, known=asked in names, tuned=bare != asked)
 
-    def _choose(self, asked: str) -> tuple[Choice, str]:
+    def _choose(self, asked: str) -> tuple[ModelChoice, str]:
         """Return model and GPU, and the name less `-local`."""
         try:
-            return self.registry.find(asked, self.default), asked
+            return self.registry.resolve(asked, self.default), asked
         except UnknownModelError as error:
             bare = asked[: -len(LOCAL_SUFFIX)] if asked.lower().endswith(LOCAL_SUFFIX) else ""
             try:
                 if bare:
-                    return self.registry.find(bare, self.default), bare
+                    return self.registry.resolve(bare, self.default), bare
             except UnknownModelError:
                 pass
             raise Refusal(404, str(error), kind="not_found_error", code="model_not_found", param="model") from error

@@ -46,16 +46,16 @@ def choose_model(name: str | None, registry: Registry, say: Callable[[str], None
     """
     if name:
         try:
-            return registry.find(name, DEFAULT_MODEL).spec
+            return registry.resolve(name, DEFAULT_MODEL).spec
         except UnknownModelError:
             if not looks_like_a_source(name):
                 raise
             return unregistered(name)
-    spec = registry.find(DEFAULT_MODEL).spec
+    spec = registry.resolve(DEFAULT_MODEL).spec
     if store.find(spec) or download_process.hub_in_reach():
         return spec
     say(f"No model hub is in reach, so this serves the built-in '{OFFLINE_MODEL}' model, which knows a few dialogues.")
-    return registry.find(OFFLINE_MODEL).spec
+    return registry.resolve(OFFLINE_MODEL).spec
 
 
 class Here:

@@ -41,7 +41,7 @@ class Deployment:
         settings = Settings.load(environ)
         registry = revisions.registry(settings.models_file)
         try:
-            choice = registry.find(settings.model, Settings.model_fields["model"].default)
+            choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
             raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
         spec = choice.spec
@@ -85,7 +85,7 @@ class Deployment:
             UnknownModelError: Nothing answers to the name.
             WeightsError: An entry names no commit, none is recorded, and the hub is not in reach.
         """
-        spec = self.registry.find(name, self.settings.model).spec
+        spec = self.registry.resolve(name, self.settings.model).spec
         note = revisions.noting(None, say)
         return revisions.settle(spec, revisions.asking(token), note, lock=lock)
 

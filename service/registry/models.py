@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.errors import RegistryError, UnknownGpuError, UnknownModelError, did_you_mean
-from service.registry.gpus import BY_SLUG, GPUS, Gpu, check_count, find_gpu
+from service.registry.gpus import BY_SLUG, GPUS, Gpu, find_gpu
+from service.registry.tiers import Tier
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
@@ -113,18 +114,13 @@ class ModelSpec(_Entry):
             if adapter.name.lower() in taken:
                 raise RegistryError(f"adapter '{adapter.name}' has a name that the entry gave already; choose another.")
             taken.add(adapter.name.lower())
-        check_count(self.gpu_tier, self.n_gpu)
+        _ = self.tier  # checks the count
         return self
 
     @property
-    def gpu_tier(self) -> Gpu:
-        """The entry's GPU with its memory and price."""
-        return GPUS[self.gpu]
-
-    @property
-    def dollars_per_hour(self) -> float:
-        """Price of one replica's GPUs."""
-        return self.gpu_tier.dollars_per_hour * self.n_gpu
+    def tier(self) -> Tier:
+        """The entry's own GPU tier."""
+        return Tier(GPUS[self.gpu], self.n_gpu)
 
     @property
     def directory(self) -> Path | None:
@@ -146,7 +142,7 @@ class ModelSpec(_Entry):
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """What a name stands for: a model, a GPU when the name ended in one, and the name without it, in lower case."""
 
     spec: ModelSpec
@@ -190,7 +186,7 @@ class Registry:
         except RegistryError as error:
             raise RegistryError(f"Models file '{models_file or BUILT_IN}': {error}") from error
 
-    def find(self, name: str, default: str | None = None) -> Choice:
+    def resolve(self, name: str, default: str | None = None) -> ModelChoice:
         """Return what `name` stands for; `llm` is `default`.
 
         Raises:
@@ -198,15 +194,15 @@ class Registry:
         """
         lowered = name.lower()
         if lowered == DEFAULT_ALIAS and default:
-            return self.find(default)
+            return self.resolve(default)
         if spec := self._by_name.get(lowered):
-            return Choice(spec, name=lowered)
+            return ModelChoice(spec, name=lowered)
         for slug, gpu in BY_SLUG.items():
             bare = lowered.removesuffix(f"-{slug}")
             if bare == DEFAULT_ALIAS and default:
-                return Choice(self.find(default).spec, gpu)
+                return ModelChoice(self.resolve(default).spec, gpu)
             if spec := self._by_name.get(bare):
-                return Choice(spec, gpu, bare)
+                return ModelChoice(spec, gpu, bare)
         written = [name for spec in self.specs.values() for name in (*spec.names, *(own.name for own in spec.adapters))]
         raise UnknownModelError(
             f"Unknown model '{name}'.{did_you_mean(name, written)} Registered: {', '.join(self.specs)} "

@@ -43,7 +43,7 @@ class Tier:
     @property
     def label(self) -> str:
         """What people read: `H100`, `2 x H200`."""
-        return self.gpu.name if self.n_gpu == 1 else f"{self.n_gpu} x {self.gpu.name}"
+        return count_label(self.gpu.name, self.n_gpu)
 
     @property
     def settings(self) -> str:
@@ -69,10 +69,15 @@ class Tier:
         return spec.weights_gb is None or spec.weights_gb < self.engine_gb
 
 
+def count_label(gpu_name: str, n_gpu: int) -> str:
+    """Return what people read of a number of GPUs: `NVIDIA L4`, `2 x NVIDIA H200`."""
+    return gpu_name if n_gpu == 1 else f"{n_gpu} x {gpu_name}"
+
+
 def tier_of(spec: ModelSpec, gpu: Gpu | None = None, n_gpu: int | None = None) -> Tier:
     """Return where a model runs: GPU and count as given, else its entry's; on a GPU other than the entry's, one."""
-    chosen = gpu or spec.gpu_tier
-    return Tier(chosen, n_gpu or (spec.n_gpu if chosen == spec.gpu_tier else 1))
+    chosen = gpu or spec.tier.gpu
+    return Tier(chosen, n_gpu or (spec.n_gpu if chosen == spec.tier.gpu else 1))
 
 
 def check_weights(spec: ModelSpec, tier: Tier, written: Callable[[Tier], str]) -> None:
@@ -92,7 +97,7 @@ def check_weights(spec: ModelSpec, tier: Tier, written: Callable[[Tier], str]) -
     choices: dict[Tier, str] = {}
     if fitting:
         choices[min(fitting, key=lambda other: other.dollars_per_hour)] = "the cheapest that fits"
-    if (own := tier_of(spec)) in fitting:
+    if (own := spec.tier) in fitting:
         choices.setdefault(own, "its registry entry's own")
     ways = [f"{written(way)} ({way.label}, ${way.dollars_per_hour:.2f}/h, {why})" for way, why in choices.items()]
     raise GpuMemoryError(

@@ -12,6 +12,7 @@ from service.engine.process import HANG_S
 from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.errors import GpuCountError
 from service.registry.models import ModelSpec
+from service.registry.tiers import count_label
 from service.replica.compile_caches import Caches
 from service.weights.locks import Lock
 
@@ -104,4 +105,4 @@ class Plan:
         if self.device == "cpu":
             return "cpu"
         name = machine.partition(",")[0] or self.device
-        return name if self.n_gpu == 1 else f"{self.n_gpu} x {name}"
+        return count_label(name, self.n_gpu)

@@ -155,7 +155,7 @@ def secret(wanted: Order, named: str | None) -> str | None:
 
 def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:
     try:
-        return registry.find(name).spec
+        return registry.resolve(name).spec
     except UnknownModelError:
         if only_registered or name.count("/") != 1 or Path(name).exists():
             raise

@@ -47,7 +47,7 @@ def test_config_has_every_model_by_key_and_with_its_gpu() -> None:
     assert set(found) == {
         "llm",
         *REGISTRY.specs,
-        *(f"{key}-{spec.gpu_tier.slug}" for key, spec in REGISTRY.specs.items()),
+        *(f"{key}-{spec.tier.gpu.slug}" for key, spec in REGISTRY.specs.items()),
     }
     assert len(found) == len(set(found))
 
@@ -58,7 +58,7 @@ def test_config_names_are_what_the_gateway_knows() -> None:
     for entry in document["model_list"]:
         name = entry["model_name"]
         assert entry["litellm_params"]["model"] == f"openai/{name}"
-        assert name.startswith(REGISTRY.find(name, "tiny").spec.key) or name == "llm"
+        assert name.startswith(REGISTRY.resolve(name, "tiny").spec.key) or name == "llm"
 
 
 def test_config_further_gpus_are_listed_where_the_weights_fit() -> None:

@@ -53,7 +53,7 @@ def test_models_as_table_show_each_whole(capsys: Capture, monkeypatch: pytest.Mo
     for spec in REGISTRY.specs.values():
         line = next(line for line in lines if line.startswith(f"{spec.key} "))
         assert spec.hub_id is None or line.rstrip().endswith(spec.hub_id)
-        assert f"{spec.dollars_per_hour:.2f}" in line
+        assert f"{spec.tier.dollars_per_hour:.2f}" in line
         assert f"{spec.max_model_len:,}" in line
         assert ("yes" in line.split()) == spec.gated
 

@@ -85,7 +85,7 @@ def test_request_for_an_adapter_on_a_tier_too_small_is_told_the_adapters_name(tm
 
     assert status == 400
     assert "Use 'Poet-a100' " in answer["error"]["message"]
-    choice = Registry.load(file).find("Poet-a100")
+    choice = Registry.load(file).resolve("Poet-a100")
     assert (choice.spec.key, choice.gpu and choice.gpu.name) == ("mine", "A100-80GB")
 
 

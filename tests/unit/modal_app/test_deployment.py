@@ -67,7 +67,7 @@ def test_deployment_of_every_entry_is_the_entrys_own_tier(key: str) -> None:
     """Each entry deploys on the GPU it names."""
     deployment = resolve(model=key)
 
-    assert deployment.tier == Tier(deployment.spec.gpu_tier, deployment.spec.n_gpu)
+    assert deployment.tier == Tier(GPUS[deployment.spec.gpu], deployment.spec.n_gpu)
     assert deployment.settings.model == key
 
 

@@ -38,7 +38,7 @@ UNPINNED_DRAFTS = {"RedHatAI/gpt-oss-20b-speculator.eagle3", "RedHatAI/gpt-oss-1
 @pytest.mark.parametrize(("hub_id", "revision"), PINNED.items())
 def test_registry_serves_the_model_at_its_pinned_revision(hub_id: str, revision: str) -> None:
     """All that the seeds describe, at the revision that was looked up."""
-    spec = REGISTRY.find(hub_id).spec
+    spec = REGISTRY.resolve(hub_id).spec
 
     assert (spec.hub_id, spec.revision) == (hub_id, revision)
 
@@ -60,13 +60,13 @@ def test_registry_drafts_without_a_pin_are_the_two_known() -> None:
 def test_registry_entry_fits_the_memory_of_its_gpus(spec: ModelSpec) -> None:
     """Weights, and a tenth of the memory for the KV cache, on the GPUs that the entry names."""
     assert spec.weights_gb is not None
-    assert spec.weights_gb <= 0.9 * spec.gpu_tier.memory_gb * spec.n_gpu
+    assert spec.weights_gb <= 0.9 * spec.tier.gpu.memory_gb * spec.n_gpu
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.key)
 def test_registry_entry_says_what_the_table_shows(spec: ModelSpec) -> None:
     """Price, context and tool parser are there for every model."""
-    assert spec.dollars_per_hour > 0
+    assert spec.tier.dollars_per_hour > 0
     assert spec.max_model_len
     assert spec.tool_call_parser
 
@@ -104,14 +104,19 @@ def test_registry_tiny_model_lies_in_the_package() -> None:
 def test_registry_finds_by_key_hub_id_and_alias_in_any_case(spec: ModelSpec) -> None:
     """Clients write hub ids as they please."""
     for name in spec.names:
-        assert REGISTRY.find(name).spec is REGISTRY.find(name.upper()).spec is REGISTRY.find(name.lower()).spec is spec
+        assert (
+            REGISTRY.resolve(name).spec
+            is REGISTRY.resolve(name.upper()).spec
+            is REGISTRY.resolve(name.lower()).spec
+            is spec
+        )
 
 
 @pytest.mark.parametrize("gpu", sorted(GPUS))
 @pytest.mark.parametrize("key", sorted(SPECS))
 def test_registry_finds_a_key_with_a_gpu_behind(key: str, gpu: str) -> None:
     """`gemma-3-12b-h100`, `qwen3-8b-a100-40gb`, `qwen3-8b-h100-only`, for every pair."""
-    choice = REGISTRY.find(f"{key}-{GPUS[gpu].slug}")
+    choice = REGISTRY.resolve(f"{key}-{GPUS[gpu].slug}")
 
     assert (choice.spec, choice.gpu) == (SPECS[key], GPUS[gpu])
 
@@ -119,7 +124,7 @@ def test_registry_finds_a_key_with_a_gpu_behind(key: str, gpu: str) -> None:
 @pytest.mark.parametrize("name", ["gemma-3-27b-a100", "gemma-3-27b-a100-80gb", "google/Gemma-3-27b-it-A100-80GB"])
 def test_registry_finds_the_80_gb_a100_by_its_short_and_its_full_name(name: str) -> None:
     """Both mean one tier."""
-    choice = REGISTRY.find(name)
+    choice = REGISTRY.resolve(name)
 
     assert (choice.spec.key, choice.gpu) == ("gemma-3-27b", GPUS["A100-80GB"])
 
@@ -127,20 +132,20 @@ def test_registry_finds_the_80_gb_a100_by_its_short_and_its_full_name(name: str)
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B-FP8-H200", "qwen/qwen3-8b-fp8-h200"])
 def test_registry_finds_a_hub_id_with_a_gpu_behind(name: str) -> None:
     """Any of the names may have a GPU behind it."""
-    choice = REGISTRY.find(name)
+    choice = REGISTRY.resolve(name)
 
     assert (choice.spec.key, choice.gpu) == ("qwen3-8b", GPUS["H200"])
 
 
 def test_registry_finds_llm_as_the_default_model() -> None:
     """`llm` is whatever the service's default is, by any of its names."""
-    assert REGISTRY.find("llm", "gemma-3-12b").spec.key == "gemma-3-12b"
-    assert REGISTRY.find("LLM", "google/gemma-3-12b-it").spec.key == "gemma-3-12b"
+    assert REGISTRY.resolve("llm", "gemma-3-12b").spec.key == "gemma-3-12b"
+    assert REGISTRY.resolve("LLM", "google/gemma-3-12b-it").spec.key == "gemma-3-12b"
 
 
 def test_registry_finds_llm_with_a_gpu_behind() -> None:
     """`llm` is a name like the others: `llm-h200` is the default model there."""
-    choice = REGISTRY.find("llm-h200", "gemma-3-12b")
+    choice = REGISTRY.resolve("llm-h200", "gemma-3-12b")
 
     assert (choice.spec.key, choice.gpu) == ("gemma-3-12b", GPUS["H200"])
 
@@ -149,7 +154,7 @@ def test_registry_finds_llm_with_a_gpu_behind() -> None:
 def test_registry_without_the_name_raises(name: str) -> None:
     """`llm` with no default to stand for is unknown too."""
     with pytest.raises(UnknownModelError):
-        REGISTRY.find(name)
+        REGISTRY.resolve(name)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_registry_without_the_name_raises(name: str) -> None:
 def test_registry_unknown_name_offers_the_nearest_and_all_keys(name: str, nearest: str) -> None:
     """The sentence has the value, a guess, the list and how to add a model."""
     with pytest.raises(UnknownModelError) as caught:
-        REGISTRY.find(name)
+        REGISTRY.resolve(name)
 
     assert str(caught.value).startswith(f"Unknown model '{name}'. Did you mean '{nearest}'?")
     assert all(key in str(caught.value) for key in SPECS)
@@ -174,7 +179,7 @@ def test_registry_unknown_name_offers_the_nearest_and_all_keys(name: str, neares
 def test_registry_unknown_gpu_behind_a_key_is_an_unknown_model() -> None:
     """`qwen3-8b-h300` is no name of anything."""
     with pytest.raises(UnknownModelError, match="qwen3-8b-h300"):
-        REGISTRY.find("qwen3-8b-h300")
+        REGISTRY.resolve("qwen3-8b-h300")
 
 
 def test_unregistered_hub_id_becomes_an_entry_of_its_own() -> None:

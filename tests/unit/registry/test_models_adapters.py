@@ -46,7 +46,7 @@ def test_adapters_of_an_entry_are_found_by_their_names(file: Path) -> None:
 
     assert (one.name, one.hub_id, one.revision, one.directory) == ("Bot", "org/bot", A, None)
     assert two.directory == file.parent / "adapters/two"
-    assert registry.find("bot").spec.key == registry.find("TWO-h200").spec.key == "mine"
+    assert registry.resolve("bot").spec.key == registry.resolve("TWO-h200").spec.key == "mine"
     assert registry.specs["mine"].max_lora_rank == 64
     assert "Bot" not in registry.specs["mine"].names, "the engine serves the adapter by that name"
 

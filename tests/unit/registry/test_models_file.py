@@ -38,7 +38,7 @@ def test_models_file_adds_an_entry(file: Path) -> None:
     """The built-in models stay; the own one comes behind them."""
     registry = loaded(file, GOOD)
 
-    assert registry.find("org/MINE").spec.key == "mine"
+    assert registry.resolve("org/MINE").spec.key == "mine"
     assert "qwen3-8b" in registry.specs
 
 
@@ -81,7 +81,7 @@ name = "bot"
 hub_id = "org/bot"
 """,
         )
-        .find("also.mine")
+        .resolve("also.mine")
         .spec
     )
 
@@ -100,8 +100,8 @@ def test_models_file_two_entries_may_serve_one_repository(file: Path) -> None:
     """The hub id then means the first of them; each has its key."""
     registry = loaded(file, '[models.mine]\nhub_id = "Qwen/Qwen3-8B-FP8"\nmax_model_len = 4096\n')
 
-    assert registry.find("Qwen/Qwen3-8B-FP8").spec.key == "qwen3-8b"
-    assert registry.find("mine").spec.max_model_len == 4096
+    assert registry.resolve("Qwen/Qwen3-8B-FP8").spec.key == "qwen3-8b"
+    assert registry.resolve("mine").spec.max_model_len == 4096
 
 
 def test_models_file_missing_is_named(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_registry_has_what_the_lock_file_settles(tmp_path: Path) -> None:
     registry = revisions.registry(models)
 
     assert (registry.specs["mine"].revision, registry.specs["other"].revision) == (A, None)
-    assert registry.find("ORG/MINE").spec.revision == A
+    assert registry.resolve("ORG/MINE").spec.revision == A
     assert registry.specs["qwen3-8b"] == Registry.load().specs["qwen3-8b"]
 
 
