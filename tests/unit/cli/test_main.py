@@ -51,14 +51,15 @@ def everything_in(directory: Path) -> list[Path]:
 
 
 def refused(run: Run, home: Path, code: int, *words: str, arguments: tuple[str, ...] = ("up",), **environ: str) -> None:
-    """Run, and insist on one clear line, the exit code, little time, and that nothing was left behind."""
+    """Run, and insist on an error and a hint of one line each, the exit code, little time, and nothing left behind."""
     before = everything_in(home)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(*arguments, **environ)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
 
-    assert done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    error, *hints = done.stderr.splitlines()
+    assert error.startswith("error: "), done.stderr
+    assert [hint.startswith("hint: ") for hint in hints] in ([], [True]), done.stderr
     assert done.stderr.endswith("\n")
     for word in words:
         assert word in done.stderr
