@@ -53,7 +53,7 @@ class Bench:
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
         self.parent_mb: list[float] = []
-        env = environment.ensure(print)
+        env = environment.ensure()
         spec = Registry.load().specs["tiny"]
         versions = environment.versions(env.device)
         caches = Caches(environment.compiled(), versions, model=spec.key)

@@ -53,7 +53,7 @@ def serve(port: int, upstream: int) -> None:
     keyring = load_keyring(os.environ, keys.digests(os.environ), registry, MODEL)
     with (
         bound_port("127.0.0.1", port) as address,
-        local_serve._lines(Path(os.devnull)) as access,
+        local_serve.line_writer(Path(os.devnull)) as access,
     ):
         door = local_server.door(
             registry, spec, machine, keyring, Metrics(access), python=sys.executable, settings=Settings.load()

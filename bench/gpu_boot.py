@@ -74,7 +74,7 @@ def _engine(arguments: argparse.Namespace, model: str, flags: list[str]) -> dict
 def _engine_python(cpu: bool) -> str:
     from service.engine import environment  # noqa: PLC0415 - it is not there where --python is given
 
-    return environment.ensure(print, "cpu" if cpu else "cuda").python
+    return environment.ensure("cpu" if cpu else "cuda").python
 
 
 def _add(report: Report, name: str, facts: dict[str, Any], cycles: int) -> None:

@@ -57,7 +57,7 @@ class Lifecycles:
 
     def __init__(self, rng: random.Random) -> None:
         self._random = rng
-        env = environment.ensure(print)
+        env = environment.ensure()
         spec = Registry.load().specs["tiny"]
         caches = Caches(environment.compiled(), environment.versions(env.device), model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)

@@ -96,7 +96,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the weights are deleted on the way
-    env = environment.ensure(print)
+    env = environment.ensure()
     with (
         TemporaryDirectory(prefix="bench-readahead-", dir=options.directory) as name,
         _volume(Path(name), options.gb) as volume,

@@ -81,7 +81,7 @@ class EnvironmentBuildError(ServiceError):
     """The engine's environment could not be installed."""
 
 
-class OpenDoorError(UsageError):
+class UnauthenticatedBindError(UsageError):
     """Without keys the server would answer anybody who can reach it."""
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from service.boots.groups import Group, groups, printable, shortened
 from service.boots.records import BootRecord
+from service.cli.terminal import TABLE_WIDTH, print_json, print_table, results_console
 
-_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
-_MODEL_WIDTH = 38  # what the other columns leave of it
+_MODEL_WIDTH = 38  # what the other columns leave of the table's width
 _HEADERS = ("id", "when (UTC)", "model", "GPU", "strategy", "restored", "outcome", "seconds")
+_GROUP_HEADERS = ("model", "GPU", "fast boot", "boots", "ready", "median s", "spread s", "cold", "failed")
 _STYLES = {"ready": "green", "cold": "yellow"}
 
 
@@ -26,10 +24,10 @@ def print_boots(records: Sequence[BootRecord], source: str, as_json: bool) -> No
         source: Where they would come from, a sentence for when there are none.
         as_json: For programs.
     """
-    console = Console(highlight=False, soft_wrap=True)
     if as_json:
-        console.print(json.dumps([record.as_object() for record in records], indent=2), markup=False)
+        print_json([record.as_object() for record in records])
         return
+    console = results_console()
     if not records:
         console.print(source, markup=False)
         return
@@ -41,7 +39,7 @@ def print_boots(records: Sequence[BootRecord], source: str, as_json: bool) -> No
         for line in _details(record):
             console.print(Text(line, style="dim"))
     console.print()
-    Console(highlight=False, width=_WIDTH).print(_typical(groups(records)))
+    print_table(_GROUP_HEADERS, map(_group_cells, groups(records)), right=_GROUP_HEADERS[4:])
     console.print("Medians and spreads are of boots that got ready undisturbed.")
 
 
@@ -71,25 +69,22 @@ def _details(record: BootRecord) -> list[str]:
         pieces.append(f"(+{record.snapshot_seconds:.1f} once, in the snapshot)")
     lines, line = [], ""
     for piece in pieces:
-        if line and len(line) + len(piece) + 6 > _WIDTH:
+        if line and len(line) + len(piece) + 6 > TABLE_WIDTH:
             lines.append(line)
             line = ""
         line += f"{'  ' if line else ''}{piece}"
     return [f"    {text}" for text in (*lines, line, printable(record.reason or "")) if text]
 
 
-def _typical(found: Sequence[Group]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("model", "GPU", "fast boot", "boots", "ready", "median s", "spread s", "cold", "failed"):
-        right = header in {"ready", "median s", "spread s", "cold", "failed"}
-        table.add_column(header, no_wrap=True, justify="right" if right else "left")
-    for group in found:
-        ready = group.ready_seconds
-        table.add_row(
-            *(Text(shortened(group.model, 34)), Text(shortened(group.gpu, 9))),
-            *("yes" if group.fast_boot else "no", Text(shortened(group.kind, 20)), str(len(ready))),
-            "-" if group.median is None else f"{group.median:.1f}",
-            f"{min(ready):.1f} to {max(ready):.1f}" if len(ready) > 1 else "-",
-            *(str(group.count(outcome)) for outcome in ("cold", "failed")),
-        )
-    return table
+def _group_cells(group: Group) -> list[Text | str]:
+    ready = group.ready_seconds
+    return [
+        Text(shortened(group.model, 34)),
+        Text(shortened(group.gpu, 9)),
+        "yes" if group.fast_boot else "no",
+        Text(shortened(group.kind, 20)),
+        str(len(ready)),
+        "-" if group.median is None else f"{group.median:.1f}",
+        f"{min(ready):.1f} to {max(ready):.1f}" if len(ready) > 1 else "-",
+        *(str(group.count(outcome)) for outcome in ("cold", "failed")),
+    ]

@@ -28,7 +28,7 @@ def _root() -> None:
 def up(
     model: Annotated[str | None, typer.Argument(help="Registry key, hub id, or directory of a model.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs API_KEY.")] = "127.0.0.1",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own output.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what engine and installer print.")] = False,
 ) -> None:
     """Serve a model on this machine until Ctrl-C."""
     from service.cli.terminal import Terminal
@@ -70,9 +70,9 @@ def models(
 
         cli_outdated.show(compare(registry, download_process.hub_token(os.environ)), as_json)
         return
-    from service.cli import terminal as cli_terminal
+    from service.cli.models import print_models
 
-    cli_terminal.print_models(registry, settings.model, as_json)
+    print_models(registry, settings.model, as_json)
 
 
 @app.command()

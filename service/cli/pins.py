@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from rich.console import Console
-
+from service.cli.terminal import print_json, results_console
 from service.errors import WeightsError
 from service.weights.pinning import Pins
 
@@ -16,11 +13,10 @@ def show(pins: Pins, as_json: bool) -> None:
     Raises:
         WeightsError: The hub named no commit of some repository; the others are pinned.
     """
-    console = Console(highlight=False, soft_wrap=True)
     if as_json:
-        rows = {"lock_file": str(pins.file), "pinned": pins.pinned, "failed": pins.failed}
-        console.print(json.dumps(rows, indent=2), markup=False)
+        print_json({"lock_file": str(pins.file), "pinned": pins.pinned, "failed": pins.failed})
     else:
+        console = results_console()
         for hub_id, commit in pins.pinned.items():
             console.print(f"{hub_id} is at {commit}, recorded in {pins.file}", markup=False)
         if not pins.pinned and not pins.failed:

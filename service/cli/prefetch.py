@@ -5,7 +5,6 @@ Progress goes to stderr, results to stdout.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from service.cli.terminal import print_json, progress_console, results_console
 from service.errors import WeightsError
 from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled, Word
 from service.weights.revisions import noting
@@ -97,11 +97,11 @@ def follow(order: Order, words: Iterable[Word], as_json: bool) -> None:
     Raises:
         WeightsError: Files are damaged or missing, or models cannot be had; which is printed.
     """
-    results = Console(highlight=False, soft_wrap=True)
+    results = results_console()
     done: list[Done] = []
     failed: list[Failed] = []
     freed: list[Freed] = []
-    with Meter(Console(stderr=True, highlight=False, soft_wrap=True)) as meter:
+    with Meter(progress_console()) as meter:
         note = noting(Path(order.recorded_in) if order.recorded_in else None, meter.say)
         if len(order.specs) > 1:
             meter.say(_announcement(order))
@@ -124,7 +124,7 @@ def follow(order: Order, words: Iterable[Word], as_json: bool) -> None:
     if as_json:
         kinds: dict[str, list[Any]] = {"models": done, "failed": failed, "freed": freed}
         found = {name: [asdict(one) for one in told] for name, told in kinds.items()}
-        results.print(json.dumps(found, indent=2), markup=False)
+        print_json(found)
     _complain(done, failed)
 
 

@@ -1,22 +1,30 @@
-"""What people see: the progress of a local run, and tables. Progress goes to stderr, results to stdout."""
+"""What `vllm-service` shows: progress and logs on stderr, results and tables on stdout."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
 
-from service.errors import ServiceError, UnknownModelError
-from service.local.serve import Ready
-from service.registry.gpus import PRICES_DATE, PRICES_SOURCE
-from service.registry.models import Registry, looks_like_a_source
-from service.settings import Settings
+from service.errors import ServiceError
 
-_TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
+if TYPE_CHECKING:
+    from service.engine.installer import InstallProgress
+    from service.local.serve import Ready
+
+TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
+_LOGGER = "service"
+_OUTPUT_LOGGER = "service.engine.output"
+_LINE_EVERY_S = 10.0
 _PHASES = {
     "weights": "Looking for the weights",
     "spawned": "Starting the engine",
@@ -28,72 +36,188 @@ _PHASES = {
 }
 
 
-class Terminal:
-    """The screen of `vllm-service up`: a spinner on a terminal, plain lines elsewhere; the engine's output in a file.
+def results_console() -> Console:
+    """Return the console of results: stdout, as it is written."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def progress_console() -> Console:
+    """Return the console of progress and logs: stderr."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs."""
+    results_console().print(json.dumps(value, indent=2), markup=False)
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]], right: Iterable[str] = ()) -> None:
+    """Print a table of results whose cells are never cut.
 
     Args:
-        log_file: Where the engine's output goes; replaced by each run.
-        verbose: Show the engine's output here too.
+        headers: Of the columns.
+        rows: Their cells.
+        right: The headers of the columns that are aligned to the right.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    aligned = set(right)
+    for header in headers:
+        table.add_column(header, no_wrap=True, justify="right" if header in aligned else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, width=TABLE_WIDTH).print(table)
+
+
+@contextmanager
+def logs_shown(show: Callable[[str], None]) -> Iterator[None]:
+    """Show the service's logs from level INFO on, less the engine's output.
+
+    Args:
+        show: Called with each message.
+    """
+    logger, handler = logging.getLogger(_LOGGER), _Handler(lambda record: show(record.getMessage()))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class Terminal:
+    """The terminal of `vllm-service up`: a spinner and a bar on a terminal, plain lines elsewhere.
+
+    While it is open, the service's logs are shown, and the engine's output is written to a file.
+
+    Args:
+        log_file: Where the output of engines and of the installer goes; replaced by each run.
+        verbose: Show that output here too.
     """
 
     def __init__(self, log_file: Path, verbose: bool) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._status = self._console.status("") if self._console.is_terminal and not verbose else None
+        self._console = progress_console()
+        drawn = self._console.is_terminal and not verbose
+        self._status = self._console.status("") if drawn else None
+        self._bar = _install_bar(self._console) if drawn else None
+        self._task: TaskID | None = None
+        self._step, self._shown_at = "", 0.0
         self._log_file, self._verbose = log_file, verbose
         self._log: TextIO | None = None  # opened when something is begun: a refused run leaves another's log alone
-        self._closed = False
+        self._first_model: str | None = None
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        output, handler = logging.getLogger(_OUTPUT_LOGGER), _Handler(self._engine_output)
+        self._handlers.enter_context(logs_shown(self._say))
+        self._handlers.callback(setattr, output, "propagate", output.propagate)
+        self._handlers.callback(output.removeHandler, handler)
+        output.propagate = False
+        output.addHandler(handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
-        self._closed = True
+        self._handlers.close()
+        self._clear()
         if self._log:
             self._log.close()
 
-    def say(self, text: str) -> None:
-        """Show a sentence that stays; a download's own progress bars may follow it."""
+    def phase(self, name: str) -> None:
+        """Show what is being waited for; a phase without a text for people is not shown.
+
+        Raises:
+            ServiceError: The engine's output cannot be kept.
+        """
+        self._open_log()
+        self._clear()
+        text = _PHASES.get(name)
+        if text and self._status:
+            self._status.update(f"{text} …")
+            self._status.start()
+        elif text:
+            self._say(text)
+
+    def installing(self, progress: InstallProgress) -> None:
+        """Show how far the installation of the engine's environment is."""
+        new_step, self._step = progress.step != self._step, progress.step
+        if self._bar:
+            self._draw(self._bar, progress, new_step)
+        elif new_step or time.monotonic() - self._shown_at >= _LINE_EVERY_S:
+            self._shown_at = time.monotonic()
+            more = f", {progress.detail}" if progress.detail else ""
+            self._say(f"{progress.step}: {progress.done} of {progress.total} {progress.unit}{more}")
+
+    def ready(self, ready: Ready) -> None:
+        """Print what to paste."""
+        self._clear()
+        results_console().print(_greeting(ready, self._log_file), markup=False)
+
+    def _draw(self, bar: Progress, progress: InstallProgress, new_step: bool) -> None:
+        count = f"{progress.done:,}/{progress.total:,} {progress.unit}"
+        if new_step or self._task is None:
+            self._clear()
+            bar.start()
+            self._task = bar.add_task(progress.step, total=progress.total, count="", detail="")
+        bar.update(
+            self._task, completed=progress.done, total=progress.total, count=count, detail=progress.detail, refresh=True
+        )
+
+    def _clear(self) -> None:
         if self._status:
             self._status.stop()
+        if self._bar and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._bar.stop()
+            self._task = None
+
+    def _say(self, text: str) -> None:
+        """Show a sentence that stays; a download's own progress bars may follow it."""
+        self._clear()
         self._console.print(text, markup=False)
 
-    def phase(self, text: str) -> None:
-        """Show what is being waited for."""
-        self._opened()
-        shown = _PHASES.get(text)
-        if shown and self._status:
-            self._status.update(f"{shown} …")
-            self._status.start()
-        elif shown:
-            self.say(shown)
-
-    def engine_line(self, line: str) -> None:
-        """Keep a line of the engine's output, and show it when asked to."""
-        if not self._closed:
-            with contextlib.suppress(OSError):  # a full disk must not stop the engine's output, and with it the engine
-                self._opened().write(line + "\n")
+    def _engine_output(self, record: logging.LogRecord) -> None:
+        model, line = getattr(record, "model", None), record.getMessage()
+        self._first_model = self._first_model or model
+        if model != self._first_model:
+            line = f"{model}: {line}"
+        with contextlib.suppress(OSError, ServiceError):  # a full disk must not stop the engine
+            self._open_log().write(line + "\n")
         if self._verbose:
             self._console.print(line, markup=False)
 
-    def _opened(self) -> TextIO:
+    def _open_log(self) -> TextIO:
         if self._log is None:
             try:
                 self._log_file.parent.mkdir(parents=True, exist_ok=True)
                 self._log = self._log_file.open("w", buffering=1)
             except OSError as error:
                 raise ServiceError(
-                    f"The engine's output cannot be kept in {self._log_file}: {error.strerror}. "
-                    "Set XDG_STATE_HOME to a directory that is yours."
+                    f"The engine's output cannot be written to {self._log_file}: {error.strerror}.",
+                    hint="Set XDG_STATE_HOME to a directory that you may write to.",
                 ) from error
         return self._log
 
-    def ready(self, ready: Ready) -> None:
-        """Print what to paste."""
-        if self._status:
-            self._status.stop()
-        Console(highlight=False, soft_wrap=True).print(_greeting(ready, self._log_file), markup=False)
+
+class _Handler(logging.Handler):
+    def __init__(self, take: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._take(record)
+
+
+def _install_bar(console: Console) -> Progress:
+    detail = Column(no_wrap=True, overflow="ellipsis")
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[count]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[detail]}", table_column=detail, style="dim"),
+        console=console,
+        transient=True,
+    )
 
 
 def _greeting(ready: Ready, log_file: Path) -> str:
@@ -112,55 +236,3 @@ chat = client.chat.completions.create(model="llm", messages=[{{"role": "user", "
 print(chat.choices[0].message.content)
 
 Ctrl-C stops it."""
-
-
-def print_models(registry: Registry, default: str, as_json: bool) -> None:
-    """Print the registry as a table, or as a JSON array with one object a model."""
-    try:
-        default_key = registry.resolve(default, Settings.model_fields["model"].default).spec.key
-    except UnknownModelError:
-        if not looks_like_a_source(default):
-            raise
-        default_key = ""  # a hub id that is in no registry can be served locally
-    rows = [
-        {
-            "key": spec.key,
-            "hub_id": spec.hub_id,
-            "revision": spec.revision,
-            "gpu": spec.gpu,
-            "n_gpu": spec.n_gpu,
-            "dollars_per_hour": round(spec.tier.dollars_per_hour, 2),
-            "max_model_len": spec.max_model_len,
-            "weights_gb": spec.weights_gb,
-            "modalities": list(spec.modalities),
-            "tool_call_parser": spec.tool_call_parser,
-            "reasoning_parser": spec.reasoning_parser,
-            "gated": spec.gated,
-            "default": spec.key == default_key,
-        }
-        for spec in registry.specs.values()
-    ]
-    console = Console(highlight=False, soft_wrap=True)
-    if as_json:
-        console.print(json.dumps(rows, indent=2), markup=False)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("model", "GPU", "$/h", "context", "tools", "reasoning", "gated", "hub id"):
-        table.add_column(header, no_wrap=True, justify="right" if header in {"$/h", "context"} else "left")
-    for row in rows:
-        table.add_row(*_cells(row, registry.specs[str(row["key"])].tier.label))
-    Console(highlight=False, width=_TABLE_WIDTH).print(table)
-    console.print(f"* what 'llm' means; prices per replica: {PRICES_SOURCE}, {PRICES_DATE}", markup=False)
-
-
-def _cells(row: dict[str, Any], gpu_label: str) -> list[str]:
-    return [
-        f"{row['key']} *" if row["default"] else row["key"],
-        gpu_label,
-        f"{row['dollars_per_hour']:.2f}",
-        "-" if row["max_model_len"] is None else f"{row['max_model_len']:,}",
-        row["tool_call_parser"] or "-",
-        row["reasoning_parser"] or "-",
-        "yes" if row["gated"] else "no",
-        row["hub_id"] or "built in",
-    ]

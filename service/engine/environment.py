@@ -6,21 +6,25 @@ Modal's image.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import logging
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
+from service.engine.installer import Finished, OnProgress, run_uv
 from service.errors import EnvironmentBuildError
 from service.hardware import check_driver, check_platform, check_room, visible_gpus
 
+_log = logging.getLogger(__name__)
 PINS = Path(__file__).parents[1] / "pins"
 _NEEDED_GB = {"cpu": 3.5, "cuda": 16.0}  # cpu: measured, 2.4 GB and its download cache; cuda: an estimate
 _MARK = ".complete"
@@ -35,17 +39,17 @@ class EngineEnv:
     python: str
 
 
-def ensure(say: Callable[[str], None], device: Device | None = None) -> EngineEnv:
-    """Return the engine's environment, building it when it is not here yet.
+def ensure(device: Device | None = None, on_progress: OnProgress = lambda _: None) -> EngineEnv:
+    """Return the engine's environment, building it when it is not here yet; a finished one is reused silently.
 
     Args:
-        say: Called with one sentence when something is built; a finished environment is reused silently.
         device: Which engine; by default `cuda` where a GPU is visible, else `cpu`.
+        on_progress: Called with the installer's progress.
 
     Raises:
         UnsupportedPlatformError: vLLM has no build for this machine.
         DiskSpaceError: It would not fit.
-        EnvironmentBuildError: The installer failed; its own words are on the terminal above.
+        EnvironmentBuildError: The installer failed; the lines of its error are logged.
     """
     check_platform()
     device = device or ("cuda" if visible_gpus() else "cpu")
@@ -59,15 +63,19 @@ def ensure(say: Callable[[str], None], device: Device | None = None) -> EngineEn
         root.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentBuildError(
-            f"The engine's environment has no place: {root.parent} cannot be made ({error.strerror}). "
-            "Set XDG_CACHE_HOME to a directory that is yours."
+            f"The directory of the engine's environment, {root.parent}, cannot be made: {error.strerror}.",
+            hint="Set XDG_CACHE_HOME to a directory that you may write to.",
         ) from error
-    with _only_one(root.with_suffix(".lock"), say):
+    with _only_one(root.with_suffix(".lock")):
         if not (root / _MARK).exists():
             check_room(root, _NEEDED_GB[device], "The engine's environment", "set XDG_CACHE_HOME to a larger disk")
-            say(f"Building the engine's environment (vLLM {vllm_version(device)} for {device}), once: {root}")
-            _build(root, device)
+            _log.info(
+                "Building the engine's environment (vLLM %s for %s), once: %s", vllm_version(device), device, root
+            )
+            began = time.monotonic()
+            _build(root, device, on_progress)
             (root / _MARK).touch()
+            _log.info("The engine's environment is built: %.0f s", time.monotonic() - began)
     return env
 
 
@@ -102,55 +110,40 @@ def _fingerprint(device: Device) -> str:
     return digest.hexdigest()[:12]
 
 
-def _build(root: Path, device: Device) -> None:
-    if root.exists():  # an attempt that was cut short
+def _build(root: Path, device: Device, on_progress: OnProgress) -> None:
+    if root.exists():  # an attempt that was interrupted; uv's cache has what that downloaded
         shutil.rmtree(root)
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    _uv("venv", "--quiet", "--python", str(base), str(root))
-    lock = ["--require-hashes", "--no-deps", "-r", str(PINS / f"engine-{device}.lock")]
-    _install(root, lock)
+    _check("venv", run_uv("venv", "--quiet", "--python", str(base), str(root)))
+    _check(
+        "pip install",
+        _install(root, on_progress, "--require-hashes", "--no-deps", "-r", str(PINS / f"engine-{device}.lock")),
+    )
     if device == "cpu":
-        _install_cpu_torch(root)
+        _install_cpu_torch(root, on_progress)
 
 
-def _install_cpu_torch(root: Path) -> None:
+def _install_cpu_torch(root: Path, on_progress: OnProgress) -> None:
     """Install the CPU build of torch: from a directory that pip was told to look in, else from PyTorch's own index."""
-    pinned = ["--no-deps", "-r", str(PINS / "engine-cpu-torch.txt")]
-    local = _run_uv(*_pip_install(root, ["--offline", *pinned]), capture_output=True)
-    if local.returncode != 0:
-        _install(root, ["--torch-backend", "cpu", *pinned])
+    pins = ("--no-deps", "-r", str(PINS / "engine-cpu-torch.txt"))
+    if _install(root, on_progress, "--offline", *pins).code != 0:
+        _check("pip install", _install(root, on_progress, "--torch-backend", "cpu", *pins))
 
 
-def _install(root: Path, arguments: list[str]) -> None:
-    _uv(*_pip_install(root, arguments))
+def _install(root: Path, on_progress: OnProgress, *arguments: str) -> Finished:
+    command = ("pip", "install", "--python", str(root / "bin" / "python"), "--compile-bytecode", *arguments)
+    return run_uv(*command, on_progress=on_progress, directory=root / "lib")
 
 
-def _pip_install(root: Path, arguments: list[str]) -> list[str]:
-    return ["pip", "install", "--python", str(root / "bin" / "python"), "--compile-bytecode", *arguments]
-
-
-def _uv(*arguments: str) -> None:
-    code = _run_uv(*arguments).returncode
-    if code != 0:
+def _check(command: str, finished: Finished) -> None:
+    if finished.code != 0:
+        _log.error("%s", "\n".join(finished.error_lines))
         raise EnvironmentBuildError(
-            f"uv {arguments[0]} {arguments[1]} failed with code {code} while the engine's environment was built; what "
-            "it said stands above. Check the connection and the room on the disk, then run the same command again."
+            f"uv {command} failed with code {finished.code} while it built the engine's environment; "
+            "its own words are above.",
+            hint="Check the connection and the room on the disk, then run the same command again: "
+            "it keeps what was downloaded.",
         )
-
-
-def _run_uv(*arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[bytes]:
-    env = dict(os.environ)
-    if "UV_FIND_LINKS" not in env and (links := _pip_find_links()):
-        env["UV_FIND_LINKS"] = ",".join(links)  # uv reads no pip configuration
-    return subprocess.run([sys.executable, "-m", "uv", *arguments], env=env, capture_output=capture_output, check=False)
-
-
-def _pip_find_links() -> list[str]:
-    """Return where pip was told to look for wheels, by its variable or its configuration."""
-    if links := os.environ.get("PIP_FIND_LINKS"):
-        return links.split()
-    asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
 
 
 def _cache_home() -> Path:
@@ -158,12 +151,15 @@ def _cache_home() -> Path:
 
 
 @contextmanager
-def _only_one(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Let one process build at a time; the others wait and then find it done. The kernel frees a dead holder's lock."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("Another process is building the engine's environment; waiting for it.")
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _only_one(file: Path) -> Iterator[None]:
+    """Let one process build at a time; the others wait and reuse the result. The kernel frees a dead holder's lock."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _log.info("Another process is building the engine's environment; waiting for it.")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,7 +1,8 @@
-"""What this machine makes of a registry entry: whether it can serve it, and the plan of a replica that does."""
+"""Plans replicas on this machine: which model, whether it fits, and with what settings its engine runs."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from service.boots import records
 from service.engine import environment
 from service.engine.args import cpu_memory_bytes
+from service.engine.installer import InstallProgress
 from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
@@ -21,24 +23,23 @@ from service.replica.plan import Plan
 from service.settings import Settings
 from service.weights import download_process, revisions, store
 
+_log = logging.getLogger(__name__)
+_output = logging.getLogger("service.engine.output")
 DEFAULT_MODEL = "qwen3-0.6b"
 OFFLINE_MODEL = "tiny"
 
 
-class Screen(Protocol):
-    """Where the run shows itself; `cli.py` has the one for terminals."""
+class ProgressReporter(Protocol):
+    """Shows how far the start is; `cli.terminal` has the one for terminals. Sentences for people are log records."""
 
-    def say(self, text: str) -> None:
-        """Show a sentence that stays."""
-
-    def phase(self, text: str) -> None:
+    def phase(self, name: str) -> None:
         """Show what is being waited for."""
 
-    def engine_line(self, line: str) -> None:
-        """Take a line of the engine's output."""
+    def installing(self, progress: InstallProgress) -> None:
+        """Show how far the installation of the engine's environment is."""
 
 
-def choose_model(name: str | None, registry: Registry, say: Callable[[str], None]) -> ModelSpec:
+def resolve_model(name: str | None, registry: Registry) -> ModelSpec:
     """Return the model to serve: the named one, or the default one that this machine can get.
 
     Raises:
@@ -54,27 +55,29 @@ def choose_model(name: str | None, registry: Registry, say: Callable[[str], None
     spec = registry.resolve(DEFAULT_MODEL).spec
     if store.find(spec) or download_process.hub_in_reach():
         return spec
-    say(f"No model hub is in reach, so this serves the built-in '{OFFLINE_MODEL}' model, which knows a few dialogues.")
+    _log.info(
+        "No model hub is in reach, so this serves the built-in '%s' model, which knows a few dialogues.", OFFLINE_MODEL
+    )
     return registry.resolve(OFFLINE_MODEL).spec
 
 
-class Here:
-    """What this machine makes of registry entries: plans, and replicas by them.
+class LocalPlanner:
+    """Plans replicas of registry entries on this machine.
 
     Args:
-        settings: The run's.
-        screen: Where it shows itself.
-        environ: What engines are handed on, less secrets and settings.
+        settings: Of this run.
+        reporter: Shows how far the start is.
+        environ: The environment that engines inherit, less secrets and settings.
     """
 
-    def __init__(self, settings: Settings, screen: Screen, environ: Mapping[str, str]) -> None:
-        self.settings, self.screen, self.environ = settings, screen, environ
+    def __init__(self, settings: Settings, reporter: ProgressReporter, environ: Mapping[str, str]) -> None:
+        self.settings, self.reporter, self.environ = settings, reporter, environ
         self.registry = revisions.registry(settings.models_file)
         self.gpus = visible_gpus()
 
-    def choose(self, model: str | None) -> ModelSpec:
-        """Return the model to begin with, which every name of it means from here on."""
-        spec = choose_model(model, self.registry, self.screen.say)
+    def resolve(self, model: str | None) -> ModelSpec:
+        """Return the model to start with; one that the registry lacks is added to it."""
+        spec = resolve_model(model, self.registry)
         if spec.key not in self.registry.specs:
             self.registry = Registry({**self.registry.specs, spec.key: spec})
         return spec
@@ -84,23 +87,28 @@ class Here:
         return self.settings.n_gpu or (spec.n_gpu if self.gpus else 1)
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse what cannot work here, before anything is made."""
+        """Refuse a model that this machine cannot serve, before anything is built.
+
+        Raises:
+            GpuCountError: It takes more GPUs than are visible.
+            MemoryTooSmallError: Without a GPU, its weights are more than the memory.
+        """
         if self.gpus or self.n_gpu(spec) > 1:
             check_gpu_count(self.n_gpu(spec), spec.key)
         else:
             check_memory(spec.weights_gb, spec.key)
 
     def fetch(self, spec: ModelSpec) -> None:
-        """Fetch the weights of a model that somebody asked for."""
+        """Fetch the weights of a model that was requested."""
         self.check(spec)
-        store.ensure(self._settled(spec), download_process.hub_token(self.environ), self.screen.say)
+        store.ensure(self._settled(spec), download_process.hub_token(self.environ), _log.info)
 
     def plan(self, spec: ModelSpec, port: int, gpus: tuple[int, ...] = ()) -> Plan:
-        """Return what a replica of the model is to be; builds what is missing."""
+        """Return the plan of a replica of the model; builds the engine's environment where it is missing."""
         self.check(spec)
         spec = self._settled(spec)
-        self.screen.phase("environment")  # nothing is refused from here on: now things are made
-        env = environment.ensure(self.screen.say, "cuda" if self.gpus else "cpu")
+        self.reporter.phase("environment")  # all checks have passed: from here on things are built
+        env = environment.ensure("cuda" if self.gpus else "cpu", self.reporter.installing)
         versions = environment.versions(env.device)
         return Plan(
             spec=spec,
@@ -117,24 +125,22 @@ class Here:
             hang_s=self.settings.hang_s,
             hub_token=download_process.hub_token(self.environ),
             versions=versions,
-            caches=Caches(environment.compiled(), versions, model=spec.key, say=self.screen.say),
+            caches=Caches(environment.compiled(), versions, model=spec.key, say=_log.info),
             records=records.local_directory(),
         )
 
     def replica(
         self, spec: ModelSpec, port: int, gpus: tuple[int, ...], on_death: Callable[[EngineError], None]
     ) -> Replica:
-        """Return a replica of a model that somebody asked for."""
-        screen = self.screen
-        return Replica(
-            self.plan(spec, port, gpus),
-            say=screen.say,
-            on_line=lambda line: screen.engine_line(f"{spec.key}: {line}"),
-            on_death=on_death,
-        )
+        """Return a replica of a model that was requested."""
+        return Replica(self.plan(spec, port, gpus), say=_log.info, on_line=log_output_of(spec), on_death=on_death)
 
-    def machine(self, on_wake: OnWake) -> Machine:
-        """Return the engines of this machine, of which none runs yet; `on_wake` is called after each wake of a pool."""
+    def scheduler(self, on_wake: OnWake) -> Machine:
+        """Return the scheduler of this machine's engines, of which none runs yet.
+
+        Args:
+            on_wake: Called after each wake of a pool.
+        """
         return Machine(
             self.fetch,
             self.replica,
@@ -144,17 +150,22 @@ class Here:
             n_gpu=self.n_gpu,
             idle_s=self.settings.scaledown_window,
             on_wake=on_wake,
-            say=self.screen.say,
+            say=_log.info,
         )
 
     def _settled(self, spec: ModelSpec) -> ModelSpec:
         file = revisions.lock_file(self.settings.models_file) if spec.key in self.registry.specs else None
         asking = revisions.asking(download_process.hub_token(self.environ))
-        return revisions.settle(spec, asking, revisions.noting(file, self.screen.say))
+        return revisions.settle(spec, asking, revisions.noting(file, _log.info))
+
+
+def log_output_of(spec: ModelSpec) -> Callable[[str], None]:
+    """Return a function that logs a line of the output of the model's engine."""
+    return lambda line: _output.info("%s", line, extra={"model": spec.key})
 
 
 def _visible(gpus: tuple[int, ...]) -> dict[str, str]:
-    """Return the variable that shows an engine its GPUs, of those that this process may use."""
+    """Return the variable that gives an engine its GPUs, out of those that this process may use."""
     if not gpus:
         return {}
     mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -42,7 +42,7 @@ def client_mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine_runtime(client_mount: Path) -> ContainerRuntime:
     """Containers with the real engine."""
-    python = engine_environment.ensure(lambda _: None).python
+    python = engine_environment.ensure().python
     return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu"})
 
 

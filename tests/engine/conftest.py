@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def engine_env_() -> engine_environment.EngineEnv:
     """The engine's environment, which is built when this machine has none."""
-    return engine_environment.ensure(print)
+    return engine_environment.ensure()
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,11 @@ class Service:
         return self._err.read_text()
 
     @property
+    def error(self) -> str:
+        """The line of stderr with its error; the hint, where there is one, is the line after it."""
+        return next(line for line in reversed(self.err.splitlines()) if line.startswith("error: "))
+
+    @property
     def log_file(self) -> Path:
         """The engine's output."""
         return Path(self.environment["XDG_STATE_HOME"]) / "vllm-service" / f"engine-{self.port}.log"

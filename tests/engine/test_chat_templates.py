@@ -38,7 +38,7 @@ CONVERSATION = [
 
 def render(template: Path, tools: list[object]) -> str:
     """Return the prompt of the conversation."""
-    python = environment.ensure(lambda _: None).python
+    python = environment.ensure().python
     arguments = [python, "-c", RENDER, str(template), json.dumps(CONVERSATION), json.dumps(tools)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
     return str(json.loads(done.stdout.splitlines()[-1]))

@@ -43,7 +43,7 @@ def test_unmet_model_is_inspected_in_a_fork(tmp_path: Path) -> None:
 
     Where that fails, or where vLLM would not fork, its own way is taken.
     """
-    python = environment.ensure(lambda _: None).python
+    python = environment.ensure().python
     done = subprocess.run(
         [python, "-c", PROGRAM, str(IN_ENGINE)],
         env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)},

@@ -19,7 +19,7 @@ from .running import BOOT_S, free_port
 
 def test_engine_held_asleep_has_no_port_and_wakes_with_the_same_canary() -> None:
     """Built, warmed and asleep without a listener; after the release it wakes, repeats its canary and serves."""
-    env = environment.ensure(lambda _: None)
+    env = environment.ensure()
     spec = Registry.load().specs["tiny"]
     assert spec.directory
     port = free_port()

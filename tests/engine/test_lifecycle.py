@@ -125,10 +125,9 @@ def test_engine_killed_ends_the_command_with_the_reason(start: Start, victim: st
     killed.kill()
     assert service.wait_ended(ENGINE_KILLED_S) == 1
     service.wait_gone(asked + ENGINE_KILLED_S)
-    said = service.err.splitlines()[-1]
-    assert said.startswith("error: The engine ")
-    assert "after it was ready" in said
-    assert ("SIGKILL" if victim == "leader" else "engine core exited unexpectedly") in said
+    assert service.error.startswith("error: The engine ")
+    assert "after it was ready" in service.error
+    assert ("SIGKILL" if victim == "leader" else "engine core exited unexpectedly") in service.error
     assert "Traceback" not in service.err
 
 

@@ -29,7 +29,7 @@ print(json.dumps({"asked": asked, "vllm": "vllm" in sys.modules, "imported": lis
 
 def test_neutral_imports_ask_for_no_gpu() -> None:
     """Neither torch.cuda nor vllm is touched by the imports before the hold."""
-    python = environment.ensure(lambda _: None).python
+    python = environment.ensure().python
     done = subprocess.run(
         [python, "-c", LISTENER, str(IN_ENGINE)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -10,11 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from service.engine import environment
+from service.engine.installer import run_uv
 
 HERE = Path(__file__).parent
 LOCK = HERE / "clients.lock"
 NPM = HERE / "npm"
+HASHED = ("--require-hashes", "--no-deps")
 _MARK = ".complete"
 
 
@@ -40,7 +44,7 @@ def _ensure(name: str, locks: list[Path], build: Callable[[Path], None]) -> Path
         digest.update(lock.read_bytes())
     root = environment._cache_home() / "tests" / f"{name}-{digest.hexdigest()[:12]}"
     root.parent.mkdir(parents=True, exist_ok=True)
-    with environment._only_one(root.with_suffix(".lock"), lambda _: None):
+    with FileLock(root.with_suffix(".lock")):
         if not (root / _MARK).exists():
             shutil.rmtree(root, ignore_errors=True)  # an attempt that was cut short
             build(root)
@@ -50,11 +54,11 @@ def _ensure(name: str, locks: list[Path], build: Callable[[Path], None]) -> Path
 
 def _build_python(root: Path) -> None:
     for arguments in (
-        ["venv", "--quiet", "--python", sys.executable, str(root)],
-        environment._pip_install(root, ["--quiet", "--require-hashes", "--no-deps", "-r", str(LOCK)]),
+        ("venv", "--quiet", "--python", sys.executable, str(root)),
+        ("pip", "install", "--python", str(root / "bin" / "python"), "--compile-bytecode", *HASHED, "-r", str(LOCK)),
     ):
-        done = environment._run_uv(*arguments, capture_output=True)
-        assert done.returncode == 0, f"uv {arguments[0]} failed with {done.returncode}:\n{done.stderr.decode()}"
+        done = run_uv(*arguments)
+        assert done.code == 0, f"uv {arguments[0]} failed with {done.code}:\n" + "\n".join(done.error_lines)
 
 
 def _build_npm(root: Path) -> None:

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model behind keys, as `vllm-service up` serves it."""
-    environment.ensure(print)
+    environment.ensure()
     directory = tmp_path_factory.mktemp("served")
     keys = {"API_KEYS": f"clients={KEY},other={OTHER_KEY}", "API_KEY": DEFAULT_KEY}
     with Service(directory, "tiny", SERVICE_MODELS_FILE=str(models_file(directory)), **keys) as service:

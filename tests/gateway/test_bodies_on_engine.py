@@ -70,7 +70,7 @@ def read() -> Any:
     asked = [(path, base64.b64encode(body).decode()) for path, body in every_body()]
     env = {"PATH": os.defpath, "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "HOME": os.environ["HOME"]}
     done = subprocess.run(
-        [environment.ensure(print).python, "-c", PROGRAM],
+        [environment.ensure().python, "-c", PROGRAM],
         env=env,
         input=json.dumps(asked),
         capture_output=True,

@@ -147,7 +147,7 @@ def own_compilers() -> Callable[[], list[psutil.Process]]:
 @pytest.fixture(scope="module")
 def engine_python() -> str:
     """Interpreter of the engine's environment."""
-    return environment.ensure(print).python
+    return environment.ensure().python
 
 
 class Running:

@@ -24,7 +24,7 @@ IDLE_S = 8
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model served, and a second entry of it that nobody has asked for yet."""
-    environment.ensure(print)
+    environment.ensure()
     directory = tmp_path_factory.mktemp("many")
     models = directory / "models.toml"
     models.write_text(f'[models.second]\npath = "{TINY}"\nweights_gb = 0.004\nmax_model_len = 2048\n')

@@ -224,8 +224,10 @@ def test_up_with_a_directory_that_cannot_be_made_says_which(run: Run, home: Path
     done = run("up", "tiny", **{variable: "/dev/null"})
 
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "/dev/null" in done.stderr
+    *_, error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "/dev/null" in error
+    assert hint.startswith(f"hint: Set {variable} ")
     assert "Traceback" not in done.stderr
 
 

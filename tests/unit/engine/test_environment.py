@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from service.engine import environment
+from service.engine.installer import Finished
 from service.errors import DiskSpaceError, EnvironmentBuildError, ServiceError, UnsupportedPlatformError
 
-Say = Callable[[str], None]
+Logged = Callable[[], list[str]]
+ERROR = ("error: it failed", "  cause: on purpose")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -28,7 +31,7 @@ class Installer:
         self.no_local_torch = False
         self.before: Callable[[], object] = lambda: None
 
-    def __call__(self, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[bytes]:
+    def __call__(self, *arguments: str, **_: object) -> Finished:
         """Run one command of uv."""
         self.before()
         self.calls.append(arguments)
@@ -38,8 +41,10 @@ class Installer:
             python.touch()
         else:
             assert arguments[:2] == ("pip", "install"), f"the fake installer does not know {arguments}"
-        failed = self.fails_at in arguments or (capture_output and self.no_local_torch)
-        return subprocess.CompletedProcess(arguments, int(failed))
+        failed = self.fails_at in arguments or ("--offline" in arguments and self.no_local_torch)
+        return Finished(
+            int(failed), ("Resolved 1 package", "error: it failed", "  cause: on purpose") if failed else ()
+        )
 
     @property
     def locks(self) -> list[str]:
@@ -51,15 +56,16 @@ class Installer:
 def installer(monkeypatch: pytest.MonkeyPatch) -> Installer:
     """Put the fake in uv's place, on a machine without a GPU."""
     fake = Installer()
-    monkeypatch.setattr(environment, "_run_uv", fake)
+    monkeypatch.setattr(environment, "run_uv", fake)
     monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     return fake
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """Return the list that takes what is said."""
-    return []
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """Return a function that returns the messages which were logged."""
+    caplog.set_level(logging.INFO, "service")
+    return lambda: caplog.messages
 
 
 @pytest.fixture
@@ -71,27 +77,28 @@ def pins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return copy
 
 
-def test_env_missing_is_built_once_and_then_reused_silently(installer: Installer, said: list[str]) -> None:
-    """One sentence with version, device and place; the second start says nothing and runs nothing."""
-    built = environment.ensure(said.append)
-    assert len(said) == 1
-    assert f"vLLM {environment.vllm_version('cpu')} for cpu" in said[0]
+def test_env_missing_is_built_once_and_then_reused_silently(installer: Installer, logged: Logged) -> None:
+    """Two lines, of the beginning and the end; the second start logs nothing and runs nothing."""
+    built = environment.ensure()
+    assert len(logged()) == 2
+    assert f"vLLM {environment.vllm_version('cpu')} for cpu" in logged()[0]
+    assert logged()[1].startswith("The engine's environment is built: ")
     assert built.device == "cpu"
     assert Path(built.python).is_file()
 
     calls = len(installer.calls)
-    assert environment.ensure(said.append) == built
-    assert (len(installer.calls), len(said)) == (calls, 1)
+    assert environment.ensure() == built
+    assert (len(installer.calls), len(logged())) == (calls, 2)
 
 
-def test_env_is_in_the_users_cache(installer: Installer, said: list[str], tmp_path: Path) -> None:
+def test_env_is_in_the_users_cache(installer: Installer, tmp_path: Path) -> None:
     """`XDG_CACHE_HOME` moves it; the checkout stays clean."""
-    assert Path(environment.ensure(said.append).python).is_relative_to(tmp_path / "cache" / "vllm-service" / "engines")
+    assert Path(environment.ensure().python).is_relative_to(tmp_path / "cache" / "vllm-service" / "engines")
 
 
-def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Installer, said: list[str]) -> None:
+def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Installer) -> None:
     """Everything by hash, but torch's CPU build, which comes from pip's directories where those have it."""
-    environment.ensure(said.append)
+    environment.ensure()
 
     assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt"]
     locked, torch = installer.calls[1], installer.calls[2]
@@ -99,170 +106,147 @@ def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Inst
     assert "--offline" in torch
 
 
-def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Installer, said: list[str]) -> None:
+def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Installer) -> None:
     """Elsewhere its CPU builds are on PyTorch's own index."""
     installer.no_local_torch = True
-    environment.ensure(said.append)
+    environment.ensure()
 
     assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt", "engine-cpu-torch.txt"]
     assert installer.calls[-1][5:7] == ("--torch-backend", "cpu")
 
 
-def test_env_with_a_gpu_installs_the_cuda_lock_alone(
-    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_with_a_gpu_installs_the_cuda_lock_alone(installer: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lock makes Modal's image."""
     monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
 
-    assert environment.ensure(said.append).device == "cuda"
+    assert environment.ensure().device == "cuda"
     assert installer.locks == ["engine-cuda.lock"]
 
 
 @pytest.mark.parametrize("changed", ["engine-cpu.lock", "engine-cpu-torch.txt"])
-def test_env_of_changed_pins_is_another(installer: Installer, said: list[str], pins: Path, changed: str) -> None:
+def test_env_of_changed_pins_is_another(installer: Installer, logged: Logged, pins: Path, changed: str) -> None:
     """A new lock never reuses an old environment."""
-    first = environment.ensure(said.append)
+    first = environment.ensure()
     (pins / changed).write_text((pins / changed).read_text() + "\n# changed\n")
 
-    assert environment.ensure(said.append) != first
-    assert len(said) == 2
+    assert environment.ensure() != first
+    assert len([message for message in logged() if message.startswith("Building")]) == 2
 
 
-def test_env_of_other_pins_is_the_same(installer: Installer, said: list[str], pins: Path) -> None:
+def test_env_of_other_pins_is_the_same(installer: Installer, pins: Path) -> None:
     """The light environment's lock and the other device's have no part in it."""
-    first = environment.ensure(said.append)
+    first = environment.ensure()
     for other in ("light.lock", "engine-cuda.lock"):
         (pins / other).write_text("# changed\n")
 
-    assert environment.ensure(said.append) == first
+    assert environment.ensure() == first
 
 
-def test_env_of_another_python_is_another(
-    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_of_another_python_is_another(installer: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled wheels fit one version."""
-    first = environment.ensure(said.append)
+    first = environment.ensure()
     monkeypatch.setattr(sys, "base_prefix", "/another/python")
 
-    assert environment.ensure(said.append) != first
+    assert environment.ensure() != first
 
 
 @pytest.mark.parametrize("step", ["venv", "--require-hashes", "--torch-backend"])
 def test_env_whose_installer_fails_is_an_error_and_no_environment(
-    installer: Installer, said: list[str], step: str
+    installer: Installer, logged: Logged, step: str
 ) -> None:
-    """The sentence says which step and what to do; the next start begins anew and succeeds."""
+    """Uv's error is logged, ours says which step failed and what to do; the next start begins anew and succeeds."""
     installer.fails_at, installer.no_local_torch = step, True
     with pytest.raises(EnvironmentBuildError, match=r"uv .* failed with code 1 .* run the same command again"):
-        environment.ensure(said.append)
+        environment.ensure()
+    assert logged()[1:] == ["\n".join(ERROR)]
 
     installer.fails_at = None
-    assert Path(environment.ensure(said.append).python).is_file()
-    assert len(said) == 2
+    assert Path(environment.ensure().python).is_file()
+    assert len([message for message in logged() if message.startswith("Building")]) == 2
 
 
-def test_env_that_was_cut_short_is_built_anew(installer: Installer, said: list[str]) -> None:
+def test_env_that_was_cut_short_is_built_anew(installer: Installer) -> None:
     """Without its mark a directory is rubbish."""
-    python = Path(environment.ensure(said.append).python)
+    python = Path(environment.ensure().python)
     root = python.parents[1]
     (root / ".complete").unlink()
     (root / "rubbish").touch()
-    environment.ensure(said.append)
+    environment.ensure()
 
     assert not (root / "rubbish").exists()
     assert (root / ".complete").exists()
 
 
-def test_env_wanted_by_two_is_built_by_one_while_the_other_waits(installer: Installer) -> None:
-    """The second says that it waits, and finds it done."""
-    said: dict[str, list[str]] = {"first": [], "second": []}
-    begun, waits = threading.Event(), threading.Event()
+def test_env_wanted_by_two_is_built_by_one_while_the_other_waits(installer: Installer, logged: Logged) -> None:
+    """The second logs one line, waits, and reuses the result."""
+    building = threading.Event()
     found: list[environment.EngineEnv] = []
+    waits = "Another process is building the engine's environment; waiting for it."
 
     def build_slowly() -> None:
-        begun.set()
-        assert waits.wait(10)
-
-    def second_says(text: str) -> None:
-        said["second"].append(text)
-        waits.set()
+        building.set()
+        deadline = time.monotonic() + 10
+        while waits not in logged():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     installer.before = build_slowly
-    first = threading.Thread(target=lambda: found.append(environment.ensure(said["first"].append)))
+    first = threading.Thread(target=lambda: found.append(environment.ensure()))
     first.start()
-    assert begun.wait(10)
-    second = threading.Thread(target=lambda: found.append(environment.ensure(second_says)))
+    assert building.wait(10)
+    second = threading.Thread(target=lambda: found.append(environment.ensure()))
     second.start()
     first.join(10)
     second.join(10)
 
     assert found[0] == found[1]
     assert len([call for call in installer.calls if call[0] == "venv"]) == 1
-    assert said["second"] == ["Another process is building the engine's environment; waiting for it."]
+    assert [message.split(" ", 1)[0] for message in logged()] == ["Building", "Another", "The"]
+
+
+def test_env_build_that_was_interrupted_is_started_again(installer: Installer) -> None:
+    """Ctrl-C while the installer runs frees the lock; the next start builds from the beginning."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    installer.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        environment.ensure()
+
+    installer.before = lambda: None
+    assert Path(environment.ensure().python).is_file()
 
 
 def test_env_without_room_is_refused_before_anything_is_made(
-    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+    installer: Installer, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What, how much, where, and where else: nothing was run."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 10**9))
     with pytest.raises(DiskSpaceError, match=r"engine's environment needs 3\.5 GB and .* has 1\.0 GB.*XDG_CACHE_HOME"):
-        environment.ensure(said.append)
+        environment.ensure()
 
     assert installer.calls == []
-    assert said == []
+    assert logged() == []
 
 
 def test_env_with_a_cache_that_cannot_be_written_is_refused_in_words(
-    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
+    installer: Installer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A home directory that is read-only, or no directory at all."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
 
     with pytest.raises(ServiceError, match=r"/dev/null.*XDG_CACHE_HOME"):
-        environment.ensure(said.append)
+        environment.ensure()
 
 
-def test_env_on_an_unsupported_platform_is_refused_first(
-    installer: Installer, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_on_an_unsupported_platform_is_refused_first(installer: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to build."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UnsupportedPlatformError):
-        environment.ensure(said.append)
+        environment.ensure()
 
     assert installer.calls == []
-
-
-def test_installer_failing_for_real_is_reported_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own words go to the terminal; ours say what it was for."""
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-
-    with pytest.raises(EnvironmentBuildError, match="uv venv --quiet failed with code 1"):
-        environment._uv("venv", "--quiet")
-
-
-@pytest.mark.parametrize(
-    ("environ", "handed_on"),
-    [({"UV_FIND_LINKS": "/mine", "PIP_FIND_LINKS": "/x"}, "/mine"), ({"PIP_FIND_LINKS": "/a /b"}, "/a,/b")],
-)
-def test_installer_is_told_where_pip_looks(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], handed_on: str
-) -> None:
-    """Uv reads no pip configuration; its own variable goes before."""
-    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
-    for name, text in environ.items():
-        monkeypatch.setenv(name, text)
-    seen: list[dict[str, str]] = []
-
-    def run(_: list[str], env: dict[str, str], **__: object) -> subprocess.CompletedProcess[bytes]:
-        seen.append(env)
-        return subprocess.CompletedProcess([], 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    environment._run_uv("venv")
-
-    assert seen[0]["UV_FIND_LINKS"] == handed_on
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

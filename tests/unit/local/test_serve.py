@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,13 +14,14 @@ import psutil
 import pytest
 
 from service.engine import environment
+from service.engine.installer import InstallProgress
 from service.errors import (
     EngineError,
     GpuCountError,
     MemoryTooSmallError,
-    OpenDoorError,
     PortInUseError,
     ServiceError,
+    UnauthenticatedBindError,
     UnknownModelError,
     UsageError,
 )
@@ -31,20 +33,22 @@ from service.weights import download_process, store
 REGISTRY = Registry.load()
 
 
-class Screen:
-    """Takes what would be shown."""
+class Reporter:
+    """Keeps the phases that would be shown."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
         self.phases: list[str] = []
-        self.lines: list[str] = []
-        self.say, self.phase, self.engine_line = self.said.append, self.phases.append, self.lines.append
+        self.phase = self.phases.append
+
+    def installing(self, progress: InstallProgress) -> None:
+        """Fail: nothing is installed in these tests."""
+        pytest.fail(f"{progress} was reported")
 
 
 @pytest.fixture
-def screen() -> Screen:
-    """Return a screen that keeps everything."""
-    return Screen()
+def reporter() -> Reporter:
+    """Return a reporter that keeps everything."""
+    return Reporter()
 
 
 @pytest.fixture
@@ -80,15 +84,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False
     [(True, False, "qwen3-0.6b", 0), (False, True, "qwen3-0.6b", 0), (False, False, "tiny", 1)],
 )
 def test_model_unnamed_is_the_default_or_else_the_tiny_one(
-    monkeypatch: pytest.MonkeyPatch, in_reach: bool, cached: bool, key: str, lines: int
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    in_reach: bool,
+    cached: bool,
+    key: str,
+    lines: int,
 ) -> None:
-    """With a hub or a full cache the default; without either the built-in one, which is said in one line."""
+    """With a hub or a full cache the default; without either the built-in one, which one line says."""
+    caplog.set_level(logging.INFO, "service")
     hub(monkeypatch, in_reach=in_reach, cached=cached)
-    said: list[str] = []
 
-    assert planner.choose_model(None, REGISTRY, said.append).key == key
-    assert len(said) == lines
-    assert all("No model hub is in reach" in line and "'tiny'" in line for line in said)
+    assert planner.resolve_model(None, REGISTRY).key == key
+    assert len(caplog.messages) == lines
+    assert all("No model hub is in reach" in line and "'tiny'" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -100,76 +110,76 @@ def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.Mon
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
     monkeypatch.setattr(download_process, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
 
-    assert planner.choose_model(name, REGISTRY, lambda _: None).key == key
+    assert planner.resolve_model(name, REGISTRY).key == key
 
 
 def test_model_named_by_a_directory_is_that_directory(tmp_path: Path) -> None:
     """A model of one's own, wherever it lies."""
     (tmp_path / "config.json").write_text("{}")
 
-    assert planner.choose_model(str(tmp_path), REGISTRY, lambda _: None).directory == tmp_path
+    assert planner.resolve_model(str(tmp_path), REGISTRY).directory == tmp_path
 
 
 def test_model_unknown_is_refused_with_the_nearest() -> None:
     """A mistyped key is not taken for a hub id."""
     with pytest.raises(UnknownModelError, match="Did you mean 'qwen3-8b'"):
-        planner.choose_model("qwen3-8", REGISTRY, lambda _: None)
+        planner.resolve_model("qwen3-8", REGISTRY)
 
 
-def refuse(kind: type[ServiceError], screen: Screen, match: str, **options: object) -> None:
+def refuse(kind: type[ServiceError], reporter: Reporter, match: str, **options: object) -> None:
     """Serve, and insist that it is refused so."""
     arguments = {"model": "tiny", "settings": Settings(), "host": "127.0.0.1", "environ": {}} | options
     with pytest.raises(kind, match=match):
-        serve.serve(**arguments, screen=screen, on_ready=lambda _: pytest.fail("it was served"))  # type: ignore[arg-type]
-    assert screen.phases == []
+        serve.serve(**arguments, reporter=reporter, on_ready=lambda _: pytest.fail("it was served"))  # type: ignore[arg-type]
+    assert reporter.phases == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", "", "127.0.0.1.example.org"])
-def test_door_without_keys_opens_on_loopback_only(screen: Screen, built: list[str], host: str) -> None:
+def test_serve_without_keys_is_refused_beyond_loopback(reporter: Reporter, built: list[str], host: str) -> None:
     """The sentence names the address and how to set a key; exit code 2."""
-    refuse(OpenDoorError, screen, f"'{host}' is reachable from elsewhere.*API_KEY=", host=host)
+    refuse(UnauthenticatedBindError, reporter, f"'{host}' is reachable from elsewhere.*API_KEY=", host=host)
     assert built == []
-    assert OpenDoorError.exit_code == 2
+    assert UnauthenticatedBindError.exit_code == 2
 
 
-def test_door_with_broken_keys_stays_shut(screen: Screen, built: list[str]) -> None:
+def test_serve_with_broken_keys_is_refused(reporter: Reporter, built: list[str]) -> None:
     """A key that cannot be read is not the same as none."""
-    refuse(UsageError, screen, "pair 1 is not name=key", environ={"API_KEYS": "t0psecret"})
+    refuse(UsageError, reporter, "pair 1 is not name=key", environ={"API_KEYS": "t0psecret"})
     assert built == []
 
 
-def test_door_on_a_taken_port_is_refused_before_the_engine(screen: Screen, built: list[str], port: int) -> None:
+def test_serve_on_a_taken_port_is_refused_before_the_engine(reporter: Reporter, built: list[str], port: int) -> None:
     """Named at once, not after the engine was loaded."""
     with socket.create_server(("127.0.0.1", port)):
-        refuse(PortInUseError, screen, f"Port {port}", settings=Settings(port=port))
+        refuse(PortInUseError, reporter, f"Port {port}", settings=Settings(port=port))
     assert built == []
 
 
 def test_more_gpus_than_visible_are_refused_before_anything_is_built(
-    screen: Screen, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int
+    reporter: Reporter, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     """Two gigabytes for nothing is half of a thing done."""
     monkeypatch.setenv("PATH", "/nowhere")
 
-    refuse(GpuCountError, screen, "n_gpu=2 GPUs and 0 are visible", settings=Settings(n_gpu=2, port=port))
+    refuse(GpuCountError, reporter, "n_gpu=2 GPUs and 0 are visible", settings=Settings(n_gpu=2, port=port))
     assert built == []
 
 
 def test_weights_over_the_memory_are_refused_before_anything_is_built(
-    screen: Screen, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int, tmp_path: Path
+    reporter: Reporter, built: list[str], monkeypatch: pytest.MonkeyPatch, port: int, tmp_path: Path
 ) -> None:
     """On a CPU the weights are in memory."""
     monkeypatch.setenv("PATH", "/nowhere")
     file = tmp_path / "mine.toml"
     file.write_text("[models.huge]\nhub_id = 'org/huge'\nweights_gb = 1_000_000\n")
 
-    refuse(MemoryTooSmallError, screen, "'huge'", model="huge", settings=Settings(port=port, models_file=str(file)))
+    refuse(MemoryTooSmallError, reporter, "'huge'", model="huge", settings=Settings(port=port, models_file=str(file)))
     assert built == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_until_a_signal_drains_and_returns(
-    screen: Screen, engine: None, port: int, number: signal.Signals
+    reporter: Reporter, engine: None, port: int, number: signal.Signals
 ) -> None:
     """Ready, then the signal: everything is gone, nothing is raised, and the handlers are what they were."""
     before = signal.getsignal(number)
@@ -179,29 +189,29 @@ def test_serve_until_a_signal_drains_and_returns(
         ready.append(what)
         os.kill(os.getpid(), number)
 
-    serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+    serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, on_ready, environ={})
 
     assert ready[0].base_url == f"http://127.0.0.1:{port}/v1"
     assert (ready[0].spec.key, ready[0].asks_for_key) == ("tiny", False)
-    assert screen.phases[-1] == "draining"
+    assert reporter.phases[-1] == "draining"
     assert signal.getsignal(number) is before
 
 
-def test_serve_interrupted_before_ready_raises_and_leaves_nothing(screen: Screen, engine: None, port: int) -> None:
+def test_serve_interrupted_before_ready_raises_and_leaves_nothing(reporter: Reporter, engine: None, port: int) -> None:
     """Ctrl-C during the boot, of an engine that hangs there, is an interrupt to the caller."""
 
     def phase(name: str) -> None:
-        screen.phases.append(name)
+        reporter.phases.append(name)
         if name == "started":
             os.kill(os.getpid(), signal.SIGINT)
 
-    screen.phase = phase  # type: ignore[method-assign, assignment]
+    reporter.phase = phase  # type: ignore[method-assign, assignment]
     hanging = {"FAKE_ENGINE": '{"hang_at": "imported"}'}  # ready before the signal is taken would be a drain
     with pytest.raises(KeyboardInterrupt):
-        serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, lambda _: None, environ=hanging)
+        serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, lambda _: None, environ=hanging)
 
 
-def test_serve_whose_engine_dies_raises_the_reason(screen: Screen, engine: None, port: int) -> None:
+def test_serve_whose_engine_dies_raises_the_reason(reporter: Reporter, engine: None, port: int) -> None:
     """`kill -9` of the engine ends the service with its sentence."""
 
     def on_ready(_: serve.Ready) -> None:
@@ -209,12 +219,15 @@ def test_serve_whose_engine_dies_raises_the_reason(screen: Screen, engine: None,
         threading.Timer(0.05, leader.kill).start()
 
     with pytest.raises(EngineError, match="killed by SIGKILL"):
-        serve.serve("tiny", Settings(port=port), "127.0.0.1", screen, on_ready, environ={})
+        serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, on_ready, environ={})
 
 
-def test_serve_with_keys_hands_on_their_digests_only(screen: Screen, engine: None, port: int) -> None:
-    """The engine's environment, arguments and log never hold the key."""
-    seen: Callable[[], str] = lambda: "\n".join(screen.lines)  # noqa: E731
+def test_serve_with_keys_hands_on_their_digests_only(
+    reporter: Reporter, engine: None, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine's environment, arguments and output never hold the key."""
+    caplog.set_level(logging.INFO, "service")
+    seen: Callable[[], str] = lambda: "\n".join(caplog.messages)  # noqa: E731
 
     def on_ready(what: serve.Ready) -> None:
         assert what.asks_for_key
@@ -223,7 +236,7 @@ def test_serve_with_keys_hands_on_their_digests_only(screen: Screen, engine: Non
         os.kill(os.getpid(), signal.SIGINT)
 
     environ = dict(os.environ) | {"API_KEY": "t0psecret", "HF_TOKEN": "hf_t0psecret"}
-    serve.serve("tiny", Settings(port=port), "0.0.0.0", screen, on_ready, environ=environ)
+    serve.serve("tiny", Settings(port=port), "0.0.0.0", reporter, on_ready, environ=environ)
 
     assert '"digests": ["' in seen()
 
