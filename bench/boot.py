@@ -65,8 +65,7 @@ class Bench:
         self._take("plain vLLM, 5 s poll", Timed(lambda port: plain_vllm(self._plan.python, port), poll_s=5).boot())
         self._take("off, command", Timed(service, look=self._weigh).boot())
         self._take("off", self._replica(snapshot="off"))
-        self._take("cpu, all imported", self._replica(snapshot="cpu", neutral_imports=False))
-        self._take("cpu, neutral imports", self._replica(snapshot="cpu"))
+        self._take("cpu", self._replica(snapshot="cpu"))
         self._take("gpu", self._replica(snapshot="gpu"))
         self._take("gpu, wrong canary", self._replica(break_memory, snapshot="gpu"))
         hang = {"snapshot": "gpu", "wake_timeout_s": WAKE_TIMEOUT_S}
@@ -84,8 +83,7 @@ class Bench:
             report.add(f"{name} / plain vLLM, median ratio", statistics.median(ratios), target)
 
         ratio("off, command", 0.70)
-        ratio("cpu, all imported", 0.15)
-        ratio("cpu, neutral imports", 0.30)
+        ratio("cpu", 0.30)
         ratio("gpu", 0.05)
         for name, timeout_s in (("gpu, wrong canary", 0.0), ("gpu, hanging wake", WAKE_TIMEOUT_S)):
             ratios = [(time - timeout_s) / cold for time, cold in zip(self.times[name], off, strict=True)]
@@ -117,7 +115,7 @@ class Bench:
             return time.monotonic() - began
 
     def _watching(self) -> float:
-        """Return the share of a core that watching an idle engine takes: supervisor, pulse and probes.
+        """Return the share of a core that watching an idle engine takes: supervisor, heartbeat and probes.
 
         That is what supervisor and engine take above what plain vLLM takes, both without the threads of gloo, which
         turn by themselves, in another number in each.

@@ -48,7 +48,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model=arguments.model, load_format="dummy", enforce_eager=arguments.eager, max_model_len=2048, **options
         )
     )
-    first = await canary.sing(engine, with_logprobs=True)
+    first = await canary.generate_canary(engine, with_logprobs=True)
     built = time.monotonic()
     facts: dict[str, Any] = {
         "vllm": vllm.__version__,
@@ -62,7 +62,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     wakes: list[float] = []
     different: list[str] = []
     for _ in range(arguments.cycles):
-        before = await canary.sing(engine, with_logprobs=True)
+        before = await canary.generate_canary(engine, with_logprobs=True)
         began = time.monotonic()
         await engine.sleep(level=1)
         asleep = time.monotonic()
@@ -72,8 +72,8 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         await engine.reset_prefix_cache()
         wakes.append(time.monotonic() - woken)
         sleeps.append(asleep - began)
-        different += filter(None, [canary.difference(before, await canary.sing(engine, with_logprobs=True))])
-    last = canary.difference(first, await canary.sing(engine, with_logprobs=True))
+        different += filter(None, [canary.compare(before, await canary.generate_canary(engine, with_logprobs=True))])
+    last = canary.compare(first, await canary.generate_canary(engine, with_logprobs=True))
     engine_after = await _tokens_per_s(engine)
     engine.shutdown()
     return facts | {

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from service.errors import ServiceError
+from service.in_engine.vllm_service.events import Event
 
 if TYPE_CHECKING:
     from service.engine.installer import InstallProgress
@@ -25,15 +26,6 @@ TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads 
 _LOGGER = "service"
 _OUTPUT_LOGGER = "service.engine.output"
 _LINE_EVERY_S = 10.0
-_PHASES = {
-    "weights": "Looking for the weights",
-    "spawned": "Starting the engine",
-    "started": "Importing vLLM",
-    "imported": "Loading the model",
-    "loaded": "Generating the first tokens",
-    "canary": "Opening the port",
-    "draining": "Stopping: streams in flight may finish (Ctrl-C again ends them)",
-}
 
 
 def results_console() -> Console:
@@ -123,20 +115,19 @@ class Terminal:
         if self._log:
             self._log.close()
 
-    def phase(self, name: str) -> None:
-        """Show what is being waited for; a phase without a text for people is not shown.
+    def phase(self, event: Event) -> None:
+        """Show what is being waited for; an event without a label is not shown.
 
         Raises:
             ServiceError: The engine's output cannot be kept.
         """
         self._open_log()
         self._clear()
-        text = _PHASES.get(name)
-        if text and self._status:
-            self._status.update(f"{text} …")
+        if event.label and self._status:
+            self._status.update(f"{event.label} …")
             self._status.start()
-        elif text:
-            self._say(text)
+        elif event.label:
+            self._say(event.label)
 
     def installing(self, progress: InstallProgress) -> None:
         """Show how far the installation of the engine's environment is."""

@@ -1,4 +1,4 @@
-"""The engine's output: passed on line by line, the end of it kept, and read once more when the engine has died.
+"""The engine's output: passed on line by line, the end of it kept, and searched for the root cause when it has died.
 
 The last line of a dead vLLM says that something failed "above"; the first exception says what.
 """
@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from service.errors import EngineError
 
 KEPT_LINES = 4000
 
@@ -27,13 +29,13 @@ _NOT_THE_ROOT = re.compile(
     r"Engine core initialization failed|See root cause above|See stack trace \(above\)"
     r"|KeyboardInterrupt|SystemExit|CancelledError"
 )
-_WORDS_BELOW = re.compile(r"\d+ validation errors? for \w+$")  # pydantic says what is wrong on the lines that follow
+_DETAIL_BELOW = re.compile(r"\d+ validation errors? for \w+$")  # pydantic says what is wrong on the next lines
 _INNERMOST = 12  # lines of a traceback just above its exception
 
-_LONG_LOG = "The whole log tells more."
+_SEE_LOG = "Look at the whole log of the engine."
 _DAMAGED = "The weights are damaged: delete the model's cache directory and start again."
 _EXTRA_ARGS = "Correct the entry's extra_args; `vllm serve --help` has them all."
-_ADVICE = (
+_HINTS = (
     (r"out of memory", "Choose a GPU with more memory, lower max_model_len, or spread it with SERVICE_N_GPU."),
     (
         r"KV cache is needed|KV cache memory|No available memory for the cache",
@@ -46,10 +48,10 @@ _ADVICE = (
     (r"unrecognized arguments|error: argument", _EXTRA_ARGS),
     (r"safetensors|deserializ|incomplete metadata|HeaderTooLarge", _DAMAGED),
     (r"No space left", "Free disk space."),
-    (r"engine core exited", "Something killed it; the kernel does when memory runs out (dmesg tells)."),
+    (r"engine core exited", "Another process killed it; the kernel does so when memory runs out (see dmesg)."),
 )
-# Where an exception came from tells what to do when its own words do not: "OverflowError: cannot fit 'int'".
-_ADVICE_BY_ORIGIN = (
+# Where an exception came from tells what to do when its own text does not: "OverflowError: cannot fit 'int'".
+_HINTS_BY_ORIGIN = (
     (r"safetensors", _DAMAGED),
     (r"tokenizer", "The tokenizer is missing or damaged: a model's directory has tokenizer.json beside config.json."),
 )
@@ -64,7 +66,7 @@ class EngineLog:
 
     def __init__(self, on_line: Callable[[str], None] | None = None) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._newer = 0  # lines since the boot was finished, or since the start
+        self._newer = 0  # lines since the engine was ready, or since the start
         self._on_line = on_line
         self._closed = threading.Event()
 
@@ -75,7 +77,7 @@ class EngineLog:
 
     @property
     def last_line(self) -> str:
-        """The newest line that holds anything."""
+        """The newest line that is not blank."""
         return next((line for line in reversed(self.lines) if line.strip()), "")
 
     def add(self, line: str) -> None:
@@ -83,11 +85,11 @@ class EngineLog:
         self._lines.append(line)
         self._newer += 1
         if self._on_line:
-            with contextlib.suppress(Exception):  # the engine goes on, whatever whoever reads along does
+            with contextlib.suppress(Exception):  # an observer that raises must not stop the engine
                 self._on_line(line)
 
-    def begin_anew(self) -> None:
-        """Look no further back than here for the cause of a death: what a finished boot complained of is none."""
+    def mark_ready(self) -> None:
+        """Search no lines before this for the cause of a death: what a finished boot complained of is none."""
         self._newer = 0
 
     def close(self) -> None:
@@ -98,46 +100,41 @@ class EngineLog:
         """Wait until the output has ended."""
         self._closed.wait(timeout_s)
 
-    def post_mortem(self, code: int, lived_s: float, ready_after_s: float | None) -> str:
-        """Return the sentence that tells why the engine died: exit code, when, root line, next step."""
+    def describe_exit(self, code: int, lived_s: float, ready_after_s: float | None) -> EngineError:
+        """Return why the engine died: exit code, when, root cause, next step."""
         if ready_after_s is None:
             when = f"after {lived_s:.1f} s, before it was ready"
         else:
             when = f"{lived_s - ready_after_s:.1f} s after it was ready"
         lines = self.lines
-        if cause := _first_cause(lines[max(0, len(lines) - self._newer) :]):
-            return f"The engine exited with code {code} {when}. Cause: '{cause.text}'. {cause.advice}"
+        if cause := _root_cause(lines[max(0, len(lines) - self._newer) :]):
+            return EngineError(f"The engine exited with code {code} {when}. Cause: '{cause.text}'.", hint=cause.hint)
         if code < 0:
-            oom = "The kernel does that when memory runs out (dmesg tells)."
-            hint = oom if -code == signal.SIGKILL else _LONG_LOG
-            return f"The engine was killed by {signal.Signals(-code).name} {when}. {hint}"
-        return f"The engine exited with code {code} {when}. Last line: '{self.last_line}'. {_LONG_LOG}"
-
-
-def root_line(lines: list[str]) -> str | None:
-    """Return the line that names the first cause in an engine's log; None when there is none.
-
-    That is the exception which ends the first traceback: vLLM's processes then each report that another has failed.
-    """
-    cause = _first_cause(lines)
-    return cause.text if cause else None
+            oom = "The kernel does that when memory runs out (see dmesg)."
+            hint = oom if -code == signal.SIGKILL else _SEE_LOG
+            return EngineError(f"The engine was killed by {signal.Signals(-code).name} {when}.", hint=hint)
+        return EngineError(f"The engine exited with code {code} {when}. Last line: '{self.last_line}'.", hint=_SEE_LOG)
 
 
 @dataclass(frozen=True)
 class _Cause:
-    """An error's own words, and the lines of its traceback just above them."""
+    """The text of an error, and the lines of its traceback just above it."""
 
     text: str
     origin: str = ""
 
     @property
-    def advice(self) -> str:
-        by_words = (advice for pattern, advice in _ADVICE if re.search(pattern, self.text, re.I))
-        by_origin = (advice for pattern, advice in _ADVICE_BY_ORIGIN if re.search(pattern, self.origin, re.I))
-        return next(by_words, None) or next(by_origin, None) or _LONG_LOG
+    def hint(self) -> str:
+        by_text = (hint for pattern, hint in _HINTS if re.search(pattern, self.text, re.I))
+        by_origin = (hint for pattern, hint in _HINTS_BY_ORIGIN if re.search(pattern, self.origin, re.I))
+        return next(by_text, None) or next(by_origin, None) or _SEE_LOG
 
 
-def _first_cause(lines: list[str]) -> _Cause | None:
+def _root_cause(lines: list[str]) -> _Cause | None:
+    """Return the first cause in an engine's log; None when there is none.
+
+    That is the exception which ends the first traceback: vLLM's processes then each report that another has failed.
+    """
     traceback: list[str] | None = None
     for number, line in enumerate(lines):
         text = _bare(line)
@@ -147,8 +144,8 @@ def _first_cause(lines: list[str]) -> _Cause | None:
             traceback = []
         elif traceback is not None and _EXCEPTION.match(text) and not _NOT_THE_ROOT.search(text):
             detail = _bare(lines[number + 1]).partition(" [type=")[0].strip() if number + 1 < len(lines) else ""
-            words = f"{text.strip()}: {detail}" if _WORDS_BELOW.search(text) else text.strip()
-            return _Cause(words, "\n".join(traceback[-_INNERMOST:]))
+            whole = f"{text.strip()}: {detail}" if _DETAIL_BELOW.search(text) else text.strip()
+            return _Cause(whole, "\n".join(traceback[-_INNERMOST:]))
         elif traceback is not None:
             traceback.append(text)
     return None

@@ -1,16 +1,16 @@
 """The engine process and its supervisor: the parent owns the process group, watches it, and never orphans it.
 
-| state    | entered when                                        | `wait_for` beyond it                  |
-|----------|-----------------------------------------------------|---------------------------------------|
-| SPAWNED  | the process was started                             | waits                                 |
-| IMPORTED | heavy imports are done; held here under `imported`  | waits for `release`                   |
-| ASLEEP   | built, canary recorded, asleep; held under `asleep` | waits for `release`                   |
-| READY    | the canary answered and the port accepts requests   | returns                               |
-| STOPPED  | `stop` was called and the group is gone             | raises EngineError                    |
-| FAILED   | it died, was killed, or hung, without being asked   | raises EngineError with the root line |
+| state    | entered when                                        | `wait_for` beyond it                   |
+|----------|-----------------------------------------------------|----------------------------------------|
+| SPAWNED  | the process was started                             | waits                                  |
+| IMPORTED | heavy imports are done; held here under `imported`  | waits for `release`                    |
+| ASLEEP   | built, canary recorded, asleep; held under `asleep` | waits for `release`                    |
+| READY    | the canary was generated and the port answers       | returns                                |
+| STOPPED  | `stop` was called and the group is gone             | raises EngineError                     |
+| FAILED   | it died, was killed, or hung, without being asked   | raises EngineError with the root cause |
 
-Only `_set` changes the state, and an end is final. A READY engine has a pulse (see `in_engine/.../pulse.py`); one
-without is killed. Nothing here imports vllm.
+Only `_set` changes the state, and an end is final. A READY engine emits a heartbeat (see `in_engine/.../heartbeat.py`);
+one without is killed. Nothing here imports vllm.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from service.engine.health import answers_healthy
 from service.engine.log import EngineLog
 from service.engine.process_group import kill_group
 from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
-from service.engine.spawn import Program, spawn
+from service.engine.spawn import SpawnedEngine, spawn
 from service.errors import EngineError, EngineTimeoutError
+from service.in_engine.vllm_service.events import Event
 
 Hold = Literal["", "imported", "asleep"]
 POLL_S = 0.01
-HANG_S = 180.0  # without a pulse; longer than the compilation of a kernel in the middle of serving
+HANG_S = 180.0  # without a heartbeat; longer than the compilation of a kernel in the middle of serving
 
 
 class State(enum.Enum):
-    """Where the engine is in its life, in order; the last two are ends."""
+    """How far the engine has come, in order; the last two are ends."""
 
     SPAWNED = 0
     IMPORTED = 1
@@ -51,20 +52,21 @@ class State(enum.Enum):
 
 
 _ENDS = (State.STOPPED, State.FAILED)
+_ENTERED_WITH = {Event.IMPORTED: State.IMPORTED, Event.ASLEEP: State.ASLEEP}
 
 
 class EngineProcess:
     """One engine: spawn, hold, release, watch, stop.
 
     Args:
-        command: From `engine_args.engine_command`.
+        command: From `args.engine_command`.
         python: Interpreter of the environment that has vLLM.
         hold: Where it stops until `release`.
         neutral_imports: Import only what asks for no GPU before the hold (a snapshot is taken where none is visible).
-        hang_s: How long a READY engine may be without a pulse before it is killed.
+        hang_s: How long a READY engine may emit no heartbeat before it is killed.
         shutdown: How long each step of its end may take.
         on_line: Called with every line of the engine's output, from a thread.
-        on_event: Called with the name and fields of every event of the boot, from a thread.
+        on_event: Called with every event of the boot and its fields, from a thread.
         on_death: Called once, from a thread, when the engine ends without having been asked to.
     """
 
@@ -78,7 +80,7 @@ class EngineProcess:
         hang_s: float = HANG_S,
         shutdown: ShutdownBudget = MODAL_SHUTDOWN,
         on_line: Callable[[str], None] | None = None,
-        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        on_event: Callable[[Event, dict[str, Any]], None] | None = None,
         on_death: Callable[[EngineError], None] | None = None,
     ) -> None:
         self.command = command
@@ -87,16 +89,16 @@ class EngineProcess:
         self._shutdown, self._on_event, self._on_death = shutdown, on_event, on_death
         self._changed = threading.Condition()
         self._state = State.SPAWNED
-        self._program: Program | None = None
+        self._spawned: SpawnedEngine | None = None
         self._stopping = self._drained = False
-        self._heard_at: float | None = None
+        self._heartbeat_at: float | None = None
         self._spawned_at = 0.0
         self._ready_after_s: float | None = None
         self._failure: EngineError | None = None
 
     @property
     def state(self) -> State:
-        """Where the engine is."""
+        """How far the engine has come."""
         return self._state
 
     @property
@@ -105,9 +107,9 @@ class EngineProcess:
         return self._running.process.pid
 
     @property
-    def _running(self) -> Program:
-        assert self._program is not None, "spawn() comes first"  # noqa: S101 - a programming error, not an input
-        return self._program
+    def _running(self) -> SpawnedEngine:
+        assert self._spawned is not None, "spawn() comes first"  # noqa: S101 - a programming error, not an input
+        return self._spawned
 
     def spawn(self) -> None:
         """Start the process in a session and group of its own. Returns at once.
@@ -118,28 +120,28 @@ class EngineProcess:
         self._spawned_at = time.monotonic()
         variables = {"ENGINE_HOLD": self._hold, "ENGINE_IMPORTS": "neutral" if self._neutral else "all"}
         variables["ENGINE_HANG_S"] = str(self._hang_s)
-        self._program = spawn(self.command, self._python, variables)
+        self._spawned = spawn(self.command, self._python, variables)
         threading.Thread(target=self._read_log, name="engine-log", daemon=True).start()
         events = threading.Thread(target=self._read_events, name="engine-events", daemon=True)
         events.start()
         threading.Thread(target=self._reap, args=(events,), name="engine-reaper", daemon=True).start()
 
     def release(self, digests: Iterable[str] = ()) -> None:
-        """End the hold, and tell the engine the SHA-256 digests of the keys it accepts (none: it asks for no key)."""
-        self._say("release", digests=list(digests))
+        """End the hold, and send the SHA-256 digests of the keys that the engine accepts; none: it asks for no key."""
+        self._send("release", digests=list(digests))
 
-    def _say(self, word: str, **fields: Any) -> None:
-        line = json.dumps({"word": word, **fields}) + "\n"
+    def _send(self, command: str, **fields: Any) -> None:
+        line = json.dumps({"command": command, **fields}) + "\n"
         with self._changed:
             if self._state not in _ENDS:
                 with contextlib.suppress(BrokenPipeError):  # it is dying: `wait_for` says why
-                    os.write(self._running.words_fd, line.encode())
+                    os.write(self._running.commands_fd, line.encode())
 
     def wait_for(self, state: State, timeout_s: float) -> None:
         """Block until the engine has reached `state`.
 
         Raises:
-            EngineError: It ended before; the sentence has the exit code and the root error line of its log.
+            EngineError: It ended before; the message has the exit code and the root cause from its log.
             EngineTimeoutError: It lives, but did not get there in `timeout_s` seconds.
         """
         with self._changed:
@@ -147,11 +149,15 @@ class EngineProcess:
             if self._failure:
                 raise self._failure
             if self._state in _ENDS:
-                raise EngineError("The engine was stopped while somebody waited for it.")
+                raise EngineError(
+                    f"The engine was stopped before it was {state.name}: the service was asked to end meanwhile.",
+                    hint="Start it again.",
+                )
             if self._state.value < state.value:
                 raise EngineTimeoutError(
                     f"The engine was not {state.name} after {timeout_s:.0f} s, it got to {self._state.name}. "
-                    f"Last line: '{self.log.last_line}'. Raise SERVICE_STARTUP_TIMEOUT_S or look at the log above."
+                    f"Last line: '{self.log.last_line}'.",
+                    hint="Raise SERVICE_STARTUP_TIMEOUT_S or look at the log above.",
                 )
 
     def wait_ended(self, timeout_s: float | None = None) -> bool:
@@ -160,22 +166,22 @@ class EngineProcess:
             return self._changed.wait_for(lambda: self._state in _ENDS, timeout_s)
 
     def stop(self, grace_s: float) -> None:
-        """End the engine: drain, terminate, kill the whole group. Idempotent; over a few seconds after the grace.
+        """End the engine: drain, terminate, kill the whole group. Idempotent; the shutdown budget bounds each step.
 
         Args:
             grace_s: How long requests in flight may go on; new ones are refused meanwhile. An engine that was not
                 ready has none, and is killed.
         """
-        if self._program is None or self._state in _ENDS:
+        if self._spawned is None or self._state in _ENDS:
             return
         self._stopping = True
         budget = self._shutdown
         if self._state is State.READY and grace_s > 0:
-            self._say("drain", grace_s=grace_s, cancel_s=budget.cancel_s)
+            self._send("drain", grace_s=grace_s, cancel_s=budget.cancel_s)
             with self._changed:
                 self._changed.wait_for(lambda: self._drained or self._state in _ENDS, grace_s + budget.cancel_s)
-            if self._program.process.poll() is None:
-                self._program.process.send_signal(signal.SIGTERM)
+            if self._spawned.process.poll() is None:
+                self._spawned.process.send_signal(signal.SIGTERM)
             self.wait_ended(budget.terminate_s)
         deadline = time.monotonic() + budget.kill_s
         kill_group(self.pid, budget.kill_s)
@@ -190,7 +196,7 @@ class EngineProcess:
         self.log.close()
 
     def _read_events(self) -> None:
-        """Take events until the engine's end, and notice when they should come and do not."""
+        """Take events until the engine's end, and notice when a heartbeat is missing."""
         poll = select.poll()
         poll.register(self._running.events_fd, select.POLLIN)
         buffer = b""
@@ -201,56 +207,55 @@ class EngineProcess:
                 elif chunk := events.read(65536):
                     *lines, buffer = (buffer + chunk).split(b"\n")
                     for line in lines:
-                        self._advance(json.loads(line))
+                        fields = json.loads(line)
+                        self._take(Event(fields.pop("event")), fields)
                 else:
                     return
 
     def _patience_ms(self) -> float | None:
-        if self._heard_at is None or self._stopping or self._failure:
+        if self._heartbeat_at is None or self._stopping or self._failure:
             return None
-        return max(0.0, self._heard_at + self._hang_s - time.monotonic()) * 1000
+        return max(0.0, self._heartbeat_at + self._hang_s - time.monotonic()) * 1000
 
     def _end_hung(self) -> None:
         self._fail(
-            f"The engine hung: for {self._hang_s:.0f} s it gave no token, though it was asked for one. It was killed. "
-            "Its log tells what it did last; SERVICE_HANG_S allows it more time."
+            f"The engine hung: it generated no token for {self._hang_s:.0f} s, though it was asked for one. "
+            "It was killed.",
+            hint="Its log tells what it did last; raise SERVICE_HANG_S to allow it more time.",
         )
 
-    def _fail(self, reason: str) -> None:
-        """Kill an engine that lives and is no good."""
+    def _fail(self, message: str, hint: str = "") -> None:
+        """Kill an engine that is alive and must not serve."""
         if not self._stopping:
-            self._failure = EngineError(reason)
+            self._failure = EngineError(message, hint=hint)
             kill_group(self.pid, self._shutdown.kill_s)
 
-    def _advance(self, event: dict[str, Any]) -> None:
-        """Take note of an event; who waits for the state that it brings about finds it reported."""
-        name = event.pop("event")
-        if name not in {"pulse", "drained"}:
-            self._report(name, event)
-        if name == "imported":
-            self._set(State.IMPORTED)
-        elif name == "asleep":
-            self._set(State.ASLEEP)
-        elif name in {"open", "pulse"}:
-            self._heard_at = time.monotonic()
-        elif name == "drained":
+    def _take(self, event: Event, fields: dict[str, Any]) -> None:
+        """Take note of an event. It is reported before the state that it brings about is entered."""
+        if event.is_of_the_boot:
+            self._report(event, fields)
+        if state := _ENTERED_WITH.get(event):
+            self._set(state)
+        elif event in {Event.OPENING, Event.HEARTBEAT}:
+            self._heartbeat_at = time.monotonic()
+        elif event is Event.DRAINED:
             self._drained = True
             self._set(self._state)
-        if different := event.get("different"):
+        if different := fields.get("different"):
             self._fail(
-                f"The engine woke as another: in its canary {different}. Its memory did not come back as it was; it "
-                "was killed before it could answer anybody."
+                f"The engine did not wake as it fell asleep: in its canary {different}. Its memory was not restored as "
+                "it was; it was killed before it could answer a request."
             )
-        if name == "open":
+        if event is Event.OPENING:
             threading.Thread(target=self._await_port, name="engine-port", daemon=True).start()
 
     def _await_port(self) -> None:
-        """Poll until the port answers: a few milliseconds once the canary was given."""
+        """Poll until the port answers: a few milliseconds once the canary was generated."""
         while self._state not in _ENDS:
             if answers_healthy(self.command.host, self.command.port, self.pid):
                 self._ready_after_s = time.monotonic() - self._spawned_at
-                self.log.begin_anew()
-                self._report("ready", {"at": time.monotonic()})
+                self.log.mark_ready()
+                self._report(Event.READY, {"at": time.monotonic()})
                 self._set(State.READY)
                 return
             time.sleep(POLL_S)
@@ -263,17 +268,17 @@ class EngineProcess:
         self.log.wait_closed(self._shutdown.kill_s)
         events.join(self._shutdown.kill_s)
         if not self._stopping and not self._failure:
-            self._failure = EngineError(self.log.post_mortem(code, lived_s, self._ready_after_s))
+            self._failure = self.log.describe_exit(code, lived_s, self._ready_after_s)
         self._running.remove_directory()
         self._set(State.FAILED if self._failure else State.STOPPED)
-        os.close(self._running.words_fd)
+        os.close(self._running.commands_fd)
         if self._failure and self._on_death:
             self._on_death(self._failure)
 
-    def _report(self, name: str, fields: dict[str, Any]) -> None:
+    def _report(self, event: Event, fields: dict[str, Any]) -> None:
         if self._on_event:
-            with contextlib.suppress(Exception):  # the engine goes on, whatever whoever looks on does
-                self._on_event(name, fields)
+            with contextlib.suppress(Exception):  # an observer that raises must not stop the engine
+                self._on_event(event, fields)
 
     def _set(self, state: State) -> None:
         with self._changed:

@@ -1,7 +1,7 @@
-"""The start of the engine's program: its session, its pipes, its environment, and a directory for all it writes.
+"""Starts the engine process: its session, its pipes, its environment, and a directory for all that it writes.
 
 vLLM's sockets between its processes lie in the directory for temporary files and outlive a kill; so each engine has a
-directory of its own, which goes with it.
+directory of its own, which is removed with it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _LONGEST = 60  # a socket's path has room for 107 characters, and its name has 3
 
 
 @dataclass(frozen=True)
-class Program:
-    """A running engine's program.
+class SpawnedEngine:
+    """A started engine process.
 
     Attributes:
         process: The leader of a session and group of its own.
-        words_fd: Where the parent writes its words.
+        commands_fd: Where the parent writes its commands.
         events_fd: Where it reads the engine's events.
         directory: The engine's own directory for temporary files.
     """
 
     process: subprocess.Popen[bytes]
-    words_fd: int
+    commands_fd: int
     events_fd: int
     directory: Path
 
@@ -41,8 +41,8 @@ class Program:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> Program:
-    """Start the program with these variables besides the command's. Returns at once.
+def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> SpawnedEngine:
+    """Start the process with these variables besides the command's. Returns at once.
 
     Raises:
         EngineError: The interpreter cannot be run.
@@ -51,11 +51,12 @@ def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> 
         directory = Path(tempfile.mkdtemp(prefix="vllm-service-", dir=_short_directory()))
     except OSError as error:
         raise EngineError(
-            f"The engine gets no directory for its temporary files: {error.strerror}. Free disk space, or set TMPDIR."
+            f"The engine's directory for temporary files cannot be made: {error.strerror}.",
+            hint="Free disk space, or set TMPDIR to a directory that you may write to.",
         ) from error
-    words_read, words_write = os.pipe()
+    commands_read, commands_write = os.pipe()
     events_read, events_write = os.pipe()
-    env = {**command.env, **variables, "ENGINE_PIPES": f"{words_read},{events_write}"}
+    env = {**command.env, **variables, "ENGINE_PIPES": f"{commands_read},{events_write}"}
     env["TMPDIR"] = env["ENGINE_DIRECTORY"] = str(directory)
     env["PATH"] = f"{Path(python).parent}{os.pathsep}{env.get('PATH', os.defpath)}"  # ninja, for JIT kernels
     try:
@@ -65,21 +66,21 @@ def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> 
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(words_read, events_write),
+            pass_fds=(commands_read, events_write),
             start_new_session=True,
         )
     except OSError as error:
-        os.close(words_write)
+        os.close(commands_write)
         os.close(events_read)
         directory.rmdir()
         raise EngineError(
-            f"The engine cannot be started with {python}: {error.strerror}. "
-            "Delete that environment; the next start builds it anew."
+            f"The engine cannot be started with {python}: {error.strerror}.",
+            hint="Delete that environment; the next start builds it again.",
         ) from error
     finally:
-        os.close(words_read)
+        os.close(commands_read)
         os.close(events_write)
-    return Program(process, words_write, events_read, directory)
+    return SpawnedEngine(process, commands_write, events_read, directory)
 
 
 def _short_directory() -> str | None:

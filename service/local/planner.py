@@ -16,6 +16,7 @@ from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
 from service.gateway.pool import OnWake
 from service.hardware import available_bytes, check_gpu_count, check_memory, visible_gpus
+from service.in_engine.vllm_service.events import Event
 from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
@@ -32,7 +33,7 @@ OFFLINE_MODEL = "tiny"
 class ProgressReporter(Protocol):
     """Shows how far the start is; `cli.terminal` has the one for terminals. Sentences for people are log records."""
 
-    def phase(self, name: str) -> None:
+    def phase(self, event: Event) -> None:
         """Show what is being waited for."""
 
     def installing(self, progress: InstallProgress) -> None:
@@ -107,7 +108,7 @@ class LocalPlanner:
         """Return the plan of a replica of the model; builds the engine's environment where it is missing."""
         self.check(spec)
         spec = self._settled(spec)
-        self.reporter.phase("environment")  # all checks have passed: from here on things are built
+        self.reporter.phase(Event.ENVIRONMENT)  # all checks have passed: from here on things are built
         env = environment.ensure("cuda" if self.gpus else "cpu", self.reporter.installing)
         versions = environment.versions(env.device)
         return Plan(

@@ -23,6 +23,7 @@ from service.gateway import local_server
 from service.gateway.clients import Keyring, load_keyring
 from service.gateway.local_pool import Machine, new_key
 from service.gateway.metrics import Metrics
+from service.in_engine.vllm_service.events import Event
 from service.local.planner import LocalPlanner, ProgressReporter, log_output_of
 from service.ports import bound_port, claim_port, free_port, is_loopback
 from service.registry.models import ModelSpec
@@ -106,9 +107,9 @@ class _Run:
             plan, say=_log.info, on_line=log_output_of(self._spec), on_event=reporter.phase, on_death=self._engine_died
         )
         try:
-            reporter.phase("weights")
+            reporter.phase(Event.WEIGHTS)
             replica.prepare()
-            reporter.phase("spawned")
+            reporter.phase(Event.SPAWNED)
             replica.start({keys.digest(key.encode()): "gateway"})
             with line_writer(access_file(planner.settings.port)) as access:
                 metrics = Metrics(access)
@@ -132,7 +133,7 @@ class _Run:
             address,
             scheduler,
             on_open=on_open,
-            on_drain=lambda: planner.reporter.phase("draining"),
+            on_drain=lambda: planner.reporter.phase(Event.DRAINING),
         )
         if not self._death:
             self._listener.run(_SIGNALS)

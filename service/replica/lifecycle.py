@@ -24,6 +24,7 @@ from service.boots.records import BootRecord
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, Hold, State
 from service.errors import EngineError, EngineTimeoutError, ServiceError
+from service.in_engine.vllm_service.events import Event
 from service.keys import digest
 from service.replica.compile_caches import machine
 from service.replica.plan import Plan, Snapshot
@@ -41,7 +42,7 @@ class Replica:
         plan: What it is to be.
         say: Called with a sentence for people when something takes its time or did not go as it should.
         on_line: Called with every line of the engine's output, from a thread.
-        on_event: Called with the name of each phase that the engine has passed, from a thread.
+        on_event: Called with each event of the engine's boot, from a thread.
         on_death: Called once, from a thread, when the engine dies or hangs after it was ready; before, `start` raises.
         on_record: Called with the record of each boot that has ended, well or not.
         persist: Called when a cache or the records have news: makes them seen by other replicas.
@@ -53,7 +54,7 @@ class Replica:
         *,
         say: Callable[[str], None] = lambda _: None,
         on_line: Callable[[str], None] = lambda _: None,
-        on_event: Callable[[str], None] = lambda _: None,
+        on_event: Callable[[Event], None] = lambda _: None,
         on_death: Callable[[EngineError], None] = lambda _: None,
         on_record: Callable[[BootRecord], None] = lambda _: None,
         persist: Callable[[], None] = lambda: None,
@@ -187,7 +188,7 @@ class Replica:
         self.engine.wait_for(State.READY, self._left_s())
 
     def _release(self, accepted: list[str]) -> None:
-        self.phases.mark("released")
+        self.phases.mark(Event.RELEASED)
         self.engine.release(accepted)
 
     def _accepted(self, digests: Mapping[str, str]) -> list[str]:
@@ -239,7 +240,7 @@ class Replica:
             command,
             python=plan.python,
             hold=_HOLDS[plan.snapshot] if hold is None else hold,
-            neutral_imports=plan.snapshot == "cpu" and hold is None and plan.neutral_imports,
+            neutral_imports=plan.snapshot == "cpu" and hold is None,  # Modal shows no GPU while it takes that snapshot
             hang_s=plan.hang_s,
             shutdown=plan.shutdown,
             on_line=self._read,
@@ -284,13 +285,13 @@ class Replica:
         if serving:
             self._on_death(error)
 
-    def _note(self, engine: EngineProcess, event: str, fields: dict[str, Any]) -> None:
+    def _note(self, engine: EngineProcess, event: Event, fields: dict[str, Any]) -> None:
         if engine is not self._engine:
             return  # it was given up
         self.phases.mark(event, fields["at"])
-        if event == "ready":
+        if event is Event.READY:
             self.ready_after_s = self.phases.seconds
-        if event == "loaded" and self._readahead:
+        if event is Event.LOADED and self._readahead:
             self._readahead.stop()
         for failure in fields.get("failures", ()):
             self._say(f"boot {self.id}: a request of the warm-up failed, {failure}")

@@ -32,7 +32,6 @@ class Plan:
         python: Interpreter of the environment that has vLLM.
         parent_env: Environment handed on to the engine, less secrets and settings.
         snapshot: How far `prepare` goes.
-        neutral_imports: Under `cpu` import only what asks for no GPU: none is visible while Modal takes that snapshot.
         startup_timeout_s: What a boot may take, once the weights are there.
         wake_timeout_s: What waking may take before the engine is booted cold; None: by the size of the weights.
         shutdown: How long each step of the end may take.
@@ -49,7 +48,6 @@ class Plan:
     python: str
     parent_env: Mapping[str, str]
     snapshot: Snapshot = "off"
-    neutral_imports: bool = True
     fast_boot: bool = True
     n_gpu: int = 1
     host: str = "127.0.0.1"

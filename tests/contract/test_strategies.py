@@ -87,7 +87,7 @@ def test_restore_with_wrong_memory_boots_cold_in_the_same_hook(plane: ModalPlane
     (task,) = tasks_of(plane, "TINY")
     record = record_of(task)
     assert record.outcome == "cold"
-    assert "The engine woke as another: in its canary " in str(record.reason)
+    assert "The engine did not wake as it fell asleep: in its canary " in str(record.reason)
     assert f"boot {record.id}: the engine did not wake as it fell asleep, so it is booted cold." in task.log
     assert engine_leader(task).is_running(), "the engine that woke wrong is gone: there is one"
 

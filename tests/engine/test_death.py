@@ -26,7 +26,7 @@ def broken(directory: Path, **fields: Any) -> dict[str, str]:
     return {"SERVICE_MODELS_FILE": str(directory / "models.toml")}
 
 
-def last_words(service: Service) -> str:
+def last_lines(service: Service) -> str:
     """Wait for a start that fails and return its error; nothing of it runs any more."""
     service.wait_said("Importing vLLM").engine()
     assert service.wait_ended() == 1, service.story
@@ -53,7 +53,7 @@ def test_start_with_a_wrong_entry_names_the_cause(
     start: Start, tmp_path: Path, fields: dict[str, Any], cause: str, advice: str
 ) -> None:
     """What the engine refuses in an entry is told in the engine's own words, with the field to correct."""
-    said = last_words(start("broken", **broken(tmp_path, **fields)))
+    said = last_lines(start("broken", **broken(tmp_path, **fields)))
     assert cause in said.partition("Cause: ")[2]
     assert advice in said.rpartition("'.")[2]
 
@@ -64,7 +64,7 @@ def test_start_with_cut_weights_says_that_they_are_damaged(start: Start, tmp_pat
     weights = tmp_path / "copy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     service = start("broken", **environment)
-    said = last_words(service)
+    said = last_lines(service)
     assert "Error while deserializing header" in said.partition("Cause: ")[2]
     assert "weights are damaged" in said
     assert "deserializing" not in service.log_file.read_text().strip().splitlines()[-1]

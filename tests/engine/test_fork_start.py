@@ -13,25 +13,25 @@ PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from vllm.model_executor.models import registry
-from vllm_service import fork_start as forks
+from vllm_service import fork_start
 interpreters, start = [], registry._run_in_subprocess
-forked, fork = [], forks.in_fork
+forked, fork = [], fork_start.in_fork
 def fresh(look):
     interpreters.append(look)
     return start(look) if len(interpreters) == 1 else look()
 def counted(look, limit_s):
     forked.append(look)
     return fork(look, limit_s)
-registry._run_in_subprocess, forks.in_fork = fresh, counted
-forks.prefer()
+registry._run_in_subprocess, fork_start.in_fork = fresh, counted
+fork_start.enable_fork()
 known = registry.ModelRegistry.models["Qwen3ForCausalLM"]
 assert known.inspect_model_cls().is_text_generation_model
 assert (len(forked), len(interpreters)) == (1, 0)
 assert known.module_name not in sys.modules
-forks.in_fork = lambda look, limit_s: 1 / 0
+fork_start.in_fork = lambda look, limit_s: 1 / 0
 assert registry.ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls().is_text_generation_model
 assert (len(forked), len(interpreters)) == (1, 1)
-forks.in_fork = counted
+fork_start.in_fork = counted
 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # as vLLM has it under WSL, or once CUDA is in use
 assert registry.ModelRegistry.models["MistralForCausalLM"].inspect_model_cls().is_text_generation_model
 assert (len(forked), len(interpreters)) == (1, 2)

@@ -5,13 +5,13 @@ variable FAKE_ENGINE, a JSON object; a key, a step or a flag that it does not kn
 
     output          lines written at the start
     die_at, code    step at which it ends, and how: an exit code, or a negative signal number
-    last_words      lines written just before that end
-    hang_at         step that it never gets past; "pulse": it listens, and has no pulse
+    last_lines      lines written just before that end
+    hang_at         step that it never gets past; "heartbeat": it listens, and emits no heartbeat
     only            hold ("", "imported", "asleep") under which alone it dies or hangs; by default under each
     ignore_sigterm  true: only SIGKILL ends it
     grandchild      true: start a process of the same group that ignores SIGTERM, and write `grandchild <pid>`
     different       true: the canary after waking is another
-    in_flight       true: a request runs that never ends; it is cut when the grace of a drain is over
+    in_flight       true: a request runs that never ends; it is cancelled when the grace of a drain is over
     temporary       true: it makes a socket and a directory for temporary files, as vLLM does, and removes neither
     health          answers given to /health before 200: status codes, or "garbage" for what is no HTTP
 
@@ -31,16 +31,29 @@ import time
 from typing import Any, NoReturn
 
 from vllm_service import parent_pipe
+from vllm_service.events import Event
 
 STEPS = (
-    *("start", "imported", "released", "building", "loaded", "canary", "asleep", "awake", "woken", "open", "listening"),
+    *(
+        "start",
+        "imported",
+        "released",
+        "building",
+        "loaded",
+        "canary",
+        "asleep",
+        "awake",
+        "woken",
+        "opening",
+        "listening",
+    ),
 )
 KEYS = {
-    *("output", "die_at", "code", "last_words", "hang_at", "ignore_sigterm", "grandchild", "different", "in_flight"),
+    *("output", "die_at", "code", "last_lines", "hang_at", "ignore_sigterm", "grandchild", "different", "in_flight"),
     *("health", "only", "temporary"),
 }
 HOLDS = ("", "imported", "asleep")
-PULSE_S = 0.05
+HEARTBEAT_S = 0.05
 FLAGS = {
     *("--model", "--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout", "--max-model-len"),
     *("--disable-access-log-for-endpoints", "--enforce-eager", "--no-enforce-eager", "--distributed-executor-backend"),
@@ -74,7 +87,7 @@ class Fake:
 
     def die(self, code: int) -> NoReturn:
         """End with this code, or by this signal when it is negative."""
-        for line in self.script.get("last_words", []):
+        for line in self.script.get("last_lines", []):
             say(line)
         if code < 0:
             os.kill(os.getpid(), -code)
@@ -88,9 +101,9 @@ class Fake:
         if self.script.get("die_at") == name:
             self.die(self.script.get("code", 1))
 
-    def run(self, link: parent_pipe.Control, hold: str) -> None:
-        """Go through the life that main.py and barrier.py have."""
-        link.tell("started", pid=os.getpid())
+    def run(self, pipe: parent_pipe.ParentPipe, hold: str) -> None:
+        """Go through the steps that main.py and startup_plugin.py have."""
+        pipe.emit(Event.STARTED, pid=os.getpid())
         for line in self.script.get("output", []):
             say(line)
         if self.script.get("grandchild"):
@@ -99,67 +112,67 @@ class Fake:
             child.stdout.readline()
             say(f"grandchild {child.pid}")
         self.step("start")
-        link.tell("imported")
+        pipe.emit(Event.IMPORTED)
         self.step("imported")
         if hold == "imported":
-            self.await_release(link)
+            self.await_release(pipe)
         if self.script.get("temporary"):
             self.litter(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108 - where tempfile looks, whose import is slow
-        for event in ("building", "loaded"):
-            link.tell(event)
+        for event in (Event.BUILDING, Event.LOADED):
+            pipe.emit(event)
             self.step(event)
         if hold == "asleep":
-            link.tell("warmed", failures=[])
-        link.tell("canary", tokens=[1, 2, 3])
+            pipe.emit(Event.WARMED, failures=[])
+        pipe.emit(Event.CANARY, tokens=[1, 2, 3])
         self.step("canary")
         if hold == "asleep":
-            link.tell("asleep")
+            pipe.emit(Event.ASLEEP)
             self.step("asleep")
         if hold != "imported":
-            self.await_release(link)
+            self.await_release(pipe)
         if hold == "asleep":
-            link.tell("awake")
+            pipe.emit(Event.AWAKE)
             self.step("awake")
-            self.wake(link)
-        link.on_drain = lambda word: self.drain(link, word["grace_s"], word["cancel_s"])
-        link.tell("open")
-        self.step("open")
-        if self.script.get("hang_at") != "pulse":
-            threading.Thread(target=self.beat, args=(link,), daemon=True).start()
+            self.wake(pipe)
+        pipe.on_drain = lambda command: self.drain(pipe, command["grace_s"], command["cancel_s"])
+        pipe.emit(Event.OPENING)
+        self.step("opening")
+        if self.script.get("hang_at") != "heartbeat":
+            threading.Thread(target=self.beat, args=(pipe,), daemon=True).start()
         self.listen()
 
     def litter(self, place: str) -> None:
         """Leave what a killed vLLM leaves: the socket between its processes, and a directory of a compiler's."""
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(f"{place}/{os.getpid()}-socket")
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(f"{place}/{os.getpid()}-socket")
         os.mkdir(f"{place}/{os.getpid()}-directory")  # noqa: PTH102 - nor pathlib
 
-    def wake(self, link: parent_pipe.Control) -> None:
-        """Sing again, and end when the song is another."""
+    def wake(self, pipe: parent_pipe.ParentPipe) -> None:
+        """Generate the canary again, and end when it is another."""
         different = "token 1 is 9 instead of 1" if self.script.get("different") else None
-        link.tell("woken", tokens=[9 if different else 1, 2, 3], different=different)
+        pipe.emit(Event.WOKEN, tokens=[9 if different else 1, 2, 3], different=different)
         if different:
             say("Traceback (most recent call last):")
             say(f"RuntimeError: The canary after waking is not the one before sleeping: {different}.")
             self.die(1)
         self.step("woken")
 
-    def beat(self, link: parent_pipe.Control) -> None:
-        """Give a pulse for ever."""
+    def beat(self, pipe: parent_pipe.ParentPipe) -> None:
+        """Emit heartbeats for ever."""
         while True:
-            time.sleep(PULSE_S)
-            link.tell("pulse")
+            time.sleep(HEARTBEAT_S)
+            pipe.emit(Event.HEARTBEAT)
 
-    def drain(self, link: parent_pipe.Control, grace_s: float, cancel_s: float) -> None:
-        """Tell that nothing is in flight any more: at once, or when the grace is over."""
+    def drain(self, pipe: parent_pipe.ParentPipe, grace_s: float, cancel_s: float) -> None:
+        """Report that nothing is in flight any more: at once, or when the grace is over."""
         say(f"drain {json.dumps({'grace_s': grace_s, 'cancel_s': cancel_s})}")
-        cut = 1 if self.script.get("in_flight") else 0
-        time.sleep(grace_s * cut)
-        link.tell("drained", cut=cut)
+        cancelled = 1 if self.script.get("in_flight") else 0
+        time.sleep(grace_s * cancelled)
+        pipe.emit(Event.DRAINED, cancelled=cancelled)
 
-    def await_release(self, link: parent_pipe.Control) -> None:
-        """Block until the parent says so, and write what it said."""
-        say(f"release {json.dumps(link.wait_for_release())}")
+    def await_release(self, pipe: parent_pipe.ParentPipe) -> None:
+        """Block until the parent releases it, and write the command."""
+        say(f"release {json.dumps(pipe.wait_for_release())}")
         self.step("released")
 
     def listen(self) -> NoReturn:
@@ -193,7 +206,7 @@ def main() -> None:
     if unknown := set(script) - KEYS:
         refuse(f"the key {sorted(unknown)[0]}")
     for key in ("die_at", "hang_at"):
-        if script.get(key, STEPS[0]) not in {*STEPS, "pulse"}:
+        if script.get(key, STEPS[0]) not in {*STEPS, "heartbeat"}:
             refuse(f"the step {script[key]}")
     hold = os.environ.get("ENGINE_HOLD", "")
     for known in (hold, script.get("only", hold)):
@@ -201,13 +214,13 @@ def main() -> None:
             refuse(f"the hold {known}")
     if script.get("only", hold) != hold:
         script = {key: value for key, value in script.items() if key not in {"die_at", "hang_at"}}
-    link = parent_pipe.current()
-    if link is None:
-        refuse("a life without pipes")
+    pipe = parent_pipe.current()
+    if pipe is None:
+        refuse("a start without pipes")
     if script.get("ignore_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     host, port = (arguments[arguments.index(flag) + 1] for flag in ("--host", "--port"))
-    Fake(script, host, int(port)).run(link, hold)
+    Fake(script, host, int(port)).run(pipe, hold)
 
 
 if __name__ == "__main__":

@@ -21,24 +21,24 @@ class Piped:
     """A fake engine with both of its pipes in the test's hands."""
 
     def __init__(self, python: str, port: int, hold: str, script: dict[str, Any]) -> None:
-        words, self.words = os.pipe()
+        commands, self.commands = os.pipe()
         self.events, events = os.pipe()
-        env = {"PYTHONPATH": str(IN_ENGINE), "ENGINE_PIPES": f"{words},{events}", "ENGINE_HOLD": hold}
+        env = {"PYTHONPATH": str(IN_ENGINE), "ENGINE_PIPES": f"{commands},{events}", "ENGINE_HOLD": hold}
         env |= {"TMPDIR": script.pop("place")} if "place" in script else {}
         line = [python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", str(port)]
         self.process = subprocess.Popen(
             line,
             env=env | {"FAKE_ENGINE": json.dumps(script)},
-            pass_fds=(words, events),
+            pass_fds=(commands, events),
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        os.close(words)
+        os.close(commands)
         os.close(events)
 
     def close(self) -> str:
-        """Close the words' pipe, which ends the fake; return the rest of its output."""
-        os.close(self.words)
+        """Close the commands' pipe, which ends the fake; return the rest of its output."""
+        os.close(self.commands)
         output = self.process.communicate(timeout=10)[0].decode()
         os.close(self.events)
         return output
@@ -66,8 +66,8 @@ def piped(fake_python: str, port: int) -> Iterator[Callable[..., Piped]]:
 
 
 def test_fake_engine_with_a_death_scripted_tells_the_steps_before_it(piped: Callable[..., Piped]) -> None:
-    """The events up to the scripted step arrive, then it ends with the scripted code and words."""
-    fake = piped(die_at="canary", code=7, last_words=["Boom"])
+    """The events up to the scripted step arrive, then it ends with the scripted code and lines."""
+    fake = piped(die_at="canary", code=7, last_lines=["Boom"])
 
     assert fake.process.wait(10) == 7
     assert fake.heard() == ["started", "imported", "building", "loaded", "canary"]
@@ -84,15 +84,15 @@ def test_fake_engine_with_a_fault_under_another_hold_only_goes_on(piped: Callabl
     assert piped("asleep", die_at="start", code=9, only="asleep").process.wait(10) == 9
 
 
-def test_fake_engine_that_listens_has_a_pulse_and_ends_its_drain(piped: Callable[..., Piped]) -> None:
-    """What the parent watches for, as the real one tells it: pulses, and then the number of requests that were cut."""
+def test_fake_engine_that_listens_emits_heartbeats_and_ends_its_drain(piped: Callable[..., Piped]) -> None:
+    """What the parent watches for, as the real one emits it: heartbeats, then the number of cancelled requests."""
     fake = piped("asleep", in_flight=True)
-    os.write(fake.words, b'{"word": "release", "digests": []}\n')
+    os.write(fake.commands, b'{"command": "release", "digests": []}\n')
     with os.fdopen(os.dup(fake.events)) as events:
         told = (json.loads(line) for line in events)
-        assert "pulse" in (event["event"] for event in told)
-        os.write(fake.words, b'{"word": "drain", "grace_s": 0.1, "cancel_s": 1}\n')
-        assert next(event for event in told if event["event"] == "drained")["cut"] == 1
+        assert "heartbeat" in (event["event"] for event in told)
+        os.write(fake.commands, b'{"command": "drain", "grace_s": 0.1, "cancel_s": 1}\n')
+        assert next(event for event in told if event["event"] == "drained")["cancelled"] == 1
 
     assert 'drain {"grace_s": 0.1, "cancel_s": 1}' in fake.close()
 
@@ -106,7 +106,7 @@ def test_fake_engine_with_a_negative_code_dies_by_that_signal(piped: Callable[..
 
 
 def test_fake_engine_when_its_parent_closes_the_pipe_is_killed(piped: Callable[..., Piped]) -> None:
-    """The real Control is at work: the end of the pipe is the end of the group."""
+    """The real ParentPipe is at work: the end of the pipe is the end of the group."""
     fake = piped(hang_at="imported")
 
     fake.close()
@@ -167,4 +167,4 @@ def test_fake_engine_without_pipes_refuses(fake_python: str) -> None:
     line = [fake_python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", "1"]
     done = subprocess.run(line, env={"PYTHONPATH": str(IN_ENGINE)}, capture_output=True, timeout=10, check=False)
 
-    assert (done.returncode, done.stdout) == (64, b"the fake engine does not know a life without pipes\n")
+    assert (done.returncode, done.stdout) == (64, b"the fake engine does not know a start without pipes\n")

@@ -1,9 +1,9 @@
-"""A cure for vLLM's CPU build, which dies of an illegal instruction on a first prompt of fewer than six tokens."""
+"""Works around a fault of vLLM's CPU build: it dies of an illegal instruction on a first prompt of under six tokens."""
 
 from __future__ import annotations
 
 
-def prepare() -> None:
+def enable_amx() -> None:
     """Switch on the processor's matrix unit where torch knows one; vLLM calls this in each of its processes."""
     import torch
 

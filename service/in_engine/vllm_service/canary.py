@@ -1,6 +1,6 @@
 """The canary: a short greedy generation whose tokens and logprobs must come out the same after a sleep.
 
-An engine can wake, answer `/health` and talk nonsense, when a restore has brought its memory back wrong. The same
+An engine can wake, answer `/health` and generate nonsense, when a restore has brought its memory back wrong. The same
 prompt, alone in the batch, before and after: what differs by more than the noise of kernels is a broken engine.
 """
 
@@ -16,7 +16,7 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True)
 class Canary:
-    """What the engine said.
+    """What the engine generated.
 
     Attributes:
         tokens: The generated ids.
@@ -33,8 +33,8 @@ def prompt(engine: Any) -> list[int]:
     return list(range(start, start + PROMPT_TOKENS))
 
 
-async def sing(engine: Any, *, with_logprobs: bool) -> Canary:
-    """Return what the engine says to the fixed prompt; an empty canary for models that do not generate.
+async def generate_canary(engine: Any, *, with_logprobs: bool) -> Canary:
+    """Return what the engine generates for the fixed prompt; an empty canary for models that do not generate.
 
     Args:
         engine: vLLM's.
@@ -45,15 +45,15 @@ async def sing(engine: Any, *, with_logprobs: bool) -> Canary:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=2 if with_logprobs else None)
-    said: Any = None
+    result: Any = None
     async for output in engine.generate({"prompt_token_ids": prompt(engine)}, greedy, request_id="canary"):
-        said = output.outputs[0]
-    places = tuple({token: place.logprob for token, place in likeliest.items()} for likeliest in said.logprobs or ())
-    return Canary(tuple(said.token_ids), places)
+        result = output.outputs[0]
+    places = tuple({token: place.logprob for token, place in likeliest.items()} for likeliest in result.logprobs or ())
+    return Canary(tuple(result.token_ids), places)
 
 
-def difference(before: Canary, after: Canary) -> str | None:
-    """Return what is different, in words; None when the two are the same but for noise.
+def compare(before: Canary, after: Canary) -> str | None:
+    """Return what is different, as a text; None when the two are the same but for noise.
 
     Where the two likeliest tokens are nearer to each other than the tolerance, either is right, and what follows
     cannot be compared.

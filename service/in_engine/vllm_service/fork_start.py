@@ -15,14 +15,14 @@ from typing import Any
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 LIMIT_S = 60.0  # of a look at a model's class, which imports its module
 _CONTEXT = multiprocessing.get_context("fork")
-_LOGGER = logging.getLogger("vllm.vllm_service.forks")  # below vLLM's, which is the one that is set up
+_LOGGER = logging.getLogger("vllm.vllm_service.fork_start")  # below vLLM's logger, the only one that has a handler
 
 
 class ForkError(RuntimeError):
-    """A call in a fork raised; the text names type and words of what it was."""
+    """A call in a fork raised; the text has type and message of what it was."""
 
 
-def prefer() -> None:
+def enable_fork() -> None:
     """Let vLLM fork its engine's core, and look at models in forks; not where the environment says "spawn"."""
     if os.environ.setdefault(START_METHOD_VARIABLE, "fork") == "fork":
         _fork_core_on_cpu()
@@ -53,11 +53,11 @@ def _inspect_in_forks() -> None:
     fresh = registry._run_in_subprocess
 
     def run(look: Callable[[], Any]) -> Any:
-        if get_mp_context().get_start_method() != "fork":  # vLLM's word: CUDA is in use, or this is WSL or Ray
+        if get_mp_context().get_start_method() != "fork":  # vLLM decided so: CUDA is in use, or this is WSL or Ray
             return fresh(look)
         try:
             return in_fork(look, LIMIT_S)
-        except Exception as error:  # noqa: BLE001 - whatever it was, vLLM's own way tells it better
+        except Exception as error:  # noqa: BLE001 - whatever it was, vLLM's own way reports it better
             _LOGGER.warning("A look at a model in a fork failed, so a fresh interpreter looks: %s", error)
             return fresh(look)
 
@@ -83,7 +83,7 @@ def in_fork(call: Callable[[], Any], limit_s: float) -> Any:
             child.start()
         try:
             if not reading.poll(limit_s):
-                raise TimeoutError(f"A fork gave no result within {limit_s:g} s.")
+                raise TimeoutError(f"A fork returned nothing within {limit_s:g} s.")
             result, error = reading.recv()
         finally:
             child.kill()

@@ -7,5 +7,5 @@ from vllm_service import amx_workaround, structured_outputs
 
 def prepare() -> None:
     """Change what is to be changed in vLLM and torch."""
-    amx_workaround.prepare()
+    amx_workaround.enable_amx()
     structured_outputs.enable()

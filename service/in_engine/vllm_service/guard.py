@@ -41,10 +41,10 @@ class Guard:
     @property
     def _digests(self) -> list[str]:
         if self._given is None:
-            link = parent_pipe.current()
-            if link is None or "digests" not in link.release:
+            pipe = parent_pipe.current()
+            if pipe is None or "digests" not in pipe.release:
                 raise RuntimeError("The release command carried no key digests, so the guard serves no request.")
-            self._given = list(link.release["digests"])
+            self._given = list(pipe.release["digests"])
         return self._given
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -1,8 +1,8 @@
-"""The engine's pulse: told to the parent only while tokens come, or could. The parent ends an engine without one.
+"""The engine's heartbeat: emitted only while tokens are generated, or could be. The parent kills an engine without one.
 
-An engine can hang with its port open and `/health` green. While requests run, the pulse is the progress of vLLM's own
-counters; while none do, or none moves, it is one token that the engine is asked for. It beats in the API server's own
-event loop, so a server that hangs has none either. A model that does not generate is asked for nothing.
+An engine can hang with its port open and `/health` green. While requests run, the heartbeat is the progress of vLLM's
+own counters; while none run, or no counter moves, it is one token that the engine has to generate. It runs in the API
+server's own event loop, so a server that hangs has none either. A model that does not generate is asked for nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _STEPS = "vllm:iteration_tokens_total_count"  # of a histogram: one observation 
 
 
 def intervals(hang_s: float) -> tuple[float, float]:
-    """Return how often to look and how often to probe, for a parent that waits `hang_s` for a pulse."""
+    """Return how often to look and how often to probe, for a parent that waits `hang_s` for a heartbeat."""
     return min(LOOK_S, hang_s / 4), min(PROBE_S, hang_s / 2)
 
 
-async def beat(engine: Any, tell: Callable[[], None], look_s: float = LOOK_S, probe_s: float = PROBE_S) -> None:
-    """Tell a pulse for ever; the caller's `tell` hands it to the parent."""
+async def run_heartbeat(engine: Any, emit: Callable[[], None], look_s: float, probe_s: float) -> None:
+    """Call `emit` for ever, each time the engine has shown progress."""
     steps, proven = -1.0, time.monotonic()
     probe: asyncio.Task[None] | None = None
     while True:
@@ -35,15 +35,14 @@ async def beat(engine: Any, tell: Callable[[], None], look_s: float = LOOK_S, pr
         if steps != before:
             proven = time.monotonic()
         elif probe is None and (busy or time.monotonic() - proven >= probe_s):
-            probe = asyncio.create_task(
-                _probe(engine)
-            )  # busy without a step that gave tokens: a long prompt, or a hang
+            # busy without a step that gave tokens: a long prompt, or a hang
+            probe = asyncio.create_task(_probe(engine))
             await asyncio.wait([probe], timeout=look_s)
         if probe and probe.done():
-            probe.exception()  # to be refused is to be answered
+            probe.exception()  # a refusal is an answer too
             probe, proven = None, time.monotonic()
         if probe is None or steps != before:
-            tell()
+            emit()
 
 
 def _steps() -> float:

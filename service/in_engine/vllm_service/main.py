@@ -13,9 +13,10 @@ import os
 import sys
 
 from vllm_service import first_error, fork_start, parent_pipe
+from vllm_service.events import Event
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
-HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a pulse
+HANG_VARIABLE = "ENGINE_HANG_S"  # how long the parent lets a ready engine be without a heartbeat
 IMPORTS_VARIABLE = "ENGINE_IMPORTS"  # "all" or "neutral": may vLLM be imported before the hold?
 
 # What vLLM imports of others. None of these asks torch for a GPU (a test listens). xgrammar does, while it is imported,
@@ -50,20 +51,20 @@ CPU_WORKER = (  # what the forked engine core would import by itself; on a GPU n
 
 def main() -> None:
     """Import, hold, serve."""
-    link = parent_pipe.current()
-    if link is None:
+    pipe = parent_pipe.current()
+    if pipe is None:
         sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
-    link.tell("started", pid=os.getpid())
-    gc.disable()  # what imports make stays: looking through it again and again takes a tenth of their time
+    pipe.emit(Event.STARTED, pid=os.getpid())
+    gc.disable()  # what imports create stays: scanning it again and again takes a tenth of their time
     first_error.enable()
     _import(NEUTRAL)
     if os.environ.get(IMPORTS_VARIABLE) == "all":
         _import_server()
     gc.freeze()
     gc.enable()
-    link.tell("imported")
+    pipe.emit(Event.IMPORTED)
     if os.environ.get(HOLD_VARIABLE) == "imported":
-        link.wait_for_release()
+        pipe.wait_for_release()
     serve(sys.argv[1:])
 
 
@@ -88,12 +89,12 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    fork_start.prefer()
+    fork_start.enable_fork()
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
     validate_parsed_serve_args(args)
-    if link := parent_pipe.current():
-        link.tell("building")
+    if pipe := parent_pipe.current():
+        pipe.emit(Event.BUILDING)
     uvloop.run(run_server(args))
 
 

@@ -1,9 +1,9 @@
-"""The stop between "built" and "listening": vLLM awaits this plugin after the engine is built and before it listens.
+"""Holds the engine between "built" and "listening": vLLM awaits this endpoint plugin before it opens its port.
 
-Here the engine answers its canary, a short greedy generation: an engine that loaded but cannot generate never gets a
+Here the engine generates its canary, a short greedy generation: an engine that loaded but cannot generate never gets a
 port. Held at ASLEEP it is warmed up first and then sleeps with no port and no key; on release it wakes and must give
-the same canary again. From then on it has a pulse, and ends when the parent says `drain`.
-Two things of vLLM's are mended on the way: see `RawPrompts` and `_leave_when_dead`.
+the same canary again. From then on it emits a heartbeat, and ends when the parent sends `drain`.
+Two things of vLLM's are changed on the way: see `RawPrompts` and `_exit_when_core_died`.
 """
 
 from __future__ import annotations
@@ -20,110 +20,110 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_service import canary, drain, heartbeat, parent_pipe, warmup
+from vllm_service.events import Event
 from vllm_service.main import HANG_VARIABLE, HOLD_VARIABLE
 
 WATCH_S = 0.25
 
 
-class Barrier:
+class StartupPlugin:
     """vLLM endpoint plugin without routes."""
 
     name = "vllm_service"
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """Add no route: the control of this process is a pipe, not HTTP."""
+        """Add no route: this process is controlled by a pipe, not over HTTP."""
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
         """Generate the canary; hold asleep when told to; return, and vLLM listens."""
-        link = parent_pipe.current()
-        if engine_client is None or link is None:
+        pipe = parent_pipe.current()
+        if engine_client is None or pipe is None:
             return
         if completions := getattr(state, "openai_serving_completion", None):
             completions.engine_client = RawPrompts(completions.engine_client)
-        self._watch = asyncio.create_task(_leave_when_dead(engine_client))
+        self._watch = asyncio.create_task(_exit_when_core_died(engine_client))
         try:
-            await _come_to_release(link, engine_client, state)
+            await _prove_and_hold(pipe, engine_client, state)
             await _renew_randomness(engine_client)
         except BaseException:
             self._watch.cancel()  # vLLM ends its core now: the reason is this exception, not that
             raise
-        _drain_when_told(link)
-        self._pulse = asyncio.create_task(
-            heartbeat.beat(
-                engine_client, lambda: link.tell("pulse"), *heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
-            )
+        _drain_on_command(pipe)
+        look_s, probe_s = heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
+        self._heartbeat = asyncio.create_task(
+            heartbeat.run_heartbeat(engine_client, lambda: pipe.emit(Event.HEARTBEAT), look_s, probe_s)
         )
-        link.tell("open")
+        pipe.emit(Event.OPENING)
 
 
-async def _come_to_release(link: parent_pipe.Control, engine: Any, state: Any) -> None:
-    """Show that the engine can generate, and wait for the parent's word, asleep or awake."""
-    link.tell("loaded")
+async def _prove_and_hold(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
+    """Show that the engine can generate, and wait for the parent's release, asleep or awake."""
+    pipe.emit(Event.LOADED)
     if os.environ.get(HOLD_VARIABLE) == "asleep":
-        await _sleep_and_wake(link, engine, state)
+        await _sleep_and_wake(pipe, engine, state)
     else:
-        said = await canary.sing(engine, with_logprobs=False)
-        link.tell("canary", tokens=said.tokens)
-        await _release(link)
+        generated = await canary.generate_canary(engine, with_logprobs=False)
+        pipe.emit(Event.CANARY, tokens=generated.tokens)
+        await _release(pipe)
 
 
-async def _release(link: parent_pipe.Control) -> None:
-    """Wait for the parent's word; in the loop, so that nothing keeps this process from ending."""
+async def _release(pipe: parent_pipe.ParentPipe) -> None:
+    """Wait for the parent's release; in the event loop, so that nothing keeps this process from ending."""
     released, loop = asyncio.Event(), asyncio.get_running_loop()
-    link.when_released(lambda: loop.call_soon_threadsafe(released.set))
+    pipe.when_released(lambda: loop.call_soon_threadsafe(released.set))
     await released.wait()
 
 
-async def _sleep_and_wake(link: parent_pipe.Control, engine: Any, state: Any) -> None:
+async def _sleep_and_wake(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
     """Warm up, sleep until the release, wake, and prove that it is the same engine.
 
     It is rehearsed first: an engine that cannot do that would boot cold at every restore.
     """
-    link.tell("warmed", failures=await warmup.warm_up(engine, state))
-    before = await canary.sing(engine, with_logprobs=True)
+    pipe.emit(Event.WARMED, failures=await warmup.warm_up(engine, state))
+    before = await canary.generate_canary(engine, with_logprobs=True)
     await engine.sleep(level=1)
-    if different := canary.difference(before, await _wake(engine)):
+    if different := canary.compare(before, await _wake(engine)):
         raise RuntimeError(f"This engine does not wake as it fell asleep: {different}. Set SERVICE_SNAPSHOT=cpu.")
-    link.tell("canary", tokens=before.tokens)
+    pipe.emit(Event.CANARY, tokens=before.tokens)
     await engine.sleep(level=1)
     gc.collect()
     gc.freeze()  # vLLM does both before it listens: 0.25 s that are better spent before a snapshot
-    link.tell("asleep")
-    await _release(link)
-    after = await _wake(engine, lambda: link.tell("awake"))
-    different = canary.difference(before, after)
-    link.tell("woken", tokens=after.tokens, different=different)
+    pipe.emit(Event.ASLEEP)
+    await _release(pipe)
+    after = await _wake(engine, lambda: pipe.emit(Event.AWAKE))
+    different = canary.compare(before, after)
+    pipe.emit(Event.WOKEN, tokens=after.tokens, different=different)
     if different:
         raise RuntimeError(f"The canary after waking is not the one before sleeping: {different}.")
 
 
-async def _wake(engine: Any, awake: Callable[[], None] = lambda: None) -> canary.Canary:
-    """Wake the engine and return what it says then."""
+async def _wake(engine: Any, on_awake: Callable[[], None] = lambda: None) -> canary.Canary:
+    """Wake the engine and return the canary that it generates then."""
     if await engine.wake_up() is False or await engine.reset_prefix_cache() is False:
         raise RuntimeError("The engine woke in part: not all of its memory is back.")
-    awake()
-    return await canary.sing(engine, with_logprobs=True)
+    on_awake()
+    return await canary.generate_canary(engine, with_logprobs=True)
 
 
 async def _renew_randomness(engine: Any) -> None:
-    """Give this replica a randomness of its own, unless the model's entry asks for a seed."""
+    """Give this replica a randomness of its own, unless the registry entry sets a seed."""
     random.seed()
     if any(argument.partition("=")[0] == "--seed" for argument in sys.argv):
         return
     await engine.collective_rpc("renew_randomness", args=(secrets.randbits(31),))
 
 
-def _drain_when_told(link: parent_pipe.Control) -> None:
-    loop, jobs = asyncio.get_running_loop(), set()
+def _drain_on_command(pipe: parent_pipe.ParentPipe) -> None:
+    loop, tasks = asyncio.get_running_loop(), set()
 
     async def end(grace_s: float, cancel_s: float) -> None:
-        link.tell("drained", cut=await drain.current().drain(grace_s, cancel_s))
+        pipe.emit(Event.DRAINED, cancelled=await drain.current().drain(grace_s, cancel_s))
 
     def begin(grace_s: float, cancel_s: float) -> None:
-        jobs.add(loop.create_task(end(grace_s, cancel_s)))
+        tasks.add(loop.create_task(end(grace_s, cancel_s)))
 
-    link.on_drain = lambda word: loop.call_soon_threadsafe(begin, word["grace_s"], word["cancel_s"])
+    pipe.on_drain = lambda command: loop.call_soon_threadsafe(begin, command["grace_s"], command["cancel_s"])
 
 
 class RawPrompts:
@@ -141,11 +141,11 @@ class RawPrompts:
         return getattr(self._engine, name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the reasoning taken as over."""
+        """Generate as if the reasoning were over."""
         return self._engine.generate(*args, **{"reasoning_ended": True, **kwargs})
 
 
-async def _leave_when_dead(engine: Any) -> None:
+async def _exit_when_core_died(engine: Any) -> None:
     """End this process soon after the engine core died; vLLM's own watchdog looks every 5 s."""
     while not engine.errored:  # noqa: ASYNC110 - vLLM sets a flag and no event
         await asyncio.sleep(WATCH_S)

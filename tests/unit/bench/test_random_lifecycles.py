@@ -34,7 +34,19 @@ from tests.unit.fake_engine import HOLDS, STEPS
 AT_ONCE = 16
 HANGS_S = 0.3  # what a boot may take that hangs, so that it is over; one without a fault gets READY_S
 PORT = 20011  # below what the kernel hands out
-EVENTS = ("started", "imported", "building", "loaded", "warmed", "canary", "asleep", "awake", "woken", "open", "ready")
+EVENTS = (
+    "started",
+    "imported",
+    "building",
+    "loaded",
+    "warmed",
+    "canary",
+    "asleep",
+    "awake",
+    "woken",
+    "opening",
+    "ready",
+)
 ENDS = {State.STOPPED, State.FAILED}
 
 

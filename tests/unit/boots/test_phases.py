@@ -1,4 +1,4 @@
-"""From marks and lines of a log to the spans of a boot."""
+"""From events and lines of a log to the spans of a boot."""
 
 from __future__ import annotations
 
@@ -7,35 +7,45 @@ import time
 import pytest
 
 from service.boots.phases import Phases
+from service.in_engine.vllm_service.events import Event
 
-OFF = {"started": 1, "released": 0.5, "imported": 3, "building": 3.5, "loaded": 7, "canary": 8, "open": 8.5, "ready": 9}
-CPU = {"started": 1, "imported": 3, "released": 5, "building": 6, "loaded": 8, "canary": 9, "open": 9.5, "ready": 10}
+OFF = {
+    "started": 1,
+    "released": 0.5,
+    "imported": 3,
+    "building": 3.5,
+    "loaded": 7,
+    "canary": 8,
+    "opening": 8.5,
+    "ready": 9,
+}
+CPU = {"started": 1, "imported": 3, "released": 5, "building": 6, "loaded": 8, "canary": 9, "opening": 9.5, "ready": 10}
 GPU = {
     **{"started": 1, "imported": 2, "building": 3, "loaded": 5, "warmed": 7, "canary": 8, "asleep": 9},
-    **{"released": 12, "awake": 13, "woken": 14, "open": 14.5, "ready": 15},
+    **{"released": 12, "awake": 13, "woken": 14, "opening": 14.5, "ready": 15},
 }
-Marks = dict[str, float]
-Told = list[tuple[str, float, float]]
+Times = dict[str, float]
+Spans = list[tuple[str, float, float]]
 
 
-def marked(*engines: Marks, zero: float = 0.0) -> Phases:
-    """Return the phases of engines that gave these marks."""
+def marked(*engines: Times, zero: float = 0.0) -> Phases:
+    """Return the phases of engines with these events."""
     phases = Phases()
     phases.begin(zero)
-    for marks in engines:
+    for times in engines:
         phases.engine_begins()
-        for name, at in marks.items():
-            phases.mark(name, at)
+        for name, at in times.items():
+            phases.mark(Event(name), at)
     return phases
 
 
-def told(phases: Phases) -> Told:
+def spans_of(phases: Phases) -> Spans:
     """Return the spans as tuples."""
     return [(span.name, span.start, span.end) for span in phases.spans()]
 
 
 @pytest.mark.parametrize(
-    ("marks", "spans"),
+    ("times", "spans"),
     [
         (OFF, [("import", 1, 3), ("import", 3, 3.5), ("load", 3.5, 7), ("canary", 7, 8), ("ready", 8, 9)]),
         (CPU, [("import", 1, 3), ("import", 5, 6), ("load", 6, 8), ("canary", 8, 9), ("ready", 9, 10)]),
@@ -47,23 +57,23 @@ def told(phases: Phases) -> Told:
     ],
     ids=["off", "cpu", "gpu"],
 )  # fmt: skip
-def test_phases_of_a_boot_are_these(marks: Marks, spans: Told) -> None:
-    """What was waited for under a hold is nobody's time."""
-    assert told(marked(marks)) == spans
+def test_phases_of_a_boot_are_these(times: Times, spans: Spans) -> None:
+    """The time under a hold belongs to no phase."""
+    assert spans_of(marked(times)) == spans
 
 
 @pytest.mark.parametrize("passed", range(len(GPU)))
 def test_phases_of_a_boot_that_ended_early_are_those_that_ended(passed: int) -> None:
-    """A phase that was begun and not ended is none."""
-    marks = dict(list(GPU.items())[:passed])
-    spans = told(marked(marks))
+    """A phase that was begun and has not ended is left out."""
+    times = dict(list(GPU.items())[:passed])
+    spans = spans_of(marked(times))
 
-    assert spans == [span for span in told(marked(GPU)) if span[2] <= max(marks.values(), default=0)]
+    assert spans == [span for span in spans_of(marked(GPU)) if span[2] <= max(times.values(), default=0)]
 
 
 def test_phases_of_a_canary_that_waited_for_its_release_end_with_it() -> None:
-    """READY counts from the word, when that came last."""
-    assert told(marked({"canary": 2.0, "released": 5.0, "ready": 6.0})) == [("ready", 5.0, 6.0)]
+    """READY counts from the release, when that came last."""
+    assert spans_of(marked({"canary": 2.0, "released": 5.0, "ready": 6.0})) == [("ready", 5.0, 6.0)]
 
 
 def test_phases_count_from_zero_and_before_it() -> None:
@@ -72,26 +82,26 @@ def test_phases_count_from_zero_and_before_it() -> None:
     spans = phases.spans()
 
     assert [span.name for span in spans if span.end <= 0][-1] == "sleep"
-    assert told(phases)[-3:] == [("wake", 1.0, 2.0), ("canary", 2.0, 3.0), ("ready", 3.0, 4.0)]
+    assert spans_of(phases)[-3:] == [("wake", 1.0, 2.0), ("canary", 2.0, 3.0), ("ready", 3.0, 4.0)]
 
 
 def test_phases_begun_anew_keep_what_was_before() -> None:
-    """`begin` comes in the middle: marks and spans move, and none is lost."""
+    """`begin` comes in the middle: times and spans move, and none is lost."""
     phases = marked(GPU)
     phases.add("weights", 0.25, 0.75)
     phases.begin(10.0)
 
-    assert told(phases)[0] == ("weights", -9.75, -9.25)
+    assert spans_of(phases)[0] == ("weights", -9.75, -9.25)
     assert phases.seconds > 0
 
 
 def test_phases_of_a_second_engine_are_its_own() -> None:
     """A cold boot after a wake that failed: no phase spans from one engine to the other."""
-    first = {name: at for name, at in GPU.items() if name not in {"woken", "open", "ready"}}
+    first = {name: at for name, at in GPU.items() if name not in {"woken", "opening", "ready"}}
     second = {name: at + 20 for name, at in OFF.items()}
-    spans = told(marked(first, second))
+    spans = spans_of(marked(first, second))
 
-    assert spans == told(marked(first)) + told(marked(second))
+    assert spans == spans_of(marked(first)) + spans_of(marked(second))
     assert max(end - start for _, start, end in spans) <= 4
 
 
@@ -101,7 +111,7 @@ def test_phases_of_the_service_stand_among_the_engines() -> None:
     phases.add("caches", 3.5, 4.0)
     phases.add("weights", 0.0, 0.5)
 
-    assert [name for name, _, _ in told(phases)] == [
+    assert [name for name, _, _ in spans_of(phases)] == [
         *("weights", "import", "import", "caches", "load", "canary", "ready"),
     ]
 
@@ -146,8 +156,8 @@ def test_phases_count_their_seconds_from_the_start() -> None:
     before = time.monotonic()
     phases = Phases()
     phases.engine_begins()
-    phases.mark("started")
-    phases.mark("imported")
+    phases.mark(Event.STARTED)
+    phases.mark(Event.IMPORTED)
 
     assert 0 <= phases.seconds <= time.monotonic() - before
     assert all(span.start == round(span.start, 3) for span in phases.spans())

@@ -12,6 +12,7 @@ import pytest
 from service.cli.terminal import Terminal
 from service.engine.installer import InstallProgress
 from service.errors import ServiceError
+from service.in_engine.vllm_service.events import Event
 from service.local.serve import Ready
 from service.registry.models import Registry
 
@@ -78,8 +79,8 @@ def test_terminal_keeps_the_engines_output_in_a_file(tmp_path: Path, capsys: Cap
 def test_terminal_shows_progress_on_stderr_only(tmp_path: Path, capsys: Capture) -> None:
     """Stdout is for results; phases without a text for people are not shown."""
     with Terminal(tmp_path / "x.log", verbose=False) as terminal:
-        terminal.phase("weights")
-        terminal.phase("woken")
+        terminal.phase(Event.WEIGHTS)
+        terminal.phase(Event.WOKEN)
         LOG.info("A sentence with %s.", "[brackets]")
         LOG.debug("A detail.")
     LOG.info("Too late.")
@@ -93,7 +94,7 @@ def test_terminal_whose_log_cannot_be_written_says_so_with_a_hint(tmp_path: Path
     """Before anything is started."""
     (tmp_path / "file").touch()
     with Terminal(tmp_path / "file" / "x.log", verbose=False) as terminal, pytest.raises(ServiceError) as raised:
-        terminal.phase("environment")
+        terminal.phase(Event.ENVIRONMENT)
 
     assert str(tmp_path / "file" / "x.log") in raised.value.message
     assert "XDG_STATE_HOME" in raised.value.hint

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from service.engine.log import KEPT_LINES, EngineLog, root_line
+from service.engine.log import KEPT_LINES, EngineLog
 
 _SERVER = "(APIServer pid=101) "
 _CORE = "(EngineCore pid=117) "
@@ -87,10 +87,19 @@ NOISE = [
 ]
 
 
-@pytest.mark.parametrize(("lines", "root", "advice"), DEATHS.values(), ids=DEATHS)
-def test_root_line_of_a_death_is_its_first_cause(lines: list[str], root: str, advice: str) -> None:
+def cause(lines: list[str]) -> str | None:
+    """Return the cause that the description of an exit names; None where it names the last line instead."""
+    log = EngineLog()
+    for line in lines:
+        log.add(line)
+    message = log.describe_exit(1, 1.0, None).message
+    return message.partition("Cause: '")[2].removesuffix("'.") if "Cause: '" in message else None
+
+
+@pytest.mark.parametrize(("lines", "root", "hint"), DEATHS.values(), ids=DEATHS)
+def test_cause_of_a_death_is_its_first_exception(lines: list[str], root: str, hint: str) -> None:
     """Among warnings before and failures after, the one exception that started it."""
-    found = root_line([*NOISE, *lines, *NOISE[-1:]])
+    found = cause([*NOISE, *lines, *NOISE[-1:]])
 
     assert found is not None
     assert root in found
@@ -98,18 +107,18 @@ def test_root_line_of_a_death_is_its_first_cause(lines: list[str], root: str, ad
     assert found == found.strip()
 
 
-@pytest.mark.parametrize(("lines", "root", "advice"), DEATHS.values(), ids=DEATHS)
-def test_post_mortem_of_a_death_has_code_time_root_and_advice(lines: list[str], root: str, advice: str) -> None:
-    """One sentence for people: how it ended, when, why, and what to do."""
+@pytest.mark.parametrize(("lines", "root", "hint"), DEATHS.values(), ids=DEATHS)
+def test_exit_is_described_with_code_time_root_and_hint(lines: list[str], root: str, hint: str) -> None:
+    """For people: how it ended, when, why, and what to do."""
     log = EngineLog()
     for line in [*NOISE, *lines]:
         log.add(line)
-    sentence = log.post_mortem(1, 21.96, None)
+    error = log.describe_exit(1, 21.96, None)
 
-    assert "exited with code 1 after 22.0 s, before it was ready" in sentence
-    assert root in sentence
-    assert advice in sentence
-    assert "\n" not in sentence
+    assert "exited with code 1 after 22.0 s, before it was ready" in error.message
+    assert root in error.message
+    assert hint in error.hint
+    assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -121,52 +130,52 @@ def test_post_mortem_of_a_death_has_code_time_root_and_advice(lines: list[str], 
         traceback(_SERVER, "KeyboardInterrupt"),
     ],
 )
-def test_root_line_of_a_log_without_a_cause_is_none(lines: list[str]) -> None:
+def test_cause_of_a_log_without_an_exception_is_none(lines: list[str]) -> None:
     """Warnings, mentions and an interrupt are no causes."""
-    assert root_line(lines) is None
+    assert cause(lines) is None
 
 
-def test_root_line_passes_over_an_exception_that_was_handled_by_another() -> None:
+def test_cause_of_chained_tracebacks_is_the_first() -> None:
     """Of chained tracebacks the first is the cause; the second is what came of it."""
     lines = traceback(_CORE_ERROR, "FileNotFoundError: no shard 3")
     chained = [_CORE_ERROR + "The above exception was the direct cause of the following exception:"]
 
-    assert root_line([*lines, *chained, *traceback(_CORE_ERROR, "RuntimeError: load failed")]) == (
+    assert cause([*lines, *chained, *traceback(_CORE_ERROR, "RuntimeError: load failed")]) == (
         "FileNotFoundError: no shard 3"
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
-def test_post_mortem_of_a_signal_names_it(number: signal.Signals) -> None:
-    """The CPU build can die of an illegal instruction, without a word."""
-    assert f"killed by {number.name} after 3.0 s" in EngineLog().post_mortem(-number, 3.0, None)
+def test_exit_by_a_signal_names_it(number: signal.Signals) -> None:
+    """The CPU build can die of an illegal instruction and write nothing."""
+    assert f"killed by {number.name} after 3.0 s" in str(EngineLog().describe_exit(-number, 3.0, None))
 
 
-def test_post_mortem_of_sigkill_suspects_memory() -> None:
-    """Nobody else kills so."""
-    sentence = EngineLog().post_mortem(-signal.SIGKILL, 3.0, None)
+def test_exit_by_sigkill_suspects_memory() -> None:
+    """Usually the kernel sent it."""
+    sentence = str(EngineLog().describe_exit(-signal.SIGKILL, 3.0, None))
 
     assert "killed by SIGKILL" in sentence
     assert "memory" in sentence
 
 
-def test_post_mortem_after_ready_counts_from_ready() -> None:
+def test_exit_after_ready_counts_from_ready() -> None:
     """When it worked for an hour that is worth knowing."""
-    assert "3600.0 s after it was ready" in EngineLog().post_mortem(0, 3615.0, 15.0)
+    assert "3600.0 s after it was ready" in str(EngineLog().describe_exit(0, 3615.0, 15.0))
 
 
-def test_post_mortem_without_a_cause_has_the_last_line() -> None:
-    """Empty lines are no last words."""
+def test_exit_without_a_cause_has_the_last_line() -> None:
+    """Blank lines do not count."""
     log = EngineLog()
     for line in ("first", "second", "", "   "):
         log.add(line)
 
-    assert "Last line: 'second'" in log.post_mortem(3, 1.0, None)
+    assert "Last line: 'second'" in str(log.describe_exit(3, 1.0, None))
 
 
-def test_post_mortem_of_an_empty_log_still_says_how_it_ended() -> None:
+def test_exit_with_an_empty_log_still_says_how_it_ended() -> None:
     """A process that could not even be loaded writes nothing."""
-    assert "exited with code 127" in EngineLog().post_mortem(127, 0.1, None)
+    assert "exited with code 127" in str(EngineLog().describe_exit(127, 0.1, None))
 
 
 def test_log_keeps_the_end_of_a_long_output() -> None:
@@ -207,7 +216,7 @@ def test_log_can_be_read_while_it_is_written() -> None:
     writer.join()
 
 
-def test_log_closed_wakes_whoever_waits() -> None:
+def test_log_closed_wakes_its_waiters() -> None:
     """The reaper waits for the end of the output, bounded."""
     log = EngineLog()
     log.wait_closed(0)
@@ -220,8 +229,8 @@ def test_death_after_ready_is_not_blamed_on_the_boot() -> None:
     log = EngineLog()
     for line in ("Traceback (most recent call last):", "ImportError: an optional kernel is missing"):
         log.add(line)
-    assert "ImportError" in log.post_mortem(1, 5.0, None)
-    log.begin_anew()
+    assert "ImportError" in str(log.describe_exit(1, 5.0, None))
+    log.mark_ready()
     log.add("INFO: a request")
-    assert "ImportError" not in log.post_mortem(-9, 3600.0, 5.0)
-    assert "SIGKILL" in log.post_mortem(-9, 3600.0, 5.0)
+    assert "ImportError" not in str(log.describe_exit(-9, 3600.0, 5.0))
+    assert "SIGKILL" in str(log.describe_exit(-9, 3600.0, 5.0))

@@ -55,7 +55,7 @@ def test_engine_without_hold_goes_to_ready_and_tells_each_step(start: Start) -> 
     engine.wait_for(State.READY, READY_S)
 
     assert engine.state is State.READY
-    assert events == ["started", "imported", "building", "loaded", "canary", "open", "ready"]
+    assert events == ["started", "imported", "building", "loaded", "canary", "opening", "ready"]
 
 
 def test_engine_events_carry_times_in_order(start: Start) -> None:
@@ -70,24 +70,24 @@ def test_engine_events_carry_times_in_order(start: Start) -> None:
     assert row == sorted(row)
 
 
-def test_engine_ready_reports_no_pulse(start: Start) -> None:
-    """A pulse is for the supervisor alone: it comes for as long as the engine lives, and is no phase."""
+def test_engine_ready_reports_no_heartbeat(start: Start) -> None:
+    """A heartbeat is for the supervisor alone: it comes for as long as the engine lives, and belongs to no boot."""
     events: list[str] = []
     engine = start(on_event=lambda name, _: events.append(name))
     engine.release()
     engine.wait_for(State.READY, READY_S)
-    time.sleep(0.2)  # four pulses of the fake
+    time.sleep(0.2)  # four heartbeats of the fake
 
     assert events[-1] == "ready"
 
 
-def test_engine_told_different_after_waking_never_gets_ready(start: Start) -> None:
-    """What it sings after the sleep must be what it sang before; else it is killed, whatever it does itself."""
+def test_engine_with_another_canary_after_waking_never_gets_ready(start: Start) -> None:
+    """The canary after the sleep must be the one before it; else the engine is killed, whatever it does itself."""
     engine = start("asleep", different=True)
     engine.wait_for(State.ASLEEP, READY_S)
     engine.release()
 
-    with pytest.raises(EngineError, match="woke as another: in its canary token 1 is 9"):
+    with pytest.raises(EngineError, match="did not wake as it fell asleep: in its canary token 1 is 9"):
         engine.wait_for(State.READY, READY_S)
 
 
@@ -116,7 +116,7 @@ def test_engine_asleep_tells_the_canary_before_and_after(start: Start) -> None:
     engine.release()
     engine.wait_for(State.READY, READY_S)
 
-    assert events[7:] == ["awake", "woken", "open", "ready"]
+    assert events[7:] == ["awake", "woken", "opening", "ready"]
 
 
 def test_engine_release_hands_on_digests_by_pipe_only(start: Start) -> None:
@@ -139,7 +139,7 @@ def test_engine_release_after_its_end_raises_nothing(start: Start) -> None:
 
 
 def test_engine_release_without_keys_says_so(start: Start) -> None:
-    """No keys is a word of its own, which the guard tells from silence."""
+    """No keys is sent as an empty list, which the guard tells from no release."""
     engine = start()
     engine.release()
     engine.wait_for(State.READY, READY_S)

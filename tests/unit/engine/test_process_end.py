@@ -118,19 +118,19 @@ def test_death_before_ready_raises_with_code_and_time(start: Start, step: str, c
 def test_death_with_a_traceback_names_its_root(start: Start) -> None:
     """The cause is the exception, not the line that the process wrote last."""
     with pytest.raises(EngineError, match=r"code 1 .*Cause: 'ValueError: no such parser'"):
-        start(die_at="loaded", code=1, last_words=[*TRACEBACK, "Shutting down."])
+        start(die_at="loaded", code=1, last_lines=[*TRACEBACK, "Shutting down."])
 
 
 def test_death_without_a_traceback_names_the_last_line(start: Start) -> None:
     """Where there is no exception the last words are the best that there is."""
     with pytest.raises(EngineError, match="Last line: 'so long'"):
-        start(die_at="loaded", code=5, last_words=["so long"])
+        start(die_at="loaded", code=5, last_lines=["so long"])
 
 
 def test_death_after_ready_calls_on_death_once_with_the_reason(start: Start) -> None:
     """The one who serves is told by a call, with the root line, and later waits raise the same."""
     deaths: list[EngineError] = []
-    engine = start(on_death=deaths.append, last_words=TRACEBACK)
+    engine = start(on_death=deaths.append, last_lines=TRACEBACK)
     ask_to_die(engine, 9)
 
     assert engine.wait_ended(5)

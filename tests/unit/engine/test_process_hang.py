@@ -1,4 +1,4 @@
-"""An engine that lives and does nothing: noticed by the pulse it lacks, killed, and said so."""
+"""An engine that lives and does nothing: noticed by the heartbeat it lacks, killed, and said so."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def start(fake_command: Command, fake_python: str, deaths: list[EngineError]) ->
         engine.stop(0)
 
 
-def test_engine_without_a_pulse_is_killed_and_said_to_hang(start: Start, deaths: list[EngineError]) -> None:
+def test_engine_without_a_heartbeat_is_killed_and_said_to_hang(start: Start, deaths: list[EngineError]) -> None:
     """Its port is open and /health is green all the while."""
-    engine = start(3.0, hang_at="pulse", ignore_sigterm=True, grandchild=True)
+    engine = start(3.0, hang_at="heartbeat", ignore_sigterm=True, grandchild=True)
 
     assert engine.wait_ended(READY_S)
     assert engine.state is State.FAILED
     assert group(engine.pid) == []
-    with pytest.raises(EngineError, match=r"hung: for 3 s it gave no token.*SERVICE_HANG_S"):
+    with pytest.raises(EngineError, match=r"hung: it generated no token for 3 s.*SERVICE_HANG_S"):
         engine.wait_for(State.READY, 0)
     assert eventually(lambda: bool(deaths))
     engine.stop(1)
     assert [str(death)[:15] for death in deaths] == ["The engine hung"]
 
 
-def test_engine_with_a_pulse_stays_ready(start: Start, deaths: list[EngineError]) -> None:
+def test_engine_with_a_heartbeat_stays_ready(start: Start, deaths: list[EngineError]) -> None:
     """Longer than it could without one."""
     engine = start(4.0)
     engine.wait_ended(5.0)
@@ -81,7 +81,7 @@ def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[En
     assert "hung" in str(deaths[0])
 
 
-def test_engine_asleep_needs_no_pulse(start: Start, deaths: list[EngineError]) -> None:
+def test_engine_asleep_needs_no_heartbeat(start: Start, deaths: list[EngineError]) -> None:
     """A snapshot may be restored days later; only what is open is asked for life."""
     engine = start(0.05, "asleep")
 
@@ -91,7 +91,7 @@ def test_engine_asleep_needs_no_pulse(start: Start, deaths: list[EngineError]) -
 
 def test_stop_of_an_engine_that_hangs_comes_before_the_hang_is_noticed(start: Start, deaths: list[EngineError]) -> None:
     """It is gone in the time that any engine gets, and is no death."""
-    engine = start(60, hang_at="pulse")
+    engine = start(60, hang_at="heartbeat")
     os.kill(engine.pid, signal.SIGSTOP)
     began = time.monotonic()
     engine.stop(0.2)

@@ -95,7 +95,7 @@ def test_drain_does_not_wait_for_an_application_that_does_not_end() -> None:
 
 
 def test_drain_of_the_process_is_one() -> None:
-    """The guard asks the same that the barrier tells."""
+    """The guard asks the drain that the startup plugin begins."""
     assert drain.current() is drain.current()
     assert Guard(Behind(), [])._drain is drain.current()
 

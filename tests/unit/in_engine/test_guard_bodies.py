@@ -158,10 +158,10 @@ def test_lifespan_passes() -> None:
     assert sent == [{"type": "lifespan.startup.complete"}]
 
 
-@pytest.mark.parametrize("link", [None, SimpleNamespace(release={}), SimpleNamespace(release={"word": "release"})])
-def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.MonkeyPatch, link: Any) -> None:
+@pytest.mark.parametrize("pipe", [None, SimpleNamespace(release={}), SimpleNamespace(release={"command": "release"})])
+def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
     """Silence is not the same as "no keys": it fails closed."""
-    monkeypatch.setattr(parent_pipe, "current", lambda: link)
+    monkeypatch.setattr(parent_pipe, "current", lambda: pipe)
     behind = Behind()
 
     with pytest.raises(RuntimeError, match="carried no key digests"):
@@ -171,10 +171,10 @@ def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.Monke
 
 def test_guard_takes_the_keys_that_the_release_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     """VLLM constructs the guard before the keys arrive; they are read at the first request."""
-    link = SimpleNamespace(release={})
-    monkeypatch.setattr(parent_pipe, "current", lambda: link)
+    pipe = SimpleNamespace(release={})
+    monkeypatch.setattr(parent_pipe, "current", lambda: pipe)
     guard = Guard(Behind())
-    link.release = {"word": "release", "digests": [DIGEST]}
+    pipe.release = {"command": "release", "digests": [DIGEST]}
 
     assert ask(guard, "/v1/models", headers=bearer()).status == 200
     assert ask(guard, "/v1/models", headers=bearer("x")).status == 401

@@ -1,4 +1,4 @@
-"""The engine's pulse: tokens, or none. Each look is counted, so that "no pulse" means looked and found none."""
+"""The engine's heartbeat: tokens, or none. Each look is counted, so that "no heartbeat" means looked and found none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOKS = 20  # what a test sees of "for ever"
 
 
 class Engine:
-    """An engine as the pulse sees it. Each look at `has_unfinished_requests` is counted, and may go on with the scene.
+    """An engine as the heartbeat sees it. Each look at `has_unfinished_requests` is counted, and may advance the scene.
 
     Args:
         busy: Whether requests run.
@@ -67,7 +67,7 @@ class Steps:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Return the counter that the pulse reads."""
+    """Return the counter that the heartbeat reads."""
     counter = Steps()
     monkeypatch.setattr(heartbeat, "_steps", counter)
     return counter
@@ -79,93 +79,93 @@ def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
 
 
-def pulses(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s: float = 0.0) -> tuple[int, Engine]:
-    """Let the pulse beat until the engine has been looked at often enough; return how often it told, and the engine."""
-    told: list[None] = []
+def heartbeats(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s: float = 0.0) -> tuple[int, Engine]:
+    """Run the heartbeat until the engine was looked at often enough; return how often it emitted, and the engine."""
+    emitted: list[None] = []
 
     async def scene() -> Engine:
         engine: Engine = make()
-        beating = asyncio.ensure_future(heartbeat.beat(engine, lambda: told.append(None), LOOK_S, probe_s))
+        beating = asyncio.ensure_future(heartbeat.run_heartbeat(engine, lambda: emitted.append(None), LOOK_S, probe_s))
         await asyncio.wait_for(getattr(engine, until).wait(), 20)
         await asyncio.sleep(after_s)
         beating.cancel()
         return engine
 
     engine = asyncio.run(scene())
-    return len(told), engine
+    return len(emitted), engine
 
 
-def test_pulse_of_a_busy_engine_that_makes_steps_beats_at_each_look(steps: Steps) -> None:
+def test_heartbeat_of_a_busy_engine_that_makes_steps_is_emitted_at_each_look(steps: Steps) -> None:
     """Tokens come: it lives, and need not be asked."""
 
     def step(_: int) -> None:
         steps.value += 3
 
-    told, engine = pulses(lambda: Engine(busy=True, on_look=step))
+    count, engine = heartbeats(lambda: Engine(busy=True, on_look=step))
 
-    assert told >= LOOKS - 1
+    assert count >= LOOKS - 1
     assert engine.probes == 0
 
 
-def test_pulse_of_a_busy_engine_without_a_step_ends(steps: Steps) -> None:
-    """Requests wait, nothing comes, and a token asked for does not either: one beat for the first look, and no more."""
-    told, engine = pulses(lambda: Engine(busy=True, hangs=True))
+def test_heartbeat_of_a_busy_engine_without_a_step_ends(steps: Steps) -> None:
+    """Requests wait, no token comes, nor the one asked for: one heartbeat for the first look, and no more."""
+    count, engine = heartbeats(lambda: Engine(busy=True, hangs=True))
 
-    assert (told, engine.probes) == (1, 1)
+    assert (count, engine.probes) == (1, 1)
 
 
-def test_pulse_of_a_busy_engine_without_a_step_that_answers_goes_on(steps: Steps) -> None:
+def test_heartbeat_of_a_busy_engine_without_a_step_that_answers_goes_on(steps: Steps) -> None:
     """A long prompt is read in chunks, and vLLM counts no step that gave no token."""
-    told, engine = pulses(lambda: Engine(busy=True))
+    count, engine = heartbeats(lambda: Engine(busy=True))
 
-    assert told >= LOOKS - 2
+    assert count >= LOOKS - 2
     assert engine.probes >= LOOKS - 2
 
 
-def test_pulse_of_a_busy_engine_that_goes_on_comes_back(steps: Steps) -> None:
+def test_heartbeat_of_a_busy_engine_that_goes_on_comes_back(steps: Steps) -> None:
     """A long kernel compilation is no death, if the parent has the patience."""
 
     def step(look: int) -> None:
         if look == LOOKS // 2:
             steps.value += 1
 
-    told, _ = pulses(lambda: Engine(busy=True, hangs=True, on_look=step))
+    count, _ = heartbeats(lambda: Engine(busy=True, hangs=True, on_look=step))
 
-    assert told == 2
+    assert count == 2
 
 
-def test_pulse_of_an_idle_engine_beats_without_a_token_for_a_while(steps: Steps) -> None:
+def test_heartbeat_of_an_idle_engine_is_emitted_without_a_token_for_a_while(steps: Steps) -> None:
     """It was asked a moment ago."""
-    told, engine = pulses(lambda: Engine(busy=False))
+    count, engine = heartbeats(lambda: Engine(busy=False))
 
-    assert told >= LOOKS - 1
+    assert count >= LOOKS - 1
     assert engine.probes == 0
 
 
-def test_pulse_of_an_idle_engine_is_a_token_each_time_it_is_due(steps: Steps) -> None:
-    """With no time between probes each beat is one."""
-    told, engine = pulses(lambda: Engine(busy=False), probe_s=0)
+def test_heartbeat_of_an_idle_engine_is_a_token_each_time_it_is_due(steps: Steps) -> None:
+    """With no time between probes each heartbeat is one."""
+    count, engine = heartbeats(lambda: Engine(busy=False), probe_s=0)
 
     assert engine.probes >= LOOKS - 2
-    assert engine.probes <= told <= engine.probes + 1
+    assert engine.probes <= count <= engine.probes + 1
 
 
-def test_pulse_of_an_idle_engine_that_gives_no_token_ends(steps: Steps) -> None:
+def test_heartbeat_of_an_idle_engine_that_gives_no_token_ends(steps: Steps) -> None:
     """`/health` would still be green."""
-    told, engine = pulses(lambda: Engine(busy=False, hangs=True), until="probed", probe_s=0, after_s=20 * LOOK_S)
+    count, engine = heartbeats(lambda: Engine(busy=False, hangs=True), until="probed", probe_s=0, after_s=20 * LOOK_S)
 
-    assert (told, engine.probes) == (1, 1)  # the first look finds a counter that it did not know
+    assert (count, engine.probes) == (1, 1)  # the first look finds a counter that it did not know
 
 
-def test_pulse_of_a_model_that_does_not_generate_asks_for_no_token(steps: Steps) -> None:
-    """An embedding model is asked for nothing it cannot do; its server's loop is what beats."""
-    told, engine = pulses(lambda: Engine(busy=False, tasks=("embed",)), probe_s=0)
+def test_heartbeat_of_a_model_that_does_not_generate_asks_for_no_token(steps: Steps) -> None:
+    """An embedding model is asked for nothing it cannot do; its server's loop is what emits."""
+    count, engine = heartbeats(lambda: Engine(busy=False, tasks=("embed",)), probe_s=0)
 
-    assert told >= LOOKS - 1
+    assert count >= LOOKS - 1
     assert engine.probes == 0
 
 
-def test_pulse_counts_steps_by_the_histograms_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_counts_steps_by_the_histograms_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """One observation a step, summed over engines; buckets and sums are not counted."""
     name = "vllm:iteration_tokens_total_count"
     samples = [SimpleNamespace(name=name, value=2.0), SimpleNamespace(name=name, value=3.0)]

@@ -1,4 +1,4 @@
-"""The engine's end of the pipes, in a process of its own: words in, events out, and the end of the parent."""
+"""The engine's end of the pipes, in a process of its own: commands in, events out, and the end of the parent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from service.engine.args import IN_ENGINE
 
 PROGRAM = """
 import json, os, sys
-from vllm_service import parent_pipe as control
+from vllm_service import parent_pipe
 
 def show(what):
     os.write(1, (json.dumps(what) + "\\n").encode())
 
-link = control.current()
-link.on_drain = show
-show([control.current() is link, "ENGINE_PIPES" in os.environ])
-show(link.wait_for_release())
-link.tell("event", number=1)
+pipe = parent_pipe.current()
+pipe.on_drain = show
+show([parent_pipe.current() is pipe, "ENGINE_PIPES" in os.environ])
+show(pipe.wait_for_release())
+pipe.emit("event", number=1)
 child = os.fork()
 if not child:
-    show(control.current())
+    show(parent_pipe.current())
     os._exit(0)
 os.waitpid(child, 0)
 show([os.get_inheritable(int(fd)) for fd in sys.argv[1].split(",")])
@@ -37,62 +37,62 @@ sys.stdin.readline()
 
 
 class Engine:
-    """A process with nothing but the control in it."""
+    """A process with nothing but the parent pipe in it."""
 
     def __init__(self) -> None:
-        words, self.words = os.pipe()
+        commands, self.commands = os.pipe()
         self.events, events = os.pipe()
-        pipes = f"{words},{events}"
+        pipes = f"{commands},{events}"
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-c", PROGRAM, pipes],
             env={"PYTHONPATH": str(IN_ENGINE), "ENGINE_PIPES": pipes},
-            pass_fds=(words, events),
+            pass_fds=(commands, events),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        os.close(words)
+        os.close(commands)
         os.close(events)
-        assert self.heard() == [True, False]  # one control; no child of it could take the pipes for its own
+        assert self.heard() == [True, False]  # one parent pipe; no child could take the pipes for its own
 
-    def say(self, *words: dict[str, Any]) -> None:
-        """Say words, all at once."""
-        os.write(self.words, "".join(json.dumps(word) + "\n" for word in words).encode())
+    def send(self, *commands: dict[str, Any]) -> None:
+        """Send commands, all at once."""
+        os.write(self.commands, "".join(json.dumps(command) + "\n" for command in commands).encode())
 
     def heard(self) -> Any:
-        """Return what the process tells next."""
+        """Return what the process writes next."""
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
     def hang_up(self) -> int:
-        """Close the words' pipe, as a parent's death does; return how the process ended."""
-        os.close(self.words)
-        self.words = -1
+        """Close the commands' pipe, as a parent's death does; return how the process ended."""
+        os.close(self.commands)
+        self.commands = -1
         return self.process.wait(10)
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """Return a process with a control; it is gone after the test."""
+    """Return a process with a parent pipe; it is gone after the test."""
     started = Engine()
     yield started
     started.process.kill()
     started.process.communicate(timeout=10)
-    for fd in {started.words, started.events} - {-1}:
+    for fd in {started.commands, started.events} - {-1}:
         os.close(fd)
 
 
 def test_release_hands_over_all_that_it_carried(engine: Engine) -> None:
     """The digests of the keys are in no command line, variable or snapshot."""
-    word = {"word": "release", "digests": ["ab" * 32]}
-    engine.say(word)
+    command = {"command": "release", "digests": ["ab" * 32]}
+    engine.send(command)
 
-    assert engine.heard() == word
+    assert engine.heard() == command
 
 
 def test_event_carries_its_name_its_time_and_its_fields(engine: Engine) -> None:
     """As one line of JSON, in one write."""
-    engine.say({"word": "release"})
+    engine.send({"command": "release"})
     event = json.loads(os.read(engine.events, 65536))
 
     assert (event.pop("event"), event.pop("number")) == ("event", 1)
@@ -100,44 +100,44 @@ def test_event_carries_its_name_its_time_and_its_fields(engine: Engine) -> None:
 
 
 def test_drain_comes_before_and_after_the_release(engine: Engine) -> None:
-    """Each word goes its own way; a drain ends no hold."""
-    engine.say({"word": "drain", "grace_s": 1.5}, {"word": "release"})
-    assert engine.heard() == {"word": "drain", "grace_s": 1.5}
-    assert engine.heard() == {"word": "release"}
+    """Each command goes to its own handler; a drain ends no hold."""
+    engine.send({"command": "drain", "grace_s": 1.5}, {"command": "release"})
+    assert engine.heard() == {"command": "drain", "grace_s": 1.5}
+    assert engine.heard() == {"command": "release"}
     assert [engine.heard(), engine.heard()] == [None, [False, False]]
-    engine.say({"word": "drain", "grace_s": 0})
+    engine.send({"command": "drain", "grace_s": 0})
 
-    assert engine.heard() == {"word": "drain", "grace_s": 0}
+    assert engine.heard() == {"command": "drain", "grace_s": 0}
 
 
-def test_word_in_pieces_is_put_together(engine: Engine) -> None:
+def test_command_in_pieces_is_put_together(engine: Engine) -> None:
     """A pipe keeps bytes, not lines."""
-    for piece in (b'{"word": "rel', b'ease", "digests"', b': ["x"]}', b"\n"):
-        os.write(engine.words, piece)
+    for piece in (b'{"command": "rel', b'ease", "digests"', b': ["x"]}', b"\n"):
+        os.write(engine.commands, piece)
 
-    assert engine.heard() == {"word": "release", "digests": ["x"]}
+    assert engine.heard() == {"command": "release", "digests": ["x"]}
 
 
-def test_word_longer_than_a_read_is_put_together(engine: Engine) -> None:
+def test_command_longer_than_a_read_is_put_together(engine: Engine) -> None:
     """A thousand keys are more than a pipe holds at once."""
-    word = {"word": "release", "digests": ["ab" * 32] * 2000}
-    data = (json.dumps(word) + "\n").encode()
+    command = {"command": "release", "digests": ["ab" * 32] * 2000}
+    data = (json.dumps(command) + "\n").encode()
     while data:
-        data = data[os.write(engine.words, data) :]
+        data = data[os.write(engine.commands, data) :]
 
-    assert engine.heard() == word
-
-
-def test_word_of_another_version_is_passed_over(engine: Engine) -> None:
-    """What is not known ends nothing and holds up nothing."""
-    engine.say({"word": "dance"}, {"word": "release", "digests": []})
-
-    assert engine.heard() == {"word": "release", "digests": []}
+    assert engine.heard() == command
 
 
-def test_control_of_a_forked_child_is_none_and_passes_to_no_program(engine: Engine) -> None:
-    """The engine core must neither take the parent's words nor keep the events' pipe open in what it starts."""
-    engine.say({"word": "release"})
+def test_command_that_is_unknown_is_ignored(engine: Engine) -> None:
+    """It ends nothing and delays nothing."""
+    engine.send({"command": "dance"}, {"command": "release", "digests": []})
+
+    assert engine.heard() == {"command": "release", "digests": []}
+
+
+def test_parent_pipe_of_a_forked_child_is_none_and_passes_to_no_program(engine: Engine) -> None:
+    """The engine core must neither read the parent's commands nor keep the events' pipe open in what it starts."""
+    engine.send({"command": "release"})
     engine.heard()
 
     assert engine.heard() is None
@@ -145,10 +145,10 @@ def test_control_of_a_forked_child_is_none_and_passes_to_no_program(engine: Engi
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_end_of_the_words_kills_the_group(engine: Engine, released: bool) -> None:
-    """The parent is gone: nothing may go on holding a GPU that nobody watches."""
+def test_end_of_the_commands_kills_the_group(engine: Engine, released: bool) -> None:
+    """The parent is gone: nothing may hold a GPU that no parent watches."""
     if released:
-        engine.say({"word": "release"})
+        engine.send({"command": "release"})
         engine.heard()
 
     assert engine.hang_up() == -signal.SIGKILL

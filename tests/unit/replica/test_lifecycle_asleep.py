@@ -78,7 +78,7 @@ def test_replica_that_wakes_is_ready_with_the_same_engine(plan: Plan) -> None:
     try:
         assert replica.engine is replica.sleeper
         replica.engine.wait_for(State.READY, 0)
-        assert replica.events[7:] == ["awake", "woken", "open", "ready"]
+        assert replica.events[7:] == ["awake", "woken", "opening", "ready"]
         assert [(record.outcome, record.reason) for record in replica.records] == [("ready", None)]
         assert replica.said == []
     finally:
@@ -91,7 +91,7 @@ def test_replica_that_wakes_as_another_is_booted_cold(plan: Plan) -> None:
     replica.start()
     try:
         replica.assert_booted_cold("token 1 is 9 instead of 1")
-        assert "open" not in replica.events[: replica.events.index("started", 1)]
+        assert "opening" not in replica.events[: replica.events.index("started", 1)]
         assert psutil.Process(replica.engine.pid).environ()["ENGINE_HOLD"] == "imported"
     finally:
         replica.stop()
@@ -119,7 +119,7 @@ def test_replica_whose_engine_died_asleep_is_booted_cold(plan: Plan) -> None:
         replica.stop()
 
 
-@pytest.mark.parametrize("step", ["awake", "woken", "open", "listening"])
+@pytest.mark.parametrize("step", ["awake", "woken", "opening", "listening"])
 def test_replica_whose_engine_dies_while_it_wakes_is_booted_cold(plan: Plan, step: str) -> None:
     """At any step until it is ready."""
     replica = asleep(plan, script={"die_at": step, "code": 7, "only": "asleep"})
@@ -159,7 +159,7 @@ def test_replica_that_wakes_and_boots_too_slowly_ends_within_the_boots_time(plan
     """Waking gets half of what is left at most, and the cold boot the rest."""
     replica = asleep(plan)  # a start that a busy machine may take its time for
     replica.stop(0)
-    script = {"hang_at": "open", "ignore_sigterm": True}
+    script = {"hang_at": "opening", "ignore_sigterm": True}
     replica = asleep(plan, script=script, startup_timeout_s=4, wake_timeout_s=wake_timeout_s)
     began = time.monotonic()
     with pytest.raises(EngineError, match="not READY"):

@@ -120,7 +120,7 @@ def test_boot_cold_after_a_sleep_keeps_why(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize("snapshot", ["off", "cpu", "gpu"])
 def test_boot_that_fails_keeps_why(plan: Plan, tmp_path: Path, snapshot: Any) -> None:
     """With the phases it got through, before or after the checkpoint."""
-    script = {"die_at": "loaded", "code": 3, "last_words": ["so long"]}
+    script = {"die_at": "loaded", "code": 3, "last_lines": ["so long"]}
     with pytest.raises(EngineError) as caught:
         boot(scripted(plan, snapshot=snapshot, records=tmp_path / "boots", script=script))
     kept = records.load(tmp_path / "boots")
