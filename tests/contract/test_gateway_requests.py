@@ -163,7 +163,7 @@ def test_door_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None
 def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
     """Comments come until the engine answers, across Modal's redirects; then the engine's chunks, to the last one."""
     model = tier("T4")
-    door.door.redirect_after_s = 5.5
+    door.web_endpoints.redirect_after_s = 5.5
     try:
         with asked(url, {"model": model, "stream": True, **QUESTION}) as answer:
             assert answer.status == 200
@@ -172,10 +172,10 @@ def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: st
             assert replicas(door, model)[0].state is TaskState.STARTING
             body = answer.read()
     finally:
-        door.door.redirect_after_s = 150.0
+        door.web_endpoints.redirect_after_s = 150.0
     assert "Paris" in content(body)
     assert body.rstrip().endswith(b"data: [DONE]")
-    assert 303 in [status for _, path, status in door.door.requests if path.startswith("/health?model=tiny")]
+    assert 303 in [status for _, path, status in door.web_endpoints.requests if path.startswith("/health?model=tiny")]
 
     status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)
     assert status == 200, body
@@ -203,7 +203,7 @@ def test_door_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
 
 def _asked_for_health(plane: ModalPlane) -> int:
     """Return how many requests have waked, or would have."""
-    return sum(path.startswith("/health?") for _, path, _ in plane.door.requests)
+    return sum(path.startswith("/health?") for _, path, _ in plane.web_endpoints.requests)
 
 
 def test_door_whose_client_leaves_stops_the_generation_within_a_second(door: ModalPlane, url: str, warm: str) -> None:

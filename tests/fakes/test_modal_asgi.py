@@ -190,14 +190,14 @@ def test_asgi_client_that_leaves_before_the_answer_is_noticed_within_a_second(as
         asgi.wait_until(lambda: len(traced(asgi, "held")) > held, 5, "the request inside the container")
         leaving_at = time.time()
     _check_noticed(asgi, leaving_at)
-    asgi.wait_until(lambda: asgi.door.requests[-1] == ("POST", "/held", 499), 5, "the request's record")
+    asgi.wait_until(lambda: asgi.web_endpoints.requests[-1] == ("POST", "/held", 499), 5, "the request's record")
 
 
 def test_asgi_app_without_a_first_byte_redirects_and_keeps_the_body(plane: ModalPlane) -> None:
     """The 303 comes with the body taken; who follows it gets the answer to that body."""
     url = deploy_asgi(plane)
     get(f"{url}/health")
-    plane.door.redirect_after_s = 0.4
+    plane.web_endpoints.redirect_after_s = 0.4
     body = _pattern(20 * MIB)
     with connection(url) as opened:
         opened.request("POST", "/silent?s=1", body=body)

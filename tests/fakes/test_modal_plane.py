@@ -259,8 +259,8 @@ def test_cli_moves_files_in_and_out_of_a_volume(plane: ModalPlane, tmp_path: Pat
     assert plane.volumes["files"].files() == []
 
 
-def test_cli_creates_a_proxy_token_that_opens_the_door(plane: ModalPlane) -> None:
-    """What `modal workspace proxy-tokens create` prints is admitted."""
+def test_cli_creates_a_proxy_token_that_web_endpoints_accept(plane: ModalPlane) -> None:
+    """Web endpoints accept the token that `modal workspace proxy-tokens create` prints."""
     deploy(plane, SAMPLE_AUTH="1")
     printed = command(plane, "workspace", "proxy-tokens", "create").stdout
     bearer = next(word for word in printed.split() if word.startswith("wk-") and ".ws-" in word)

@@ -1,7 +1,7 @@
 """A Modal control plane on loopback, for the real client and the real container runtime, without an account.
 
 It speaks the protocol of the pinned `modal` client: `modal deploy`, `modal run`, look-ups, `.remote`, `.remote_gen`,
-`.spawn`, `.map`, the HTTP front door (`web_server`, `asgi_app`), checkpoints and restores run for real. A container is
+`.spawn`, `.map`, web endpoints (`web_server`, `asgi_app`), checkpoints and restores run for real. A container is
 a subprocess of `modal._container_entrypoint` with its own network namespace (each can use port 8000), its own unix
 socket, and HOME at `<workdir>/<task>/root`, where mounts and volumes lie. The image is recorded, its ENV applied,
 nothing installed: what the image would install is what `ContainerRuntime.python` has.
@@ -37,7 +37,7 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
     plane.snapshots              enabled, freeze_s, environment (changes that appear at restore), fail_next_restore(),
                                  fail_next_gpu_restore(), before_restore (callables of the task: change volumes, …),
                                  checkpoints (task ids)
-    plane.door                   redirect_after_s (150.0), requests [(method, path, status)]; 499: the client left
+    plane.web_endpoints          redirect_after_s (150.0), requests [(method, path, status)]; 499: the client left
     plane.transcript             [Call(name, caller, request, at)]; caller is "client" or a task id
     plane.calls(name)            the requests of that name; plane.unknown_calls: names refused with UNIMPLEMENTED;
                                  plane.failures: the plane's own mistakes, for `assert plane.failures == []`

@@ -20,9 +20,9 @@ from .rpc import unary
 
 if TYPE_CHECKING:
     from .apps import App, Apps
-    from .door import Door
     from .sandbox import Task
     from .volumes import Volumes
+    from .web_endpoints import WebEndpoints
 
 GPU_TYPES = (
     *("T4", "L4", "A10", "A10G", "L40S", "A100", "A100-40GB", "A100-80GB"),
@@ -93,8 +93,8 @@ class OfFunction:
 class Functions:
     """Functions by id, their bindings, and classes."""
 
-    def __init__(self, ids: Ids, volumes: Volumes, door: Door) -> None:
-        self._ids, self.volumes, self._door = ids, volumes, door
+    def __init__(self, ids: Ids, volumes: Volumes, web_endpoints: WebEndpoints) -> None:
+        self._ids, self.volumes, self._web_endpoints = ids, volumes, web_endpoints
         self._by_id: dict[str, Function] = {}
         self._bound: dict[tuple[str, bytes, bytes], str] = {}
         self._classes: dict[str, str] = {}
@@ -125,14 +125,16 @@ class Functions:
     def metadata(self, function_id: str) -> pb.FunctionHandleMetadata:
         """Describe a function as a handle in a client: methods, parameters, web URLs."""
         function = self.by_id(function_id)
-        definition, site = function.newest, function.base_id or function.id
-        metadata = self._handle(definition, function, self._door.url(site, "", definition.webhook_config))
+        definition, endpoint_of = function.newest, function.base_id or function.id
+        metadata = self._handle(
+            definition, function, self._web_endpoints.url(endpoint_of, "", definition.webhook_config)
+        )
         metadata.definition_id = f"de-{function_id[3:]}"
         metadata.class_parameter_info.CopyFrom(definition.class_parameter_info)
         metadata.is_method = definition.is_method
         metadata.base_function_id = function.base_id or ""
         for name, method in definition.method_definitions.items():
-            url = self._door.url(site, name, method.webhook_config)
+            url = self._web_endpoints.url(endpoint_of, name, method.webhook_config)
             handle = self._handle(method, function, url)
             handle.is_method, handle.use_method_name = True, name
             metadata.method_handle_metadata[name].CopyFrom(handle)
@@ -187,7 +189,7 @@ class Functions:
         if definition.experimental_options.get("enable_gpu_snapshot", "").lower() in ("true", "1"):
             definition._experimental_enable_gpu_snapshot = True  # a client sends the text, containers read the flag
         function = self._stage(request.existing_function_id, request.app_id, definition)
-        await self._open_sites(function.id, definition)
+        await self._open_web_endpoints(function.id, definition)
         return pb.FunctionCreateResponse(
             function_id=function.id,
             function=definition,
@@ -195,12 +197,12 @@ class Functions:
             handle_metadata=self.metadata(function.id),
         )
 
-    async def _open_sites(self, function_id: str, definition: pb.Function) -> None:
+    async def _open_web_endpoints(self, function_id: str, definition: pb.Function) -> None:
         if definition.webhook_config.type:
-            definition.web_url = await self._door.open(function_id, "", definition.webhook_config)
+            definition.web_url = await self._web_endpoints.open(function_id, "", definition.webhook_config)
         for name, method in definition.method_definitions.items():
             if method.webhook_config.type:
-                method.web_url = await self._door.open(function_id, name, method.webhook_config)
+                method.web_url = await self._web_endpoints.open(function_id, name, method.webhook_config)
 
     def _check_gpu(self, config: pb.GPUConfig) -> None:
         if config.gpu_type and config.gpu_type not in GPU_TYPES:

@@ -10,7 +10,6 @@ import grpclib.server
 from modal_proto import api_pb2 as pb
 
 from .apps import Apps
-from .door import Door
 from .functions import Function
 from .gpus import lay_out_gpus
 from .ids import Ids
@@ -19,6 +18,7 @@ from .rpc import Endpoint, Handlers, Transcript
 from .sandbox import ContainerRuntime, Task, base_environment
 from .storage import Storage
 from .volumes import Volumes
+from .web_endpoints import WebEndpoints
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Launcher:
     secrets: Secrets
     volumes: Volumes
     storage: Storage
-    door: Door
+    web_endpoints: WebEndpoints
     transcript: Transcript
     snapshots_enabled: bool = True
     handlers: Handlers = field(init=False)
@@ -64,7 +64,7 @@ class Launcher:
         arguments = self._arguments(task)
         task.arguments_path.write_bytes(arguments.SerializeToString())
         socket = await self.listen(task)
-        ports = [*self.runtime.host_ports, self.storage.port, *self.door.ports]
+        ports = [*self.runtime.host_ports, self.storage.port, *self.web_endpoints.ports]
         await task.boot(self.runtime, self._environment(task, socket), ports)
 
     async def listen(self, task: Task) -> Path:

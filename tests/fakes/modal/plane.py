@@ -26,7 +26,6 @@ from .apps import App, Apps
 from .calls import Calls
 from .containers import Scheduler
 from .dicts import Dicts
-from .door import Door
 from .errors import NotDeployed, PlaneTimeout
 from .fleet import Fleet
 from .functions import Functions
@@ -40,6 +39,7 @@ from .sandbox import ContainerRuntime, Task
 from .snapshots import Snapshots
 from .storage import Storage
 from .volumes import Volumes
+from .web_endpoints import WebEndpoints
 
 if TYPE_CHECKING:
     import grpclib.server
@@ -71,11 +71,11 @@ class ModalPlane:
         self._storage = Storage(ids, self.volumes)
         self.secrets, self.images, mounts = Secrets(ids), Images(ids), Mounts(ids, self._storage)
         self.dicts = Dicts(ids)
-        self.door = Door()
-        self._functions = Functions(ids, self.volumes, self.door)
+        self.web_endpoints = WebEndpoints()
+        self._functions = Functions(ids, self.volumes, self.web_endpoints)
         self._apps = self._functions.apps = Apps(ids, self._functions)
         calls = Calls(ids, self._functions)
-        self.door.functions, self.door.calls = self._functions, calls
+        self.web_endpoints.functions, self.web_endpoints.calls = self._functions, calls
         launcher = Launcher(
             ids=ids,
             runtime=runtime,
@@ -87,7 +87,7 @@ class ModalPlane:
             secrets=self.secrets,
             volumes=self.volumes,
             storage=self._storage,
-            door=self.door,
+            web_endpoints=self.web_endpoints,
             transcript=self._record,
         )
         self._scheduler = Scheduler(self._functions, calls, launcher)
@@ -95,7 +95,9 @@ class ModalPlane:
         self._apps.stop_containers, self._apps.published = self._scheduler.stop_app, self._scheduler.published
         objects = (Environments(ids), self.secrets, mounts, self.images, self.volumes, self.dicts, self._storage)
         running = (self._apps, self._functions, calls, self._scheduler, Fleet(self._scheduler, self._functions))
-        self._handlers = launcher.handlers = Handlers((*objects, *running, self.snapshots, self.door.proxy_tokens))
+        self._handlers = launcher.handlers = Handlers(
+            (*objects, *running, self.snapshots, self.web_endpoints.proxy_tokens)
+        )
 
     # life
 
@@ -132,7 +134,7 @@ class ModalPlane:
 
     async def _close(self) -> None:
         await self._scheduler.close()
-        await self.door.close()
+        await self.web_endpoints.close()
         await self._storage.close()
         if self._server is not None:
             self._server.close()
@@ -168,7 +170,7 @@ class ModalPlane:
 
     @property
     def proxy_tokens(self) -> ProxyTokens:
-        return self.door.proxy_tokens
+        return self.web_endpoints.proxy_tokens
 
     @property
     def apps(self) -> dict[str, App]:

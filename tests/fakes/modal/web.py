@@ -1,6 +1,6 @@
-"""Between HTTP and the ASGI messages in which a container gets a web request and answers it.
+"""Translates between HTTP and the ASGI messages in which a container receives and answers a web request.
 
-Owns the translation, both bodies as streams. Decides nothing: who may come in and where a request goes is the door's.
+Streams both bodies. Decides nothing: `web_endpoints` authenticates and routes requests.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ HOP_BY_HOP = (b"transfer-encoding", b"connection", b"keep-alive")
 
 @dataclass
 class Exchange:
-    """A request and the status of its answer, CLIENT_LEFT while that is not out."""
+    """A request and the status of its response; CLIENT_LEFT until the response has been sent."""
 
     request: web.Request
     status: int = CLIENT_LEFT
 
 
 def scope(request: web.Request) -> dict[str, object]:
-    """Describe the request as an ASGI application gets it."""
+    """Return the ASGI scope of the request."""
     headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
     return {
         "type": "http",
@@ -45,7 +45,7 @@ def scope(request: web.Request) -> dict[str, object]:
 
 
 async def send_body(request: web.Request, call: FunctionCall) -> None:
-    """Pass the body on as it comes; the container waits 5 s for the first message, so an empty one leads."""
+    """Forward the body as it arrives; the container waits 5 s for the first message, so an empty one is sent first."""
     if request.can_read_body:
         call.data_in.put(chunk(pb.Asgi(http_request=pb.Asgi.HttpRequest(body=b"", more_body=True))))
         async for piece in request.content.iter_any():
@@ -55,13 +55,13 @@ async def send_body(request: web.Request, call: FunctionCall) -> None:
 
 
 def send_disconnect(call: FunctionCall) -> None:
-    """Tell the application that the client is gone; what it still has to say interests nobody."""
+    """Send the application a disconnect, and discard what it still sends."""
     call.data_in.put(chunk(pb.Asgi(http_disconnect=pb.Asgi.HttpDisconnect())))
     call.data_out.discard()
 
 
 async def responses(call: FunctionCall) -> AsyncIterator[dict[str, Any]]:
-    """Yield the ASGI messages of the response until the container says the last one, or dies."""
+    """Yield the ASGI messages of the response until the container has sent the last one, or dies."""
     chunks = call.data_out.after()
     while True:
         following = asyncio.ensure_future(anext(chunks))
@@ -81,7 +81,10 @@ async def responses(call: FunctionCall) -> AsyncIterator[dict[str, Any]]:
 async def pass_on(
     exchange: Exchange, call: FunctionCall, start: dict[str, Any], messages: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Stream the response. A client may close once it has everything, so the status is noted before the last byte."""
+    """Stream the response.
+
+    The status is recorded before the last byte is written, since a client may close once it has the whole body.
+    """
     response = _start(start, call)
     await response.prepare(exchange.request)
     left = response.content_length
@@ -96,7 +99,7 @@ async def pass_on(
         if is_last:
             await response.write_eof()
             return response
-    if exchange.request.transport is not None:  # the container died: the client must not take it for the end
+    if exchange.request.transport is not None:  # the container died: the client must not see a complete response
         exchange.request.transport.abort()
     return response
 

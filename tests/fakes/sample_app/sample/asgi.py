@@ -1,6 +1,7 @@
-"""A plain function that returns an ASGI application, of the shape of the service's door: app `sample-asgi`.
+"""A function that returns an ASGI application, as the service's gateway is one: app `sample-asgi`.
 
-The application is bare: what the tests see is what the messages say. Events are `TRACE {json}` lines, as the class's.
+The application uses no framework, so tests see the ASGI messages themselves. Events are `TRACE {json}` lines, as in
+`server`.
 """
 
 import asyncio
@@ -46,15 +47,15 @@ def web() -> Callable[[Message, Receive, Send], Awaitable[None]]:
 
 
 async def application(scope: Message, receive: Receive, send: Send) -> None:
-    """Answer a request by its path, or follow the application's life."""
+    """Answer a request by its path, or a lifespan message."""
     if scope["type"] == "lifespan":
-        await _live(scope, receive, send)
+        await _lifespan(scope, receive, send)
         return
     query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
     await ROUTES[scope["path"]](scope, receive, send, query)
 
 
-async def _live(scope: Message, receive: Receive, send: Send) -> None:
+async def _lifespan(scope: Message, receive: Receive, send: Send) -> None:
     while True:
         message = await receive()
         trace(message["type"])
@@ -69,7 +70,7 @@ async def _health(scope: Message, receive: Receive, send: Send, query: Message) 
 
 
 async def _silent(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Say nothing for a while, and read the body only then."""
+    """Send nothing for a while, and read the body only then."""
     await asyncio.sleep(float(query["s"]))
     await _answer(send, await _measured(receive))
 
@@ -79,7 +80,7 @@ async def _digest(scope: Message, receive: Receive, send: Send, query: Message) 
 
 
 async def _echo(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Send each piece of the body back before the next one is asked for."""
+    """Send each piece of the body back before receiving the next one."""
     await send({"type": "http.response.start", "status": 201, "headers": [(b"x-sample", b"1"), (b"x-sample", b"2")]})
     while (message := await receive())["type"] == "http.request":
         more = message["more_body"]
@@ -89,7 +90,7 @@ async def _echo(scope: Message, receive: Receive, send: Send, query: Message) ->
 
 
 async def _slow(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Stream numbers; notice a client that leaves."""
+    """Stream numbers until the end or the client's disconnect."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     leaving = asyncio.ensure_future(_left(receive))
     for number in range(int(query["n"])):
@@ -103,7 +104,7 @@ async def _slow(scope: Message, receive: Receive, send: Send, query: Message) ->
 
 
 async def _held(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Say nothing until the client leaves."""
+    """Send nothing until the client disconnects."""
     trace("held")
     HELD.set()
     await _left(receive)
@@ -111,7 +112,7 @@ async def _held(scope: Message, receive: Receive, send: Send, query: Message) ->
 
 
 async def _flood(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Send pieces as fast as they are taken, and keep count."""
+    """Send pieces as fast as they are read, and trace the count."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     leaving = asyncio.ensure_future(_left(receive))
     for number in range(int(query["n"])):
@@ -138,7 +139,7 @@ async def _fail(scope: Message, receive: Receive, send: Send, query: Message) ->
 
 
 async def _pool(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Say what Modal tells about a pool of another app."""
+    """Return URL and statistics of a pool of another app."""
     instance = modal.Cls.from_name("sample", "Server")(model=query["model"])
     stats = await instance.serve.get_current_stats.aio()
     url = await instance.serve.get_web_url.aio()
@@ -146,24 +147,24 @@ async def _pool(scope: Message, receive: Receive, send: Send, query: Message) ->
 
 
 async def _missing(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Look up what nobody has deployed."""
+    """Look up an app that is not deployed."""
     try:
-        await modal.Cls.from_name("nobody", "Server").hydrate.aio()
+        await modal.Cls.from_name("missing", "Server").hydrate.aio()
     except modal.exception.NotFoundError as error:
         await _answer(send, {"error": str(error)})
 
 
 async def _fetch(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Pass on what a URL answers, as it comes."""
+    """Forward the response of a URL as it arrives."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     with await asyncio.to_thread(urllib.request.urlopen, query["url"], timeout=30) as answer:
-        while piece := await asyncio.to_thread(answer.read1):  # readline would take a broken stream for its end
+        while piece := await asyncio.to_thread(answer.read1):  # readline would treat a broken stream as a complete one
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body"})
 
 
 async def _reset(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Ask this very application for `/held` by its URL, and reset the connection once the request is there."""
+    """Request `/held` of this application by its URL, and reset the connection once the request has arrived."""
     HELD.clear()
     _, writer = await asyncio.open_connection("127.0.0.1", int(query["port"]))
     writer.write(b"GET /held HTTP/1.1\r\nHost: here\r\n\r\n")
@@ -175,7 +176,7 @@ async def _reset(scope: Message, receive: Receive, send: Send, query: Message) -
 
 
 async def _websocket(scope: Message, receive: Receive, send: Send, query: Message) -> None:
-    """Refuse a handshake, or accept it when told to, and wait for the client to leave."""
+    """Refuse a handshake; with `accept` in the query, accept it and wait for the client to disconnect."""
     await receive()
     trace("websocket", headers=[name.decode() for name, _ in scope["headers"]], scheme=scope["scheme"], query=query)
     if query.get("accept"):

@@ -1,14 +1,15 @@
-"""The HTTP front door: one loopback port per web function or web method, as Modal gives each a URL of its own.
+"""Web endpoints: one loopback port per web function or web method, as Modal gives each a URL of its own.
 
-Owns the way from a request to an input and back: parameters in the query choose the pool, proxy auth refuses before a
-container starts, bodies stream both ways with no more than a bound of either lying here, a client that leaves is passed
-on as `http.disconnect`, and a request without a first byte after `redirect_after_s` is answered 303 to a URL that waits
-on. Of websockets only the handshake is passed on; it waits for its container as long as that takes.
+Turns a request into an input of a pool and the pool's output into a response. Parameters in the query choose the pool.
+Proxy auth is checked before a container starts. Bodies stream both ways, and the plane buffers a bounded number of
+bytes of each. A client that disconnects becomes `http.disconnect`. A request without a first byte after
+`redirect_after_s` is answered 303 with a URL that waits for the same response. Of websockets only the handshake is
+forwarded; it waits for its container without a limit.
 
-Refused: domains of one's own.
+Not supported: custom domains.
 
-The first sites get ports that are reserved from the start, so that every container, however early it booted, reaches
-the web functions of other apps under the URLs that the plane tells.
+The first endpoints get ports that are reserved when the plane starts. So a container reaches the web functions of other
+apps under the plane's URLs, however early the container booted.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from .functions import Function, Functions
 
 CALL_QUERY = "__modal_function_call_id"
-RESERVED_SITES = 8  # as many web endpoints as Modal's free plan gives a workspace
-REQUEST_AHEAD_BYTES = 64 * 2**20  # of a body that no container takes; a client that leaves is noticed within them only
+RESERVED_PORTS = 8  # Modal's free plan has this many web endpoints per workspace
+REQUEST_AHEAD_BYTES = 64 * 2**20  # read ahead of the container; beyond it a client's disconnect is not noticed
 RESPONSE_AHEAD_BYTES = 2**20
 _COERCIONS: dict[int, Callable[[str], object]] = {
     pb.PARAM_TYPE_STRING: str,
@@ -52,70 +53,72 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass
-class Site:
-    """The port of one web method; it stays over redeploys."""
+class WebEndpoint:
+    """The port of one web function or web method; a redeploy keeps it."""
 
     socket: socket.socket
     url: str
     runner: web.AppRunner | None = None
 
 
-class Door:
-    """All sites."""
+class WebEndpoints:
+    """All web endpoints."""
 
     def __init__(self) -> None:
         self.proxy_tokens = ProxyTokens()
         self.redirect_after_s = 150.0
         self._answered: list[tuple[str, str, int] | None] = []
-        self._sites: dict[tuple[str, str], Site] = {}
-        self._reserved = [_bound_socket() for _ in range(RESERVED_SITES)]
+        self._endpoints: dict[tuple[str, str], WebEndpoint] = {}
+        self._reserved = [_bound_socket() for _ in range(RESERVED_PORTS)]
         self.functions: Functions
         self.calls: Calls
 
     @property
     def requests(self) -> list[tuple[str, str, int]]:
-        """(method, path with query, status) of every request that is over, in the order in which they came."""
+        """(method, path with query, status) of every completed request, in order of arrival."""
         return [answered for answered in self._answered if answered]
 
     def url(self, function_id: str, method: str, webhook: pb.WebhookConfig) -> str:
         """Return the URL of a web method; empty for one that is not served over HTTP."""
-        return self._site(function_id, method).url if webhook.type else ""
+        return self._endpoint(function_id, method).url if webhook.type else ""
 
-    def _site(self, function_id: str, method: str) -> Site:
+    def _endpoint(self, function_id: str, method: str) -> WebEndpoint:
         key = (function_id, method)
-        if key not in self._sites:
+        if key not in self._endpoints:
             bound = self._reserved.pop(0) if self._reserved else _bound_socket()
-            self._sites[key] = Site(bound, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        return self._sites[key]
+            self._endpoints[key] = WebEndpoint(bound, f"http://127.0.0.1:{bound.getsockname()[1]}")
+        return self._endpoints[key]
 
     @property
     def ports(self) -> list[int]:
-        """Where sites are and will be; beyond the reserved ones a later site is out of reach of earlier containers."""
-        sockets = [*(site.socket for site in self._sites.values()), *self._reserved]
+        """Ports of endpoints, present and reserved; a container reaches no endpoint that later opens on another port."""
+        sockets = [*(endpoint.socket for endpoint in self._endpoints.values()), *self._reserved]
         return [bound.getsockname()[1] for bound in sockets]
 
     async def open(self, function_id: str, method: str, webhook: pb.WebhookConfig) -> str:
         """Serve the web method; return its URL."""
         if webhook.custom_domains:
-            raise GRPCError(Status.UNIMPLEMENTED, "The modal plane for tests has no domains of one's own.")
-        site = self._site(function_id, method)
-        if site.runner is None:
+            raise GRPCError(Status.UNIMPLEMENTED, "The modal plane for tests does not support custom domains.")
+        endpoint = self._endpoint(function_id, method)
+        if endpoint.runner is None:
 
             async def handle(request: web.Request) -> web.StreamResponse:
                 return await self._handle(request, function_id, method)
 
             application = web.Application()
             application.router.add_route("*", "/{path:.*}", handle)
-            site.runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
-            await site.runner.setup()
-            await web.SockSite(site.runner, site.socket).start()
-        return site.url
+            endpoint.runner = web.AppRunner(
+                application, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+            )
+            await endpoint.runner.setup()
+            await web.SockSite(endpoint.runner, endpoint.socket).start()
+        return endpoint.url
 
     async def close(self) -> None:
-        for site in self._sites.values():
-            if site.runner is not None:
-                await site.runner.cleanup()
-            site.socket.close()
+        for endpoint in self._endpoints.values():
+            if endpoint.runner is not None:
+                await endpoint.runner.cleanup()
+            endpoint.socket.close()
         for bound in self._reserved:
             bound.close()
 
@@ -134,34 +137,34 @@ class Door:
         request = exchange.request
         function = self.functions.find(function_id)
         if function is None:
-            return _refusal(404, "the web endpoint is no longer deployed")
+            return _error(404, "the web endpoint is no longer deployed")
         if function.app.state == pb.APP_STATE_STOPPED:
-            return _refusal(404, "app for invoked web endpoint is stopped")
-        if refused := self._refuse(request, function, method):
-            return refused
+            return _error(404, "app for invoked web endpoint is stopped")
+        if unauthorized := self._check_proxy_auth(request, function, method):
+            return unauthorized
         if waiting := request.query.get(CALL_QUERY):
-            return await self._relay(exchange, self.calls.call(waiting))
+            return await self._respond(exchange, self.calls.call(waiting))
         return await self._call(exchange, function, method)
 
     async def _call(self, exchange: Exchange, function: Function, method: str) -> web.StreamResponse:
         request = exchange.request
         is_websocket = websockets.is_handshake(request)
         if is_websocket and not websockets.is_well_formed(request):
-            return _refusal(400, "not the handshake of a websocket")
+            return _error(400, "not the handshake of a websocket")
         try:
             pool = self._pool(function, request)
         except (InvalidError, ValueError) as error:
-            return _refusal(400, str(error))
+            return _error(400, str(error))
         call = self.calls.create(pool, pb.FUNCTION_CALL_INVOCATION_TYPE_SYNC)
         call.data_in.bound(REQUEST_AHEAD_BYTES)
         call.data_out.bound(RESPONSE_AHEAD_BYTES)
         if is_websocket:
             return await self._connect(exchange, call, method)
         upload = asyncio.ensure_future(send_body(request, call))
-        upload.add_done_callback(_forget)
+        upload.add_done_callback(_retrieve_exception)
         self._submit(call, scope(request), method)
         try:
-            return await self._relay(exchange, call, upload)
+            return await self._respond(exchange, call, upload)
         finally:
             upload.cancel()
 
@@ -177,13 +180,13 @@ class Door:
             first = await anext(responses(call), None)
             return _no_response(call) if first is None else websockets.answer(first)
         finally:
-            self._leave(call, functools.partial(websockets.send_disconnect, call))
+            self._disconnect(call, functools.partial(websockets.send_disconnect, call))
 
-    def _refuse(self, request: web.Request, function: Function, method: str) -> web.StreamResponse | None:
+    def _check_proxy_auth(self, request: web.Request, function: Function, method: str) -> web.StreamResponse | None:
         definition = function.definition
         webhook = definition.method_definitions[method].webhook_config if method else definition.webhook_config
         if webhook.requires_proxy_auth and not self.proxy_tokens.admit(request):
-            return _refusal(401, "missing credentials for proxy authorization")
+            return _error(401, "missing credentials for proxy authorization")
         return None
 
     def _pool(self, function: Function, request: web.Request) -> Function:
@@ -196,7 +199,7 @@ class Door:
         params = serialize_proto_params(values)
         return self.functions.bind(pb.FunctionBindParamsRequest(function_id=function.id, serialized_params=params))
 
-    async def _relay(
+    async def _respond(
         self, exchange: Exchange, call: FunctionCall, upload: asyncio.Future[None] | None = None
     ) -> web.StreamResponse:
         messages = responses(call)
@@ -210,7 +213,7 @@ class Door:
                 return _no_response(call)
             response = await pass_on(exchange, call, first, messages)
         except (asyncio.CancelledError, ConnectionResetError):
-            self._leave(call, functools.partial(send_disconnect, call))
+            self._disconnect(call, functools.partial(send_disconnect, call))
             raise
         call.data_in.discard()
         call.data_out.discard()
@@ -219,19 +222,19 @@ class Door:
     async def _redirect(
         self, exchange: Exchange, call: FunctionCall, upload: asyncio.Future[None] | None
     ) -> web.StreamResponse:
-        if upload is not None:  # the connection ends with the answer: what is left of the body has to come before
+        if upload is not None:  # the connection ends with the response, so the rest of the body is read first
             call.data_in.bound(None)
             await asyncio.wait([upload])
         location = exchange.request.url.update_query({CALL_QUERY: call.id})
         return web.Response(status=303, headers={"Location": str(location)})
 
-    def _leave(self, call: FunctionCall, tell: Callable[[], None]) -> None:
-        """The client is gone: tell the container, or forget an input that no container took."""
+    def _disconnect(self, call: FunctionCall, notify: Callable[[], None]) -> None:
+        """Handle a client's disconnect: notify the container, or cancel an input that no container has taken."""
         queued = call.inputs[0]
         if queued.task is None:
             self.calls.cancel(call)
         elif not queued.is_done:
-            tell()
+            notify()
 
 
 def _bound_socket() -> socket.socket:
@@ -240,12 +243,12 @@ def _bound_socket() -> socket.socket:
     return bound
 
 
-def _refusal(status: int, text: str) -> web.Response:
+def _error(status: int, text: str) -> web.Response:
     return web.Response(status=status, text=f"modal-http: {text}\n")
 
 
 def _no_response(call: FunctionCall) -> web.Response:
-    return _refusal(500, call.outputs[0].result.exception or "the function returned no response")
+    return _error(500, call.outputs[0].result.exception or "the function returned no response")
 
 
 def _coerce(parameter: pb.ClassParameterSpec, text: str) -> object:
@@ -256,7 +259,7 @@ def _coerce(parameter: pb.ClassParameterSpec, text: str) -> object:
     return _COERCIONS[parameter.type](text)
 
 
-def _forget(upload: asyncio.Future[None]) -> None:
-    """Take note of a body that broke off: the client left, which the relay notices too."""
+def _retrieve_exception(upload: asyncio.Future[None]) -> None:
+    """Retrieve the exception of an interrupted body: the client left, which `_respond` notices too."""
     if not upload.cancelled():
         upload.exception()

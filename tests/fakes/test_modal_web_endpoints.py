@@ -1,4 +1,4 @@
-"""The plane's HTTP door: pools by query, proxy auth, streams both ways, disconnects, the 150 s rule."""
+"""The plane's web endpoints: pools by query, proxy auth, streams both ways, disconnects, the 150 s rule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .modal import ModalPlane
 from .sample import BOOT_S, command, connection, deploy, get, live, pool_of
 
 
-def test_door_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> None:
-    """No token, no container; both forms of a token are admitted, a revoked one is not."""
+def test_web_endpoint_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> None:
+    """A request without a token starts no container; both forms of a token are accepted, a revoked token is not."""
     deploy(plane, SAMPLE_AUTH="1")
     url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=a"
     token = plane.proxy_tokens.create()
@@ -25,19 +25,21 @@ def test_door_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> N
     plane.proxy_tokens.revoke(token)
     assert get(url, token.headers)[0] == 401
     answers = [401, 401, 200, 200, 401]
-    plane.wait_until(lambda: [status for *_, status in plane.door.requests] == answers, 5, "every answer's record")
+    plane.wait_until(
+        lambda: [status for *_, status in plane.web_endpoints.requests] == answers, 5, "every answer's record"
+    )
 
 
-def test_door_wrong_parameter_is_refused(shared: ModalPlane) -> None:
-    """A parameter of the wrong type is a 400, and starts nothing."""
+def test_web_endpoint_with_a_wrong_parameter_answers_400(shared: ModalPlane) -> None:
+    """A parameter of the wrong type is answered 400 and starts no container."""
     count = len(shared.tasks)
     status, body = get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=w&n_gpu=two")
     assert (status, len(shared.tasks)) == (400, count)
     assert b"two" in body
 
 
-def test_door_passes_headers_and_bodies(shared: ModalPlane) -> None:
-    """A large body comes back whole, with status and headers of the server inside."""
+def test_web_endpoint_passes_headers_and_bodies(shared: ModalPlane) -> None:
+    """A large body comes back whole, with status and headers of the server in the container."""
     url = f"{shared.url_of('sample', 'Server', 'serve')}/echo?model=http"
     body = os.urandom(3_000_000)
     request = urllib.request.Request(url, data=body)  # noqa: S310
@@ -45,8 +47,8 @@ def test_door_passes_headers_and_bodies(shared: ModalPlane) -> None:
         assert (answer.status, answer.headers["X-Sample"], answer.read()) == (201, "1", body)
 
 
-def test_door_streams_the_response(shared: ModalPlane) -> None:
-    """The first piece is there long before the last."""
+def test_web_endpoint_streams_the_response(shared: ModalPlane) -> None:
+    """The first piece of the response arrives long before the last."""
     url = shared.url_of("sample", "Server", "serve")
     get(f"{url}/health?model=http")
     with connection(url) as opened:
@@ -58,8 +60,8 @@ def test_door_streams_the_response(shared: ModalPlane) -> None:
         assert answer.read() == b"1\n"
 
 
-def test_door_streams_the_request(shared: ModalPlane) -> None:
-    """A chunked body is passed on as it comes."""
+def test_web_endpoint_streams_the_request(shared: ModalPlane) -> None:
+    """A chunked body is forwarded as it arrives."""
 
     def pieces() -> Iterator[bytes]:
         for number in range(3):
@@ -72,8 +74,8 @@ def test_door_streams_the_request(shared: ModalPlane) -> None:
         assert opened.getresponse().read() == b"piece 0;piece 1;piece 2;"
 
 
-def test_door_passes_a_disconnect_on(shared: ModalPlane) -> None:
-    """A client that leaves a stream is noticed by the server inside the container."""
+def test_web_endpoint_passes_a_disconnect_on(shared: ModalPlane) -> None:
+    """The server in the container notices a client that disconnects from a stream."""
     with connection(shared.url_of("sample", "Server", "serve")) as opened:
         opened.request("GET", "/slow?model=http&n=400&s=0.05")
         answer = opened.getresponse()
@@ -84,8 +86,8 @@ def test_door_passes_a_disconnect_on(shared: ModalPlane) -> None:
     shared.wait_until(lambda: not task.inputs, 5, "the input's end")
 
 
-def test_door_forgets_a_queued_request_whose_client_left(shared: ModalPlane) -> None:
-    """What no container has taken is cancelled: nobody computes an answer for nobody."""
+def test_web_endpoint_cancels_a_queued_request_whose_client_left(shared: ModalPlane) -> None:
+    """A request that no container has taken is cancelled when its client disconnects."""
     with connection(shared.url_of("sample", "Server", "serve")) as opened:
         opened.request("GET", "/health?model=leaves")
         shared.wait_until(
@@ -97,13 +99,13 @@ def test_door_forgets_a_queued_request_whose_client_left(shared: ModalPlane) -> 
     shared.wait_until(lambda: not pool.queued, 5, "the cancellation")
     pool.tasks[0].kill()
     left = ("GET", "/health?model=leaves", 499)
-    shared.wait_until(lambda: left in shared.door.requests, 5, "the request's record")
+    shared.wait_until(lambda: left in shared.web_endpoints.requests, 5, "the request's record")
     assert (len(pool.tasks), pool.tasks[0].inputs_served) == (1, 0)
 
 
-def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:
-    """After the limit the client is sent to a URL that waits on for the same answer."""
-    plane.door.redirect_after_s = 0.4
+def test_web_endpoint_without_a_first_byte_redirects(plane: ModalPlane) -> None:
+    """After the limit the client is redirected to a URL that waits for the same response."""
+    plane.web_endpoints.redirect_after_s = 0.4
     deploy(plane)
     url = plane.url_of("sample", "Server", "serve")
     with connection(url) as opened:
@@ -119,8 +121,8 @@ def test_door_without_a_first_byte_redirects(plane: ModalPlane) -> None:
     assert len(list(plane.calls("FunctionGetInputs"))) <= 2
 
 
-def test_door_of_a_stopped_app_answers_404(plane: ModalPlane) -> None:
-    """`modal app stop` closes the app's door."""
+def test_web_endpoint_of_a_stopped_app_answers_404(plane: ModalPlane) -> None:
+    """After `modal app stop` the app's URL answers 404."""
     deploy(plane)
     url = plane.url_of("sample", "Server", "serve")
     assert command(plane, "app", "stop", "sample", "--yes").returncode == 0
