@@ -91,7 +91,7 @@ class WebEndpoints:
 
     @property
     def ports(self) -> list[int]:
-        """Ports of endpoints, present and reserved; a container reaches no endpoint that later opens on another port."""
+        """Ports of all endpoints and the reserved ones; a container reaches no endpoint that later opens on another."""
         sockets = [*(endpoint.socket for endpoint in self._endpoints.values()), *self._reserved]
         return [bound.getsockname()[1] for bound in sockets]
 
