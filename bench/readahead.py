@@ -31,7 +31,7 @@ from bench.report import Report
 from service.engine import environment
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, State
-from service.hardware import available_bytes, check_room
+from service.hardware import available_bytes, check_disk_space
 from service.ports import free_port
 from service.registry.models import ModelSpec, Registry
 from service.replica.readahead import Readahead, weight_files
@@ -151,7 +151,7 @@ def _compare(report: Report, state: str, target: float, plain: list[Boot], ahead
 
 def _model(directory: Path, gb: float, python: str) -> Path:
     """Write a random Qwen3 with the tiny model's tokenizer."""
-    check_room(directory, 2.2 * gb + 1, "The benchmark's model", "give --gb or --directory")
+    check_disk_space(directory, 2.2 * gb + 1, "The benchmark's model", "give --gb or --directory")
     if available_bytes() < (2 * gb + 4) * 1e9:  # in the page cache, in the engine, and the engine itself
         raise SystemExit(f"{gb:g} GB of weights want {2 * gb + 4:g} GB of memory; give a lower --gb.")
     tiny = Registry.load().resolve("tiny").spec.directory

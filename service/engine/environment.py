@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from service.engine.installer import Finished, OnProgress, run_uv
 from service.errors import EnvironmentBuildError
-from service.hardware import check_driver, check_platform, check_room, visible_gpus
+from service.hardware import Hardware, check_disk_space, check_driver, check_platform, probe
 
 _log = logging.getLogger(__name__)
 PINS = Path(__file__).parents[1] / "pins"
@@ -39,12 +39,18 @@ class EngineEnv:
     python: str
 
 
-def ensure(device: Device | None = None, on_progress: OnProgress = lambda _: None) -> EngineEnv:
+def ensure(
+    device: Device | None = None,
+    on_progress: OnProgress = lambda _: None,
+    *,
+    hardware: Hardware | None = None,
+) -> EngineEnv:
     """Return the engine's environment, building it when it is not here yet; a finished one is reused silently.
 
     Args:
         device: Which engine; by default `cuda` where a GPU is visible, else `cpu`.
         on_progress: Called with the installer's progress.
+        hardware: What this machine has; by default it is probed.
 
     Raises:
         UnsupportedPlatformError: vLLM has no build for this machine.
@@ -52,9 +58,10 @@ def ensure(device: Device | None = None, on_progress: OnProgress = lambda _: Non
         EnvironmentBuildError: The installer failed; the lines of its error are logged.
     """
     check_platform()
-    device = device or ("cuda" if visible_gpus() else "cpu")
+    hardware = hardware or probe()
+    device = device or ("cuda" if hardware.gpus else "cpu")
     if device == "cuda":
-        check_driver()
+        check_driver(hardware)
     root = _cache_home() / "engines" / f"{device}-{_fingerprint(device)}"
     env = EngineEnv(device, str(root / "bin" / "python"))
     if (root / _MARK).exists():
@@ -68,7 +75,9 @@ def ensure(device: Device | None = None, on_progress: OnProgress = lambda _: Non
         ) from error
     with _only_one(root.with_suffix(".lock")):
         if not (root / _MARK).exists():
-            check_room(root, _NEEDED_GB[device], "The engine's environment", "set XDG_CACHE_HOME to a larger disk")
+            check_disk_space(
+                root, _NEEDED_GB[device], "The engine's environment", "set XDG_CACHE_HOME to a larger disk"
+            )
             _log.info(
                 "Building the engine's environment (vLLM %s for %s), once: %s", vllm_version(device), device, root
             )

@@ -15,7 +15,7 @@ from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
 from service.gateway.local_pool import Machine
 from service.gateway.pool import OnWake
-from service.hardware import available_bytes, check_gpu_count, check_memory, visible_gpus
+from service.hardware import available_bytes, check_gpu_count, check_memory, probe
 from service.in_engine.vllm_service.events import Event
 from service.registry.models import ModelSpec, Registry, looks_like_a_source, unregistered
 from service.replica.compile_caches import Caches
@@ -74,7 +74,8 @@ class LocalPlanner:
     def __init__(self, settings: Settings, reporter: ProgressReporter, environ: Mapping[str, str]) -> None:
         self.settings, self.reporter, self.environ = settings, reporter, environ
         self.registry = revisions.registry(settings.models_file)
-        self.gpus = visible_gpus()
+        self.hardware = probe()
+        self.gpus = len(self.hardware.gpus)
 
     def resolve(self, model: str | None) -> ModelSpec:
         """Return the model to start with; one that the registry lacks is added to it."""
@@ -95,9 +96,9 @@ class LocalPlanner:
             MemoryTooSmallError: Without a GPU, its weights are more than the memory.
         """
         if self.gpus or self.n_gpu(spec) > 1:
-            check_gpu_count(self.n_gpu(spec), spec.key)
+            check_gpu_count(self.hardware, self.n_gpu(spec), spec.key)
         else:
-            check_memory(spec.weights_gb, spec.key)
+            check_memory(self.hardware, spec.weights_gb, spec.key)
 
     def fetch(self, spec: ModelSpec) -> None:
         """Fetch the weights of a model that was requested."""
@@ -109,13 +110,14 @@ class LocalPlanner:
         self.check(spec)
         spec = self._settled(spec)
         self.reporter.phase(Event.ENVIRONMENT)  # all checks have passed: from here on things are built
-        env = environment.ensure("cuda" if self.gpus else "cpu", self.reporter.installing)
+        env = environment.ensure(on_progress=self.reporter.installing, hardware=self.hardware)
         versions = environment.versions(env.device)
         return Plan(
             spec=spec,
             default_key=spec.key,
             device=env.device,
             python=env.python,
+            hardware=self.hardware,
             parent_env={**self.environ, **_visible(gpus)},
             fast_boot=self.settings.fast_boot is not False,
             n_gpu=self.n_gpu(spec),

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from service import hardware
 from service.replica import archive
 from service.replica.archive import DamagedArchiveError, Stamp
 
@@ -30,15 +29,6 @@ _KEPT_SOFTWARE = 3
 # The driver's cache of PTX (CUDA_CACHE_PATH) stays at home: it keeps one index, changed in place, that does not merge.
 _STAYS = ("*.tmp", "*.tmp.*", "tmp", "tmp.pid_*", ".staging", "lock", "locks", "*.lock", "*.log", "assets", "xla_cache",
           "dummy_cache", "gpu_p2p_access_cache_*")  # fmt: skip
-
-
-def machine(device: str) -> str:
-    """Return what compiled code depends on here: GPUs and driver, or the processor; "" when the driver does not say."""
-    if device == "cuda":
-        asked = ("--query-gpu=name,driver_version", "--format=csv,noheader")
-        return "; ".join(sorted({line.strip() for line in hardware.nvidia_smi(*asked)}))
-    described = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
-    return f"cpu {_digest(sorted(set(described)))}"  # inductor compiles for the instruction sets that are there
 
 
 class Caches:
@@ -109,7 +99,7 @@ class Caches:
         """Lead the engine to what this machine made, before it reads any; to an empty place where that is nothing.
 
         Args:
-            machine: What the function `machine` says. With "" the engine compiles for itself alone.
+            machine: What `Hardware.fingerprint` returns. With "" the engine compiles for itself alone.
         """
         self._machine = _name(machine) if self._lead_to(_name(machine) or _NOBODY) else ""
 

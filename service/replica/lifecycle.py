@@ -17,16 +17,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from service import hardware
 from service.boots import records
 from service.boots.phases import Phases
 from service.boots.records import BootRecord
 from service.engine.args import engine_command
 from service.engine.process import EngineProcess, Hold, State
 from service.errors import EngineError, EngineTimeoutError, ServiceError
+from service.hardware import Hardware, check_gpu_count, probe
 from service.in_engine.vllm_service.events import Event
 from service.keys import digest
-from service.replica.compile_caches import machine
 from service.replica.plan import Plan, Snapshot
 from service.replica.readahead import Readahead
 from service.replica.results import Afterwards
@@ -70,7 +69,7 @@ class Replica:
         self._deadline = self._prepared_at = time.monotonic()
         self._restored = self._serving = self._compiled_here = False
         self._serving_lock = threading.Lock()
-        self._machine = ""
+        self._hardware: Hardware | None = None
         self._weights: store.Weights | None = None
         self._readahead: Readahead | None = None
         self._engine: EngineProcess | None = None
@@ -100,11 +99,11 @@ class Replica:
                     share()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
             if self.plan.snapshot == "cpu":
-                self._take_in_caches()  # for any machine: which one it will be is not seen here
+                self._take_in_caches()  # for any hardware: which it will be is not visible here
                 self._spawn()
                 self.engine.wait_for(State.IMPORTED, self._left_s())
             elif self.plan.snapshot == "gpu":
-                self._choose_machine()
+                self._probe_hardware()
                 self._take_in_caches()
                 self._spawn()
                 self._read_ahead()
@@ -158,7 +157,7 @@ class Replica:
 
     def _wake(self, accepted: list[str]) -> str | None:
         """Wake the sleeping engine; return why it is not the one that went to sleep, if so. It is gone then."""
-        within_s = min(self.plan.wakes_within_s, self._left_s() / 2)
+        within_s = min(self.plan.effective_wake_timeout_s, self._left_s() / 2)
         try:
             self._release(accepted)
             self.engine.wait_for(State.READY, within_s)
@@ -177,14 +176,14 @@ class Replica:
     def _boot(self, accepted: list[str]) -> None:
         """Bring up an engine that is not built yet."""
         self._read_ahead()
-        self._choose_machine()
+        hardware = self._probe_hardware()
         if self._engine is None:
             self._spawn(hold="imported")
         self._take_in_caches()  # while it imports
         self._release(accepted)
         self._compiled_here = True
-        if self.plan.device == "cuda":  # while the engine is on its way
-            hardware.check_gpu_count(self.plan.n_gpu, self.plan.spec.key)
+        if self.plan.device == "cuda":
+            check_gpu_count(hardware, self.plan.n_gpu, self.plan.spec.key)
         self.engine.wait_for(State.READY, self._left_s())
 
     def _release(self, accepted: list[str]) -> None:
@@ -198,11 +197,12 @@ class Replica:
         self.own_key = secrets.token_urlsafe(32)
         return [*digests, digest(self.own_key.encode())]
 
-    def _choose_machine(self) -> None:
-        """Find out what this runs on, which is seen only outside a CPU snapshot, and take the caches that fit it."""
-        self._machine = machine(self.plan.device)
+    def _probe_hardware(self) -> Hardware:
+        """Find out what this runs on, which is visible only outside a CPU snapshot, and use the caches that fit it."""
+        self._hardware = found = self.plan.hardware or probe()
         if self.plan.caches:
-            self.plan.caches.choose(self._machine)
+            self.plan.caches.choose(found.fingerprint(self.plan.device))
+        return found
 
     def _take_in_caches(self) -> None:
         if self.plan.caches:
@@ -267,7 +267,7 @@ class Replica:
     def _record(self, outcome: str, reason: str | None) -> None:
         """Say how the boot went, and keep it; a full disk keeps nobody from serving."""
         record = self.plan.record(
-            self._machine,
+            self._hardware,
             id=self.id,
             at=self._at.isoformat(timespec="milliseconds"),
             restored=self._restored,

@@ -11,6 +11,7 @@ from service.boots.records import BootRecord
 from service.engine.process import HANG_S
 from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.errors import GpuCountError
+from service.hardware import Hardware
 from service.registry.models import ModelSpec
 from service.registry.tiers import count_label
 from service.replica.compile_caches import Caches
@@ -30,6 +31,7 @@ class Plan:
         default_key: Key of the model that `llm` stands for.
         device: `cuda` or `cpu`.
         python: Interpreter of the environment that has vLLM.
+        hardware: What the engine runs on; None: the replica probes it, under a CPU snapshot after the restore.
         parent_env: Environment handed on to the engine, less secrets and settings.
         snapshot: How far `prepare` goes.
         startup_timeout_s: What a boot may take, once the weights are there.
@@ -56,6 +58,7 @@ class Plan:
     wake_timeout_s: float | None = None
     shutdown: ShutdownBudget = MODAL_SHUTDOWN
     hang_s: float = HANG_S
+    hardware: Hardware | None = None
     hub_token: str | None = field(default=None, repr=False)
     lock: Lock | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -70,21 +73,21 @@ class Plan:
         """
         if self.snapshot == "gpu" and self.n_gpu > 1:
             raise GpuCountError(
-                f"A GPU memory snapshot works on one GPU, and '{self.spec.key}' is to run on {self.n_gpu}. "
-                "Deploy a tier of its own with SERVICE_SNAPSHOT=cpu."
+                f"A GPU memory snapshot works on one GPU, and '{self.spec.key}' is to run on {self.n_gpu}.",
+                hint="Deploy a tier of its own with SERVICE_SNAPSHOT=cpu.",
             )
 
-    def record(self, machine: str, **facts: Any) -> BootRecord:
+    def record(self, hardware: Hardware | None, **facts: Any) -> BootRecord:
         """Return the record of a boot after this plan.
 
         Args:
-            machine: `caches.machine`'s.
+            hardware: What it ran on; None where it ended before that was known.
             facts: The fields of the record that the plan does not know.
         """
         return BootRecord(
             model=self.spec.key,
             revision=self.spec.revision,
-            gpu=self.gpu(machine),
+            gpu=self.gpu_label(hardware),
             strategy=self.snapshot,
             fast_boot=self.fast_boot,
             versions=self.versions,
@@ -92,15 +95,15 @@ class Plan:
         )
 
     @property
-    def wakes_within_s(self) -> float:
-        """How long waking may take before it is taken for failed."""
+    def effective_wake_timeout_s(self) -> float:
+        """How long waking may take before the engine is booted cold instead."""
         if self.wake_timeout_s is not None:
             return self.wake_timeout_s
         return WAKE_S + WAKE_S_PER_GB * (self.spec.weights_gb or _UNKNOWN_GB)
 
-    def gpu(self, machine: str) -> str:
-        """Return what it runs on, in words: `cpu`, `NVIDIA L4`, `2 x NVIDIA H200`. `machine` is `caches.machine`'s."""
+    def gpu_label(self, hardware: Hardware | None) -> str:
+        """Return what it runs on, such as `cpu`, `NVIDIA L4` or `2 x NVIDIA H200`."""
         if self.device == "cpu":
             return "cpu"
-        name = machine.partition(",")[0] or self.device
+        name = hardware.gpus[0].name if hardware and hardware.gpus else self.device
         return count_label(name, self.n_gpu)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from service.errors import WeightsError
-from service.hardware import check_room
+from service.hardware import check_disk_space
 from service.weights import checksums, huggingface, manifest
 from service.weights.files import Wanted
 from service.weights.huggingface_errors import endpoint, explained
@@ -76,7 +76,7 @@ class _Download:
                 _discard(self.directory / path)
         were_here = self.files.keys() - self._absent()
         missing = sum(self.files[path].size - self._present(self.files[path]) for path in self._absent())
-        check_room(
+        check_disk_space(
             manifest.hub_cache(), missing / 1e9, self.wanted.hub_id, "set HF_HOME to a directory on a larger disk"
         )
         manifest.write(self.marker, partial=True)

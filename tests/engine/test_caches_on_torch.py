@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from service.replica.compile_caches import Caches, machine
+from service.hardware import probe
+from service.replica.compile_caches import Caches
 
 SCRIPT = """
 import json, sys
@@ -45,7 +46,7 @@ def boot(caches: Caches, python: str) -> dict[str, Any]:
         assert child.stdin
         assert child.stdout
         assert child.stdout.readline() == "imported\n"
-        caches.choose(machine("cpu"))
+        caches.choose(probe().fingerprint("cpu"))
         print(file=child.stdin, flush=True)
         counted: dict[str, Any] = json.loads(child.stdout.readline())
     return counted

@@ -13,19 +13,40 @@ import pytest
 
 from service import hardware
 from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, UnsupportedPlatformError
+from service.hardware import Hardware, NvidiaGpu
 
 IDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000")
+QUERY = "--query-gpu=name,memory.total,driver_version,uuid --format=csv,noheader,nounits"
+H200 = NvidiaGpu("NVIDIA H200", 143771, "580.95.05", IDS[0])
 Usage = namedtuple("Usage", "total used free")
 
 
-def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, code: int = 0) -> None:
-    """Put an nvidia-smi on PATH that lists so many GPUs; it knows `-L` only."""
-    lines = "".join(f"echo 'GPU {i}: NVIDIA H200 (UUID: {IDS[i]})'\n" for i in range(gpus))
+def driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *rows: str, code: int = 0, parts: tuple[str, ...] = ()
+) -> Path:
+    """Put an nvidia-smi on PATH that lists these GPUs and MIG parts; return the file that has a line for each call."""
     tool = tmp_path / "driver" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\n[ "$*" = "-L" ] || exit 64\n{lines}exit {code}\n')
+    calls = tool.with_name("calls")
+    listed = "".join(f"echo '{row}'\n" for row in rows)
+    migs = "".join(f"echo '  MIG 1g.12gb Device  0: (UUID: {part})'\n" for part in parts)
+    tool.write_text(
+        f'#!/bin/sh\necho "$*" >>{calls}\n'
+        f'case "$*" in\n"{QUERY}")\n{listed};;\n-L)\n{migs};;\n*) exit 64;;\nesac\nexit {code}\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent))
+    return calls
+
+
+def gpus(*drivers: str, name: str = "NVIDIA H200") -> list[str]:
+    """Return the rows of GPUs with these drivers."""
+    return [f"{name}, 143771, {version}, {IDS[i % 2]}" for i, version in enumerate(drivers)]
+
+
+def machine(*found: NvidiaGpu, memory_bytes: int = 16 * 10**9) -> Hardware:
+    """Return a machine with these GPUs."""
+    return Hardware(found, ("model name : x",), memory_bytes)
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13), (3, 14)])
@@ -73,14 +94,14 @@ def test_gpus_without_a_driver_are_none(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """No nvidia-smi on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert hardware.visible_gpus() == 0
+    assert hardware.probe().gpus == ()
 
 
 def test_gpus_with_a_broken_driver_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A driver that fails lists nothing that could be used."""
-    driver(tmp_path, monkeypatch, 2, code=9)
+    driver(tmp_path, monkeypatch, *gpus("580", "580"), code=9)
 
-    assert hardware.visible_gpus() == 0
+    assert hardware.probe().gpus == ()
 
 
 @pytest.mark.parametrize(
@@ -95,19 +116,53 @@ def test_gpus_visible_are_those_that_cuda_would_show(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: str | None, visible: int
 ) -> None:
     """CUDA reads the variable up to the first entry that names no GPU, by index or by the beginning of its UUID."""
-    driver(tmp_path, monkeypatch, 2)
+    driver(tmp_path, monkeypatch, *gpus("580", "580"))
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
 
-    assert hardware.visible_gpus() == visible
+    assert len(hardware.probe().gpus) == visible
 
 
-def driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """Put an nvidia-smi on PATH whose driver has this version."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n[ \"$1\" = --query-gpu=driver_version ] && echo '{version}' && echo '{version}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_probe_runs_nvidia_smi_once_and_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that any part of a boot asks of the GPUs comes from one call; what the driver does not know is None."""
+    calls = driver(tmp_path, monkeypatch, *gpus("580.95.05"), "NVIDIA GB10, [N/A], 580.95.05, GPU-cccc3333-0000")
+    found = hardware.probe()
+
+    assert found.gpus == (H200, NvidiaGpu("NVIDIA GB10", None, "580.95.05", "GPU-cccc3333-0000"))
+    assert found.memory_bytes > 0
+    assert calls.read_text().splitlines() == [QUERY]
+
+
+@pytest.mark.parametrize(("chosen", "visible"), [("MIG-aaaa", 1), ("MIG-bbbb", 0)])
+def test_probe_shows_a_part_of_a_gpu_that_the_driver_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, visible: int
+) -> None:
+    """A part has a UUID of its own, which only the listing has."""
+    driver(tmp_path, monkeypatch, *gpus("580"), parts=("MIG-aaaa1111",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+
+    assert len(hardware.probe().gpus) == visible
+
+
+def test_fingerprint_of_a_processor_is_its_instruction_sets() -> None:
+    """Inductor compiles for them."""
+    assert machine().fingerprint("cpu") == machine(H200).fingerprint("cpu")
+    assert machine().fingerprint("cpu").startswith("cpu ")
+    assert machine().fingerprint("cpu") != hardware.probe().fingerprint("cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([("NVIDIA H100 80GB HBM3", "580.95.05")] * 8, "NVIDIA H100 80GB HBM3, 580.95.05"),
+        ([("NVIDIA L4", "580"), ("NVIDIA A10", "580")], "NVIDIA A10, 580; NVIDIA L4, 580"),
+        ([], ""),
+    ],
+    ids=["eight", "mixed", "silent"],
+)
+def test_fingerprint_of_gpus_is_kind_and_driver(found: list[tuple[str, str]], expected: str) -> None:
+    """How many there are is vLLM's own matter."""
+    assert machine(*(NvidiaGpu(name, None, version, "") for name, version in found)).fingerprint("cuda") == expected
 
 
 @pytest.mark.parametrize("version", ["580.95.05", "581.1", "600", "unreadable"])
@@ -115,38 +170,34 @@ def test_driver_that_runs_the_engines_cuda_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """580 or newer; what cannot be read is left to CUDA to judge."""
-    driver_version(tmp_path, monkeypatch, version)
-    hardware.check_driver()
+    driver(tmp_path, monkeypatch, *gpus(version, version))
+    hardware.check_driver(hardware.probe())
 
 
 def test_driver_too_old_is_refused_with_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before gigabytes are installed: update it, or use the processor."""
-    driver_version(tmp_path, monkeypatch, "570.133.20")
+    driver(tmp_path, monkeypatch, *gpus("570.133.20"))
     with pytest.raises(
         UnsupportedPlatformError, match=r"570\.133\.20 is older than 580.*CUDA_VISIBLE_DEVICES= make serve"
     ):
-        hardware.check_driver()
+        hardware.check_driver(hardware.probe())
 
 
 @pytest.mark.parametrize("n_gpu", [1, 2])
-def test_gpu_count_that_is_visible_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n_gpu: int) -> None:
+def test_gpu_count_that_is_visible_is_accepted(n_gpu: int) -> None:
     """Up to all of them."""
-    driver(tmp_path, monkeypatch, 2)
-
-    hardware.check_gpu_count(n_gpu, "mine")
+    hardware.check_gpu_count(machine(H200, H200), n_gpu, "mine")
 
 
-def test_gpu_count_over_what_is_visible_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpu_count_over_what_is_visible_is_refused() -> None:
     """Model, wanted, there, and what to set on Modal."""
-    driver(tmp_path, monkeypatch, 2)
-
     with pytest.raises(GpuCountError, match=r"'mine' is to run on n_gpu=4 GPUs and 2 are visible.*SERVICE_N_GPU=4"):
-        hardware.check_gpu_count(4, "mine")
+        hardware.check_gpu_count(machine(H200, H200), 4, "mine")
 
 
 def test_room_that_is_enough_is_accepted(tmp_path: Path) -> None:
     """A directory that is not there yet is looked up by its parents."""
-    hardware.check_room(tmp_path / "not" / "yet", 1e-9, "It", "do that")
+    hardware.check_disk_space(tmp_path / "not" / "yet", 1e-9, "It", "do that")
 
 
 def test_room_that_is_too_little_names_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,27 +205,24 @@ def test_room_that_is_too_little_names_both_figures(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 2 * 10**9))
 
     with pytest.raises(DiskSpaceError, match=rf"It needs 5\.0 GB and {tmp_path} has 2\.0 GB free.*or do that\."):
-        hardware.check_room(tmp_path / "not" / "yet", 5, "It", "do that")
+        hardware.check_disk_space(tmp_path / "not" / "yet", 5, "It", "do that")
 
 
 @pytest.mark.parametrize("weights_gb", [None, 0.0, 15.9])
-def test_memory_that_is_enough_or_unknown_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, weights_gb: float | None
-) -> None:
-    """An entry without a figure is not judged."""
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4 * 10**6, "SC_PAGE_SIZE": 4000}[name])
-
-    hardware.check_memory(weights_gb, "mine")
+def test_memory_that_is_enough_or_unknown_is_accepted(weights_gb: float | None) -> None:
+    """An entry without a figure is not checked."""
+    hardware.check_memory(machine(), weights_gb, "mine")
 
 
 def test_memory_that_is_too_little_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 236 GB are downloaded."""
+    """Before 236 GB are downloaded; the memory is what the system says."""
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4 * 10**6, "SC_PAGE_SIZE": 4000}[name])
+    found = hardware.probe()
 
     with pytest.raises(
         MemoryTooSmallError, match=r"'mine' are 236 GB .* 16 GB of memory.*SERVICE_MODEL=mine modal deploy"
     ):
-        hardware.check_memory(236.4, "mine")
+        hardware.check_memory(found, 236.4, "mine")
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 2048), ("1000", 1000), ("9223372036854771712", 2048)])

@@ -16,6 +16,7 @@ import pytest
 from service.engine import environment
 from service.engine.installer import Finished
 from service.errors import DiskSpaceError, EnvironmentBuildError, ServiceError, UnsupportedPlatformError
+from service.hardware import Hardware, NvidiaGpu
 
 Logged = Callable[[], list[str]]
 ERROR = ("error: it failed", "  cause: on purpose")
@@ -57,7 +58,7 @@ def installer(monkeypatch: pytest.MonkeyPatch) -> Installer:
     """Put the fake in uv's place, on a machine without a GPU."""
     fake = Installer()
     monkeypatch.setattr(environment, "run_uv", fake)
-    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "probe", lambda: Hardware((), (), 0))
     return fake
 
 
@@ -117,7 +118,8 @@ def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Install
 
 def test_env_with_a_gpu_installs_the_cuda_lock_alone(installer: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lock makes Modal's image."""
-    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
+    gpu = NvidiaGpu("NVIDIA L4", 23034, "580.95.05", "GPU-1")
+    monkeypatch.setattr(environment, "probe", lambda: Hardware((gpu,), (), 0))
 
     assert environment.ensure().device == "cuda"
     assert installer.locks == ["engine-cuda.lock"]

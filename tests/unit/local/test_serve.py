@@ -56,7 +56,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Refuse to build an engine's environment; return the list of attempts."""
     attempts: list[str] = []
 
-    def ensure(*_: object) -> environment.EngineEnv:
+    def ensure(*_: object, **__: object) -> environment.EngineEnv:
         attempts.append("build")
         raise ServiceError("this would have built the engine's environment")
 
@@ -67,7 +67,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
     """Make the fake engine the environment of this machine; nothing of it is left after the test."""
-    monkeypatch.setattr(environment, "ensure", lambda *_: environment.EngineEnv("cpu", fake_python))
+    monkeypatch.setattr(environment, "ensure", lambda *_, **__: environment.EngineEnv("cpu", fake_python))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before

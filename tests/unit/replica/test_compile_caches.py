@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service import hardware
 from service.replica import archive
-from service.replica.compile_caches import Caches, machine
+from service.replica.compile_caches import Caches
 from tests.unit.replicas import H100, OLD_NS, SOFTWARE, Place, make
 
 
@@ -292,27 +291,3 @@ def test_every_variable_leads_below_the_link(place: Place) -> None:
         path.parent.name == "current" or path.parent.parent.name == "current" for path in map(Path, env.values())
     )
     assert set(env) >= {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
-
-
-def test_machine_of_a_processor_is_named_by_its_instruction_sets() -> None:
-    """Inductor compiles for them."""
-    assert machine("cpu").startswith("cpu ")
-    assert machine("cpu") == machine("cpu")
-
-
-@pytest.mark.parametrize(
-    ("lines", "named"),
-    [
-        (["NVIDIA H100 80GB HBM3, 580.95.05"] * 8, H100),
-        (["NVIDIA L4, 580", "NVIDIA A10, 580"], "NVIDIA A10, 580; NVIDIA L4, 580"),
-        ([], ""),
-    ],
-    ids=["eight", "mixed", "silent"],
-)
-def test_machine_of_gpus_is_named_by_kind_and_driver(
-    monkeypatch: pytest.MonkeyPatch, lines: list[str], named: str
-) -> None:
-    """How many there are is vLLM's own matter."""
-    monkeypatch.setattr(hardware, "nvidia_smi", lambda *_: lines)
-
-    assert machine("cuda") == named

@@ -15,6 +15,8 @@ import pytest
 from service.engine.process import State
 from service.engine.shutdown import MODAL_SHUTDOWN
 from service.errors import EngineError, EngineTimeoutError, GpuCountError
+from service.hardware import Hardware, probe
+from service.replica import lifecycle
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from service.weights import store
@@ -230,3 +232,31 @@ def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypa
 def test_plan_shows_no_token(plan: Plan) -> None:
     """A plan may stand in a log."""
     assert "hf_secret" not in repr(dataclasses.replace(plan, hub_token="hf_secret"))
+
+
+@pytest.mark.parametrize(("snapshot", "before_the_checkpoint"), [("off", 0), ("cpu", 0), ("gpu", 1)])
+def test_replica_probes_its_hardware_once_a_boot(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, snapshot: Any, before_the_checkpoint: int
+) -> None:
+    """Under a CPU snapshot after the restore, since no GPU is visible before; never where the plan has it."""
+    found: list[Hardware] = []
+
+    def counted() -> Hardware:
+        found.append(probe())
+        return found[-1]
+
+    monkeypatch.setattr(lifecycle, "probe", counted)
+    replica = Replica(scripted(plan, snapshot=snapshot))
+    replica.prepare()
+    try:
+        assert len(found) == before_the_checkpoint
+        replica.start()
+    finally:
+        replica.stop(0)
+    assert len(found) == 1
+
+    replica = Replica(scripted(plan, hardware=found[0]))
+    replica.prepare()
+    replica.start()
+    replica.stop(0)
+    assert len(found) == 1

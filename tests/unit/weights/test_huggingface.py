@@ -82,7 +82,7 @@ def test_weights_room_is_asked_of_the_disk_that_gets_them(
     elsewhere.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(elsewhere))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere))
-    monkeypatch.setattr(download, "check_room", lambda directory, *_: asked.append(directory))
+    monkeypatch.setattr(download, "check_disk_space", lambda directory, *_: asked.append(directory))
     store.ensure(SPEC)
 
     assert asked == [elsewhere]
