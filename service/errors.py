@@ -26,6 +26,10 @@ class ServiceError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
 
+    def to_terminal(self) -> str:
+        """Return what a terminal shows: a line `error: …`, and a line `hint: …` where there is a hint."""
+        return f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
+
     def to_fields(self) -> dict[str, str]:
         """Return what crosses the border of a process: class, message and hint, as JSON can hold them."""
         return {"error": type(self).__name__, "message": self.message, "hint": self.hint}
@@ -39,8 +43,11 @@ class ServiceError(Exception):
         return kind(fields["message"], hint=fields["hint"])
 
 
-class UsageError(ServiceError):
-    """The user's input is wrong: a setting, a file, a name. Nothing was started."""
+class UsageError(ServiceError, ValueError):
+    """The user's input is wrong: a setting, a file, a name. Nothing was started.
+
+    It is a ValueError too, so that pydantic collects what several validators raise.
+    """
 
     exit_code = 2
 
@@ -109,8 +116,14 @@ class EngineTimeoutError(EngineError):
     """The engine lives but did not get to the next stop in time."""
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest of `choices` in any case, or an empty string when none is near."""
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the nearest of `choices` in any case; None when none is nearer than `cutoff` (1 is the same)."""
     spelled = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(name.lower(), sorted(spelled), n=1, cutoff=0.5)
-    return f" Did you mean '{spelled[near[0]]}'?" if near else ""
+    near = difflib.get_close_matches(name.lower(), sorted(spelled), n=1, cutoff=cutoff)
+    return spelled[near[0]] if near else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
+    near = nearest(name, choices)
+    return f" Did you mean '{near}'?" if near else ""

@@ -50,7 +50,7 @@ class DoorDeployment:
         try:
             choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
-            raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
+            raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
         check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
         return cls(settings, registry)
 
@@ -86,7 +86,7 @@ class DoorDeployment:
 try:
     DEPLOYMENT = DoorDeployment.resolve()
 except UsageError as error:
-    raise SystemExit(f"error: {error}") from None
+    raise SystemExit(error.to_terminal()) from None
 
 if not modal.is_local():
     expect_many_streams()  # in the container, and before its checkpoint: it takes 35 ms, which no wake should

@@ -35,7 +35,8 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     for named, path in (("", spec.path), *((f"Adapter '{part.name}' of m", part.path) for part in spec.adapters)):
         if path and Path(path).is_absolute():
             raise RegistryError(
-                f"{named or 'M'}odel '{spec.key}' is the directory {path} of this machine; on Modal give a hub_id."
+                f"{named or 'M'}odel '{spec.key}' is the directory {path} of this machine, which no container has.",
+                hint="Give its entry a hub_id to deploy it.",
             )
     built = (
         modal.Image.from_registry(BASE, add_python=PYTHON)

@@ -26,10 +26,10 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
     for position, pair in enumerate(filter(None, (part.strip() for part in environ.get("API_KEYS", "").split(","))), 1):
         name, separator, key = (part.strip() for part in pair.partition("="))
         if not (name and separator and key):
-            raise UsageError(f"API_KEYS: pair {position} is not name=key. Write 'alice=<key>,bob=<key>'.")
+            raise UsageError(f"API_KEYS: pair {position} is not name=key.", hint="Write 'alice=<key>,bob=<key>'.")
         owner = found.setdefault(_digest(name, key), name)
         if owner != name:
-            raise UsageError(f"API_KEYS: '{owner}' and '{name}' have the same key. Give each a key of its own.")
+            raise UsageError(f"API_KEYS: '{owner}' and '{name}' have the same key.", hint="Give each a key of its own.")
     return found
 
 
@@ -37,7 +37,10 @@ def _digest(name: str, key: str) -> str:
     if match := _DIGEST.fullmatch(key):
         return match[1].lower()
     if key.lower().startswith("sha256:"):
-        raise UsageError(f"The key '{name}' is sha256: without 64 hexadecimal digits behind it. Copy the digest whole.")
+        raise UsageError(
+            f"The key '{name}' begins with sha256: and 64 hexadecimal digits do not follow.",
+            hint="Copy the whole digest.",
+        )
     return digest(key.encode())
 
 

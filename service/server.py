@@ -33,7 +33,7 @@ try:
     if in_modal_command():  # a mere import asks nobody
         DEPLOYMENT = DEPLOYMENT.with_hub_token(missing_hub_token)
 except ServiceError as error:
-    raise SystemExit(f"error: {error}") from None
+    raise SystemExit(error.to_terminal()) from None
 SETTINGS = DEPLOYMENT.settings
 
 VERSIONS = versions("cuda")
@@ -128,7 +128,10 @@ def _keys() -> dict[str, str]:
         return {}
     if keys := digests(os.environ):
         return keys
-    raise UsageError(f"Secret '{SETTINGS.keys_secret}' has neither API_KEY nor API_KEYS; put one of them in it.")
+    raise UsageError(
+        f"Modal's secret '{SETTINGS.keys_secret}' has neither API_KEY nor API_KEYS.",
+        hint=f"Add a key: modal secret create --force {SETTINGS.keys_secret} API_KEY=<key>.",
+    )
 
 
 def _task() -> str | None:

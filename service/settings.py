@@ -1,21 +1,27 @@
 """Settings: the only reader of `SERVICE_*`. Resolved once, at deploy; the image carries them to the container.
 
-An unknown `SERVICE_` name is refused as much as a wrong value: a typo must not silently deploy the default.
+A name that is nearly one of a setting is refused as much as a wrong value: a typo must not silently deploy the default.
+Other `SERVICE_` names are ignored with a warning, since platforms set such variables themselves.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
-from typing import Literal, Self, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from service.errors import SettingsError, UnknownGpuError, did_you_mean
+from service.errors import SettingsError, UnknownGpuError, nearest
 from service.registry.gpus import check_count, find_gpu
 
+_log = logging.getLogger(__name__)
 PREFIX = "SERVICE_"
+_NEAR = (
+    0.7  # SCALEDOWN is near SCALEDOWN_WINDOW; Coolify's SERVICE_FQDN_APP and Kubernetes's SERVICE_SERVICE_HOST are not
+)
 _TEXTS = {
     "app": "a name of 1 to 64 letters, digits, dots, dashes and underscores",
     "volume_prefix": "1 to 40 letters, digits, dots, dashes and underscores",
@@ -53,7 +59,7 @@ class Settings(BaseModel):
     request_timeout_s: int = Field(3600, ge=1, le=86400, description="seconds a request may take")
     region: str | None = Field(None, min_length=2, description="a Modal region; multiplies the price by 1.5 to 1.75")
     direct_auth: Literal["proxy", "keys"] = Field(
-        "proxy", description="who refuses strangers: Modal's proxy, or the engine"
+        "proxy", description="who authenticates direct requests: Modal's proxy, or the engine"
     )
     hold_s: int = Field(120, ge=0, le=3600, description="seconds the gateway holds a request for a cold pool")
     models_file: str | None = Field(None, description="a TOML file with models of your own")
@@ -72,43 +78,44 @@ class Settings(BaseModel):
         try:
             return find_gpu(gpu).name
         except UnknownGpuError as error:
-            raise SettingsError(f"SERVICE_GPU: {error}") from error
+            raise SettingsError(f"SERVICE_GPU: {error.message}", hint=error.hint) from error
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if errors := list(self._contradictions()):
+            raise _joined(errors)
+        return self
+
+    def _contradictions(self) -> Iterator[SettingsError]:
         if self.gpu and self.n_gpu:
             try:
                 check_count(find_gpu(self.gpu), self.n_gpu)
             except UnknownGpuError as error:
-                raise SettingsError(f"SERVICE_N_GPU: {error}") from error
-        if self.target_inputs and self.target_inputs > self.max_inputs:
-            raise SettingsError(
-                f"SERVICE_TARGET_INPUTS={self.target_inputs} is above SERVICE_MAX_INPUTS={self.max_inputs}; "
-                "lower the first or raise the second."
-            )
-        if self.max_containers and self.min_containers > self.max_containers:
-            raise SettingsError(
-                f"SERVICE_MIN_CONTAINERS={self.min_containers} is above SERVICE_MAX_CONTAINERS={self.max_containers}; "
-                "lower the first or raise the second."
-            )
-        return self
+                yield SettingsError(f"SERVICE_N_GPU: {error.message}", hint=error.hint)
+        for lower, upper in (("target_inputs", "max_inputs"), ("min_containers", "max_containers")):
+            low, high = getattr(self, lower), getattr(self, upper)
+            if low and high and low > high:
+                below, above = PREFIX + lower.upper(), PREFIX + upper.upper()
+                yield SettingsError(f"{below}={low} is above {above}={high}.", hint=f"Lower {below} or raise {above}.")
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read `SERVICE_*` from `environ` (default: this process's environment).
 
         Raises:
-            SettingsError: A name is unknown or a value outside its range; the sentence names both and the remedy.
+            SettingsError: Names are nearly those of settings, or values outside their range; it names all of them.
         """
         environ = os.environ if environ is None else environ
         given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
-        for name in given:
-            _check_known(name)
-        values = {name.removeprefix(PREFIX).lower(): value for name, value in given.items() if value != ""}
+        errors, values = _by_field(given)
+        settings = None
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
-            raise SettingsError(_sentence(error)) from error
+            errors += map(_refusal, error.errors())
+        if settings is None or errors:
+            raise _joined(errors)
+        return settings
 
     def to_env(self) -> dict[str, str]:
         """Return these settings as `SERVICE_` variables, as `load` reads them back; unset fields are left out."""
@@ -116,20 +123,38 @@ class Settings(BaseModel):
         return {PREFIX + name.upper(): str(value) for name, value in dump.items()}
 
 
-def _check_known(name: str) -> None:
-    known = {PREFIX + field.upper() for field in Settings.model_fields}
-    if name not in known:
-        near = did_you_mean(name, known)
-        raise SettingsError(f"{name} is not a setting of this service.{near} Known: {', '.join(sorted(known))}.")
+def _by_field(given: Mapping[str, str]) -> tuple[list[SettingsError], dict[str, str]]:
+    """Return what is wrong with the names of these variables, and the values of the fields they set."""
+    variables = {PREFIX + field.upper(): field for field in Settings.model_fields}
+    errors, ignored = [], []
+    for name in given.keys() - variables.keys():
+        if near := nearest(name.removeprefix(PREFIX), Settings.model_fields, _NEAR):
+            known = ", ".join(sorted(variables))
+            hint = f"Did you mean '{PREFIX}{near.upper()}'? Known: {known}."
+            errors.append(SettingsError(f"{name} is not a setting of this service.", hint=hint))
+        else:
+            ignored.append(name)
+    if ignored:
+        _log.warning("Ignored, because this service has no such settings: %s.", ", ".join(sorted(ignored)))
+    return errors, {field: given[name] for name, field in variables.items() if given.get(name)}
 
 
-def _sentence(error: ValidationError) -> str:
-    """Say the first of pydantic's complaints in this project's words."""
-    detail = error.errors()[0]
+def _joined(errors: Iterable[SettingsError]) -> SettingsError:
+    """Return one error that tells all of these."""
+    errors = list(errors)
+    hints = dict.fromkeys(error.hint for error in errors if error.hint)
+    return SettingsError(" ".join(error.message for error in errors), hint=" ".join(hints))
+
+
+def _refusal(detail: Any) -> SettingsError:
+    """Say one of pydantic's complaints in this project's words."""
+    if detail["type"] == "value_error":  # one of our own validators raised it
+        error: SettingsError = detail["ctx"]["error"]
+        return error
     field, value = str(detail["loc"][0]), str(detail["input"])
-    info = Settings.model_fields[field]
-    name, expected = f"{PREFIX}{field.upper()}", f"{_expected(field)}{_hint(value, info)}"
-    return f"{name}='{value}' is not {expected} Meaning: {info.description}."
+    info, name = Settings.model_fields[field], f"{PREFIX}{str(detail['loc'][0]).upper()}"
+    message = f"{name}='{value}' is not {_expected(field)}. Meaning: {info.description}."
+    return SettingsError(message, hint=_hint(name, value, info))
 
 
 def _expected(field: str) -> str:
@@ -151,11 +176,13 @@ def _limits(info: FieldInfo) -> tuple[int, int]:
     return limits["Ge"].ge, limits["Le"].le
 
 
-def _hint(value: str, info: FieldInfo) -> str:
-    """Offer the number when somebody wrote a duration such as `2m` for a field of seconds."""
+def _hint(name: str, value: str, info: FieldInfo) -> str:
+    """Return what to write where somebody wrote a duration such as `2m`, or where a platform set the variable."""
+    if value.startswith("tcp://"):
+        return f"Kubernetes sets {name} for a Service named 'service'; set enableServiceLinks: false in the pod's spec."
     units = {"s": 1, "m": 60, "h": 3600}
     if "seconds" not in str(info.description) or not value[:-1].isdecimal() or value[-1:] not in units:
-        return "."
+        return ""
     seconds = int(value[:-1]) * units[value[-1]]
     lowest, highest = _limits(info)
-    return f"; write {seconds}." if lowest <= seconds <= highest else "."
+    return f"Write {name}={seconds}." if lowest <= seconds <= highest else ""

@@ -177,7 +177,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except ServiceError as error:
-        sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        sys.stderr.write(error.to_terminal() + "\n")
         sys.exit(error.exit_code)
     sys.exit(0)
 

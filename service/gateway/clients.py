@@ -16,6 +16,7 @@ from service.gateway.api_errors import Refusal
 from service.in_engine.vllm_service import http_contract
 from service.keys import digest
 from service.registry.models import Registry
+from service.validation import explain
 
 ANONYMOUS = "anonymous"  # whom requests are counted under where no key is asked for
 _MINUTE_S = 60.0
@@ -151,11 +152,8 @@ def load_limits(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, K
         table = json.loads(text)
         found = {name: KeyLimits.model_validate(limits) for name, limits in table.items()}
     except ValidationError as error:
-        detail = error.errors()[0]
-        field = ".".join(str(part) for part in detail["loc"])
         raise UsageError(
-            f"API_LIMITS: field '{field}' is {detail['input']!r}: {detail['msg']}. "
-            f"Fields: {', '.join(KeyLimits.model_fields)}."
+            f"API_LIMITS: {' '.join(explain(error, KeyLimits))}", hint=f"Fields: {', '.join(KeyLimits.model_fields)}."
         ) from error
     except (ValueError, AttributeError) as error:
         raise UsageError(

@@ -43,7 +43,7 @@ class Deployment:
         try:
             choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
         except UnknownModelError as error:
-            raise UnknownModelError(f"SERVICE_MODEL: {error}") from error
+            raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
         spec = choice.spec
         tier = tier_of(spec, find_gpu(settings.gpu) if settings.gpu else choice.gpu, settings.n_gpu)
         check_weights(spec, tier, lambda other: other.settings)
@@ -128,16 +128,16 @@ class Deployment:
 
 
 def no_hub_token(secret: str, why: str) -> ServiceError:
-    """Return what is said where a gated model's secret is missing."""
+    """Return the error of a gated model whose secret is missing; `why` is Modal's reason."""
     return ServiceError(
-        f"A gated model needs Modal's secret '{secret}', which is not there or has no HF_TOKEN: {why}. "
-        f"Create it: modal secret create {secret} HF_TOKEN=<token>. SERVICE_HUB_SECRET names another."
+        f"A gated model needs Modal's secret '{secret}', which is missing or has no HF_TOKEN: {why}.",
+        hint=f"Create it: modal secret create {secret} HF_TOKEN=<token>. SERVICE_HUB_SECRET names another.",
     )
 
 
 def _check_snapshot(snapshot: str, n_gpu: int) -> None:
     if snapshot == "gpu" and n_gpu > 1:
         raise SettingsError(
-            f"SERVICE_SNAPSHOT=gpu works on one GPU, and this is to run on {n_gpu}: Modal cannot snapshot several. "
-            "Set SERVICE_SNAPSHOT=cpu, or choose a GPU that holds the model alone."
+            f"SERVICE_SNAPSHOT=gpu works on one GPU, and this model is to run on {n_gpu}: Modal snapshots no more.",
+            hint="Set SERVICE_SNAPSHOT=cpu, or choose a GPU that holds the model alone.",
         )

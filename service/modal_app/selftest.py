@@ -16,6 +16,7 @@ CHARACTERS = (
     "You are Jar Jar Binks.",
 )
 MAX_TOKENS = 512
+_LOOK = "Look at the container's log: modal app logs <app>."
 Complete = Callable[[str, Any], tuple[int, Any]]
 
 
@@ -32,9 +33,7 @@ def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
     _say(f"Checking health {'of ' + str(url) if streamed else 'through Server.complete'}")
     status, answer = complete("/health", None)
     if (status, answer) != (200, {"status": "ok"}):
-        raise ServiceError(
-            f"/health gave {status} {answer!r}, expected 200 and status ok. Look at the container's log."
-        )
+        raise ServiceError(f"/health answered {status} {answer!r}; expected 200 and status ok.", hint=_LOOK)
     _say("Healthy")
     for character in CHARACTERS if twice else CHARACTERS[:1]:
         messages = [{"role": "system", "content": character}, {"role": "user", "content": content}]
@@ -48,13 +47,13 @@ def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
             sys.stdout.flush()
         _say("")
         if not said.strip():
-            raise ServiceError("The model answered with nothing. Look at the container's log.")
+            raise ServiceError("The model's answer is empty.", hint=_LOOK)
 
 
 def _whole(complete: Complete, body: dict[str, Any]) -> Iterator[str]:
     status, answer = complete("/v1/chat/completions", body)
     if status != 200:
-        raise ServiceError(f"/v1/chat/completions gave {status}: {answer!r}")
+        raise ServiceError(f"/v1/chat/completions answered {status}: {answer!r}", hint=_LOOK)
     message = answer["choices"][0]["message"]
     yield message.get("reasoning") or ""
     yield message.get("content") or ""
@@ -67,7 +66,7 @@ def _stream(url: str, body: dict[str, Any]) -> Iterator[str]:
     target = f"{url}/v1/chat/completions"
     with requests.post(target, json={**body, "stream": True}, headers=headers, stream=True, timeout=600) as answer:
         if answer.status_code != 200:
-            raise ServiceError(f"{target} gave {answer.status_code}: {answer.text[:500]}")
+            raise ServiceError(f"{target} answered {answer.status_code}: {answer.text[:500]}", hint=_LOOK)
         for line in answer.iter_lines():
             data = line.removeprefix(b"data: ")
             if line.startswith(b"data: ") and data != b"[DONE]":

@@ -71,7 +71,7 @@ def find_gpu(name: str) -> Gpu:
         hint = f" The count is a setting of its own: write SERVICE_GPU={kind} SERVICE_N_GPU={count}."
     else:
         hint = did_you_mean(name, GPUS)
-    raise UnknownGpuError(f"Unknown GPU '{name}'.{hint} Modal offers: {', '.join(GPUS)}.")
+    raise UnknownGpuError(f"Unknown GPU '{name}'.", hint=f"{hint.strip()} Modal offers: {', '.join(GPUS)}.".strip())
 
 
 def check_count(gpu: Gpu, n_gpu: int) -> None:
@@ -82,6 +82,6 @@ def check_count(gpu: Gpu, n_gpu: int) -> None:
     """
     if not 1 <= n_gpu <= gpu.max_count:
         raise UnknownGpuError(
-            f"{n_gpu} x {gpu.name} is not to be had: one container holds 1 to {gpu.max_count} of them. "
-            "Lower SERVICE_N_GPU or choose a GPU with more memory."
+            f"{n_gpu} x {gpu.name} were requested; Modal attaches 1 to {gpu.max_count} {gpu.name} to one container.",
+            hint="Lower the number of GPUs, or choose a GPU with more memory.",
         )

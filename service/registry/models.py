@@ -13,16 +13,17 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from service.errors import RegistryError, UnknownGpuError, UnknownModelError, did_you_mean
-from service.registry.gpus import BY_SLUG, GPUS, Gpu, find_gpu
+from service.errors import RegistryError, UnknownModelError, did_you_mean
+from service.registry.gpus import BY_SLUG, GPUS, Gpu, check_count, find_gpu
 from service.registry.tiers import Tier
+from service.validation import explain
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
 _KEY = r"^[a-z0-9][a-z0-9.-]*$"
 _HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _REVISION = r"^[0-9a-f]{40}$"
-_ONE_SOURCE = "give exactly one of hub_id (a repository on the hub) and path (a directory)"
+_ONE_SOURCE = "give exactly one of hub_id (a repository on the hub) and path (a directory)."
 
 
 class _Entry(BaseModel):
@@ -112,9 +113,11 @@ class ModelSpec(_Entry):
         taken = {name.lower() for name in self.names}
         for adapter in self.adapters:
             if adapter.name.lower() in taken:
-                raise RegistryError(f"adapter '{adapter.name}' has a name that the entry gave already; choose another.")
+                raise RegistryError(
+                    f"adapter '{adapter.name}' has a name that the entry uses already.", hint="Choose another."
+                )
             taken.add(adapter.name.lower())
-        _ = self.tier  # checks the count
+        check_count(GPUS[self.gpu], self.n_gpu)
         return self
 
     @property
@@ -184,7 +187,7 @@ class Registry:
         try:
             return cls(specs)
         except RegistryError as error:
-            raise RegistryError(f"Models file '{models_file or BUILT_IN}': {error}") from error
+            raise RegistryError(f"Models file '{models_file or BUILT_IN}': {error.message}", hint=error.hint) from error
 
     def resolve(self, name: str, default: str | None = None) -> ModelChoice:
         """Return what `name` stands for; `llm` is `default`.
@@ -206,12 +209,15 @@ class Registry:
         written = [name for spec in self.specs.values() for name in (*spec.names, *(own.name for own in spec.adapters))]
         raise UnknownModelError(
             f"Unknown model '{name}'.{did_you_mean(name, written)} Registered: {', '.join(self.specs)} "
-            "(vllm-service models). Add your own in a TOML file and name it in SERVICE_MODELS_FILE."
+            "(vllm-service models).",
+            hint="Choose one of these, or add your own in a TOML file and name it in SERVICE_MODELS_FILE.",
         )
 
 
 def _taken(name: str, claimant: ModelSpec, owner: str) -> RegistryError:
-    return RegistryError(f"'{name}' of model '{claimant.key}' is already a name of {owner}; choose another.")
+    return RegistryError(
+        f"'{name}' of model '{claimant.key}' is already a name of {owner}.", hint="Choose another name."
+    )
 
 
 def unregistered(name: str) -> ModelSpec:
@@ -228,8 +234,8 @@ def unregistered(name: str) -> ModelSpec:
         return ModelSpec(key=name.rpartition("/")[2].lower().replace("_", "-"), hub_id=name)
     except ValidationError as error:
         raise UnknownModelError(
-            f"'{name}' is neither a hub id such as Qwen/Qwen3-8B-FP8 nor a directory with a config.json. "
-            "Registered models: vllm-service models."
+            f"'{name}' is neither a hub id such as Qwen/Qwen3-8B-FP8 nor a directory with a config.json.",
+            hint="'vllm-service models' lists the registered models.",
         ) from error
 
 
@@ -243,33 +249,40 @@ def _read(file: Path) -> dict[str, ModelSpec]:
         table = tomllib.loads(file.read_text())
     except OSError as error:
         raise RegistryError(
-            f"Models file '{file}' cannot be read: {error.strerror}. "
-            "Set SERVICE_MODELS_FILE to a TOML file, or unset it."
+            f"Models file '{file}' cannot be read: {error.strerror}.",
+            hint="Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(f"Models file '{file}' is not TOML: {error}.") from error
     entries = table.pop("models", None)
     if table or not isinstance(entries, dict):
         stray = f"holds '{next(iter(table))}' at its top" if table else "has no [models.<key>] table"
-        raise RegistryError(f"Models file '{file}' {stray}; write one [models.<key>] table a model.")
-    return {key: _entry(file, key, fields) for key, fields in entries.items()}
+        raise RegistryError(f"Models file '{file}' {stray}.", hint="Write one [models.<key>] table for each model.")
+    specs: dict[str, ModelSpec] = {}
+    wrong: list[str] = []
+    for key, fields in entries.items():
+        try:
+            specs[key] = _entry(file, key, fields)
+        except ValidationError as error:
+            wrong += (f"model '{key}': {sentence}" for sentence in explain(error, ModelSpec))
+    if wrong:
+        sentences = " Also, ".join(wrong)
+        raise RegistryError(f"Models file '{file}', {sentences}", hint="docs/models.md describes every field.")
+    return specs
 
 
 def _entry(file: Path, key: str, fields: Any) -> ModelSpec:
-    where = f"Models file '{file}', model '{key}'"
     if not isinstance(fields, dict):
-        raise RegistryError(f"{where}: {fields!r} is not a table; write [models.{key}] and its fields below.")
+        raise RegistryError(
+            f"Models file '{file}', model '{key}': {fields!r} is not a table.",
+            hint=f"Write [models.{key}] and its fields below.",
+        )
     adapters = fields.get("adapters")
     for table in (fields, *(adapters if isinstance(adapters, list) else ())):
         path = table.get("path") if isinstance(table, dict) else None
         if isinstance(path, str) and path and file != BUILT_IN:
             table["path"] = str((file.parent / path).resolve())  # relative to the file that names it
-    try:
-        return ModelSpec.model_validate({"key": key, **_tuples(fields)})
-    except ValidationError as error:
-        raise RegistryError(f"{where}: {_sentence(error)}") from error
-    except (RegistryError, UnknownGpuError) as error:
-        raise RegistryError(f"{where}: {error}") from error
+    return ModelSpec.model_validate({"key": key, **_tuples(fields)})
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -280,16 +293,3 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     if type(frozen.get("weights_gb")) is int:  # a bool is an int too
         frozen["weights_gb"] = float(frozen["weights_gb"])
     return frozen
-
-
-def _sentence(error: ValidationError) -> str:
-    """Say the first of pydantic's complaints with the field's name and its value."""
-    detail = error.errors()[0]
-    field = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        tables: dict[object, type[_Entry]] = {"speculative": Speculative, "adapters": Adapter}
-        known = tables.get(detail["loc"][0], ModelSpec).model_fields
-        return f"unknown field '{field}'.{did_you_mean(str(detail['loc'][-1]), known)} Known: {', '.join(known)}."
-    if detail["type"] == "missing":
-        return f"field '{field}' is missing."
-    return f"field '{field}' is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}."

@@ -102,6 +102,6 @@ def check_weights(spec: ModelSpec, tier: Tier, written: Callable[[Tier], str]) -
     ways = [f"{written(way)} ({way.label}, ${way.dollars_per_hour:.2f}/h, {why})" for way, why in choices.items()]
     raise GpuMemoryError(
         f"Model '{spec.key}' does not fit on {tier.label}: its weights are {spec.weights_gb:g} GB, and vLLM uses "
-        f"{tier.engine_gb:.1f} of {tier.gpu.memory_gb * tier.n_gpu} GB ({ENGINE_SHARE:.0%}). "
-        + (f"Use {' or '.join(ways)}." if ways else "No single GPU holds it: set n_gpu in its registry entry.")
+        f"{tier.engine_gb:.1f} of {tier.gpu.memory_gb * tier.n_gpu} GB ({ENGINE_SHARE:.0%}).",
+        hint=f"Use {' or '.join(ways)}." if ways else "No single GPU holds it: set n_gpu in its registry entry.",
     )

@@ -18,8 +18,8 @@ from tests.contract.conftest import deploy, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane
 
 KEYS = list(Registry.load().specs)
-NO_HUB_TOKEN = "error: A gated model needs Modal's secret 'huggingface', which is not there or has no HF_TOKEN: "
-CREATE_HUB_TOKEN = "Create it: modal secret create huggingface HF_TOKEN=<token>."
+NO_HUB_TOKEN = "error: A gated model needs Modal's secret 'huggingface', which is missing or has no HF_TOKEN: "
+CREATE_HUB_TOKEN = "hint: Create it: modal secret create huggingface HF_TOKEN=<token>."
 VOLUMES = {
     "/root/.cache/huggingface": "huggingface-cache",
     "/root/.cache/vllm": "vllm-cache",
@@ -257,22 +257,23 @@ def test_deploy_of_an_ungated_model_needs_no_hub_token(plane: ModalPlane, values
         ),
         (
             {"SERVICE_GPU": "H1000"},
-            "error: SERVICE_GPU: Unknown GPU 'H1000'. Did you mean 'H100'? "
+            "error: SERVICE_GPU: Unknown GPU 'H1000'. hint: Did you mean 'H100'? "
             "Modal offers: T4, L4, A10, L40S, A100-40GB, ",
         ),
         (
             {"SERVICE_SCALEDOWN_WINDOW": "15m"},
-            "error: SERVICE_SCALEDOWN_WINDOW='15m' is not a whole number from 2 to 3600; write 900.",
+            "error: SERVICE_SCALEDOWN_WINDOW='15m' is not a whole number from 2 to 3600. "
+            "Meaning: seconds without a request before a replica stops. hint: Write SERVICE_SCALEDOWN_WINDOW=900.",
         ),
         (
             {"SERVICE_SCALEDOWN": "60"},
             "error: SERVICE_SCALEDOWN is not a setting of this service. "
-            "Did you mean 'SERVICE_SCALEDOWN_WINDOW'? Known: SERVICE_APP, ",
+            "hint: Did you mean 'SERVICE_SCALEDOWN_WINDOW'? Known: SERVICE_APP, ",
         ),
         (
             {"SERVICE_MODELS_FILE": "/nowhere.toml"},
             "error: Models file '/nowhere.toml' cannot be read: No such file or directory. "
-            "Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
+            "hint: Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
         ),
         (
             {"SERVICE_MODEL": "llama-3.1-8b"},
@@ -281,7 +282,7 @@ def test_deploy_of_an_ungated_model_needs_no_hub_token(plane: ModalPlane, values
         (
             {"SERVICE_MODEL": "gemma-3-27b", "SERVICE_GPU": "L40S"},
             "error: Model 'gemma-3-27b' does not fit on L40S: its weights are 54.9 GB, and vLLM uses 44.2 of 48 GB "
-            "(92%). Use SERVICE_GPU=A100-80GB (A100-80GB, $2.50/h, the cheapest that fits) or SERVICE_GPU=H100 (",
+            "(92%). hint: Use SERVICE_GPU=A100-80GB (A100-80GB, $2.50/h, the cheapest that fits) or SERVICE_GPU=H100 (",
         ),
         ({"SERVICE_DIRECT_AUTH": "keys"}, "Error: Secret 'vllm-api-key' not found in environment 'main'"),
     ],

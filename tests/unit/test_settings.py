@@ -135,6 +135,33 @@ def test_settings_with_an_unknown_name_and_no_value_is_refused() -> None:
         Settings.load({"SERVICE_GPUS": ""})
 
 
+def test_settings_that_are_wrong_are_told_all_at_once() -> None:
+    """Names, values and contradictions: three typos must not cost three deploys."""
+    given = {"SERVICE_GPUS": "2", "SERVICE_PORT": "http", "SERVICE_GPU": "H1000", "SERVICE_HOLD_S": "2m"}
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(given)
+
+    for words in ("SERVICE_GPUS is not", "SERVICE_PORT='http'", "SERVICE_GPU: Unknown GPU 'H1000'", "SERVICE_HOLD_S="):
+        assert words in caught.value.message
+    for words in ("Did you mean 'SERVICE_GPU'?", "Did you mean 'H100'?", "Write SERVICE_HOLD_S=120."):
+        assert words in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["SERVICE_FQDN_APP", "SERVICE_NAME", "SERVICE_SERVICE_HOST", "SERVICE_PORT_8000_TCP"])
+def test_settings_of_a_platform_are_ignored_with_one_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Coolify and Kubernetes set such variables in every container."""
+    assert Settings.load({name: "x", "SERVICE_URL_APP_3000": "y", "SERVICE_GPU": "L4"}) == load(gpu="L4")
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert {name, "SERVICE_URL_APP_3000"} <= set(record.getMessage().rstrip(".").replace(",", "").split())
+
+
+def test_settings_with_the_port_of_kubernetes_says_where_it_comes_from() -> None:
+    """A Service that is named `service` sets SERVICE_PORT in every pod."""
+    assert "enableServiceLinks: false" in refusal(port="tcp://10.0.0.1:8000")
+
+
 def test_settings_of_others_are_ignored() -> None:
     """Only the prefix `SERVICE_` is ours."""
     assert Settings.load({"MY_SERVICE_GPU": "x", "service_gpu": "x", "PATH": "x"}) == Settings()
@@ -175,13 +202,13 @@ def test_settings_to_env_leaves_out_what_is_unset() -> None:
 )
 def test_settings_with_a_duration_offers_its_seconds(field: str, text: str, seconds: int) -> None:
     """Somebody who writes `2m` is told the number to write."""
-    assert f"; write {seconds}." in refusal(**{field: text})
+    assert refusal(**{field: text}).endswith(f" Write SERVICE_{field.upper()}={seconds}.")
 
 
 @pytest.mark.parametrize(("field", "text"), [("hold_s", "2h"), ("startup_timeout_s", "5s"), ("port", "2m")])
 def test_settings_with_a_duration_outside_the_range_offers_none(field: str, text: str) -> None:
     """A number that would be refused next is no help."""
-    assert "write" not in refusal(**{field: text})
+    assert "write" not in refusal(**{field: text}).lower()
 
 
 @pytest.mark.parametrize("text", ["²m", "m", "s", "-2m", "1.5h"])

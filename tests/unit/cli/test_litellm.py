@@ -172,16 +172,16 @@ def test_command_writes_no_key_of_the_environment(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--url", "localhost:8000"], 2, "'localhost:8000' is not the URL"),
-        (["--gpu", "H2000"], 2, "Unknown GPU 'H2000'. Did you mean 'H200'?"),
+        (["--gpu", "H2000"], 2, "Unknown GPU 'H2000'.\nhint: Did you mean 'H200'?"),
         (["--output", "/nowhere/config.yaml"], 1, "'/nowhere/config.yaml' cannot be written"),
     ],
 )
-def test_command_refuses_in_one_line(arguments: list[str], code: int, words: str) -> None:
+def test_command_that_is_refused_prints_an_error_and_a_hint(arguments: list[str], code: int, words: str) -> None:
     """Nothing is printed to where a shell would redirect it."""
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()] in (["error"], ["error", "hint"])
 
 
 def test_example_is_what_the_command_writes() -> None:

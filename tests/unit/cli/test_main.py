@@ -142,7 +142,7 @@ def test_unknown_setting_offers_the_nearest(run: Run, home: Path, command: str) 
     [
         ("SERVICE_PORT", "http", "a whole number from 1 to 65535"),
         ("SERVICE_SNAPSHOT", "tpu", "one of off, cpu, gpu"),
-        ("SERVICE_STARTUP_TIMEOUT_S", "20m", "write 1200."),
+        ("SERVICE_STARTUP_TIMEOUT_S", "20m", "hint: Write SERVICE_STARTUP_TIMEOUT_S=1200."),
         ("SERVICE_GPU", "H1000", "Modal offers"),
     ],
 )

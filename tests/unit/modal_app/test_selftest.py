@@ -53,7 +53,7 @@ def test_selftest_holds_its_conversations(capsys: Capture, twice: bool, conversa
 def test_selftest_of_an_unhealthy_service_fails_with_what_it_said(health: Any) -> None:
     """No conversation is begun."""
     service = Service(health=health)
-    with pytest.raises(ServiceError, match=f"/health gave {health[0]}"):
+    with pytest.raises(ServiceError, match=f"/health answered {health[0]}"):
         selftest.run(service, None, "x", True)
 
     assert service.bodies == []
@@ -61,14 +61,14 @@ def test_selftest_of_an_unhealthy_service_fails_with_what_it_said(health: Any) -
 
 def test_selftest_of_a_refused_chat_fails_with_what_it_said() -> None:
     """Status and answer are in the sentence."""
-    with pytest.raises(ServiceError, match=r"gave 500: .*boom"):
+    with pytest.raises(ServiceError, match=r"answered 500: .*boom"):
         selftest.run(Service(chat=(500, {"error": "boom"})), None, "x", True)
 
 
 @pytest.mark.parametrize("message", [{"content": ""}, {"content": None, "reasoning": None}, {"content": "  \n"}])
 def test_selftest_of_an_empty_answer_fails(message: dict[str, Any]) -> None:
     """An engine that says nothing does not work."""
-    with pytest.raises(ServiceError, match="nothing"):
+    with pytest.raises(ServiceError, match="answer is empty"):
         selftest.run(Service(chat=(200, {"choices": [{"message": message}]})), None, "x", True)
 
 

@@ -118,7 +118,7 @@ def test_adapter_with_a_name_of_another_model_names_both(file: Path, name: str, 
     """A request must not reach another model than it says."""
     sentence = refusal(file, adapter(f'name = "{name}"\npath = "x"'))
 
-    assert f"'{name}' of model 'mine' is already a name of {owner}; choose another." in sentence
+    assert f"'{name}' of model 'mine' is already a name of {owner}. Choose another name." in sentence
 
 
 def test_argv_of_adapters_serves_each_under_its_name() -> None:

@@ -232,6 +232,19 @@ def test_models_file_with_an_unknown_field_offers_the_nearest(file: Path, line: 
     assert f"Did you mean {nearest}?" in sentence
 
 
+def test_models_file_with_several_errors_names_all_of_them(file: Path) -> None:
+    """In one entry and in several; whoever corrects one of them must not find the next only then."""
+    sentence = refusal(file, f"{GOOD}n_gpu = 9\ngpu = 'H1000'\nmax_len = 5\n[models.other]\nhub_id = 'no-slash'\n")
+
+    for words in (
+        "model 'mine': field 'n_gpu' is 9",
+        "Also, model 'mine': unknown field 'max_len'",
+        "Unknown GPU 'H1000'",
+        "Also, model 'other': field 'hub_id' is 'no-slash'",
+    ):
+        assert sentence.count(words) == 1
+
+
 def test_models_file_with_a_missing_field_names_it(file: Path) -> None:
     """A draft needs to be told how many tokens it guesses."""
     sentence = refusal(file, f"{GOOD}speculative = {{ method = 'mtp' }}\n")
