@@ -1,6 +1,7 @@
-"""What a boot of a replica took: one record a boot, in a file of its own, since many replicas write into one directory.
+"""Boot records: one a boot, in a file of its own, since many replicas write into one directory.
 
-Standard library only: it is imported while a replica starts. Reading skips what is damaged; it never fails a listing.
+Cheap to import (msgspec and the standard library): it is imported while a replica starts. Reading skips what is damaged
+and never fails a listing.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from service.files import atomic_write
+
 DIRECTORY = "boots"  # within the state directory of a machine, or within Modal's volume
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as the numbers do, and reads aloud
-_KEPT = re.compile(rf"\.?([{_ALPHABET}]{{13}})\.json(\.part)?")
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as the numbers do, no two look alike
+# A record, or what a killed writer left of one (`.part`: an older version of this did).
+_KEPT = re.compile(rf"\.?([{_ALPHABET}]{{13}})\.json(\.[0-9a-f]+\.tmp|\.part)?")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BootRecord:
     """One boot.
 
@@ -51,16 +57,16 @@ class BootRecord:
     id: str
     at: str
     model: str
-    revision: str | None
+    revision: str | None = None
     gpu: str
     strategy: str
     restored: bool
     fast_boot: bool
     versions: Mapping[str, str]
     phases: tuple[Span, ...]
-    bytes_read: int | None
+    bytes_read: int | None = None
     outcome: str
-    reason: str | None
+    reason: str | None = None
     seconds: float
 
     @property
@@ -79,9 +85,9 @@ class BootRecord:
 
     def as_object(self) -> dict[str, Any]:
         """Return what JSON can hold."""
-        spans = [{"name": span.name, "start": span.start, "end": span.end} for span in self.phases]
-        whole = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**whole, "versions": dict(self.versions), "phases": spans}
+        encoded = msgspec.json.encode(self, enc_hook=dict)  # the hook is for a mapping that is no dict
+        found: dict[str, Any] = msgspec.json.decode(encoded)
+        return found
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, without the line's end."""
@@ -89,25 +95,22 @@ class BootRecord:
 
     @classmethod
     def from_line(cls, line: str | bytes) -> BootRecord:
-        """Return the record of a line. Fields of a newer version are passed over.
+        """Return the record of a line. Fields of a newer version are ignored.
 
         Raises:
-            ValueError: It is no JSON, or a field is missing or of another type.
+            ValueError: It is not JSON, or a field is missing or of another type.
         """
         try:
-            found = json.loads(line)
-            record = cls(
-                **{field.name: _checked(field.name, field.type, found.get(field.name)) for field in fields(cls)}
-            )
-            if record.when.utcoffset() is None:
-                raise ValueError(f"at={record.at!r} has no offset from UTC")
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError) as error:
-            raise ValueError(f"not a boot record: {error!r}") from error
+            record = msgspec.json.decode(line, type=cls)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(f"not a boot record: {error}") from error
+        if record.when.utcoffset() is None:
+            raise ValueError(f"at={record.at!r} has no offset from UTC")
         return record
 
 
 def new_id() -> str:
-    """Return an id of 13 characters that sorts by the time it was made, to the millisecond, and is nobody else's."""
+    """Return an id of 13 characters that sorts by the time it was made, to the millisecond, and is unique."""
     number = time.time_ns() // 1_000_000 << 20 | secrets.randbits(20)
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(60, -1, -5))
 
@@ -118,7 +121,7 @@ def local_directory() -> Path:
 
 
 def state_directory() -> Path:
-    """Return where this machine keeps what the service says of itself: logs and records."""
+    """Return where this machine keeps the logs and records of the service."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "vllm-service"
 
 
@@ -137,20 +140,8 @@ def keep(record: BootRecord, directory: Path, limit: int = 500) -> Path:
         with contextlib.suppress(OSError):  # another replica was faster, or it is not ours to remove
             path.unlink()
     file = directory / f"{Path(record.id).name}.json"
-    write_whole(file, record.to_line().encode() + b"\n")
+    atomic_write(file, record.to_line().encode() + b"\n")
     return file
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees a part of it. Raises: OSError, with nothing left behind."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
 
 
 def load(directory: Path) -> list[BootRecord]:
@@ -163,7 +154,7 @@ def load(directory: Path) -> list[BootRecord]:
 
 
 def parse(lines: Iterable[str | bytes]) -> list[BootRecord]:
-    """Return the records of lines, oldest first, without what is damaged or something else."""
+    """Return the records of lines, oldest first, without lines that are damaged or no records."""
     found = []
     for line in lines:
         with contextlib.suppress(ValueError):
@@ -174,22 +165,3 @@ def parse(lines: Iterable[str | bytes]) -> list[BootRecord]:
 def by_time(records: Iterable[BootRecord]) -> list[BootRecord]:
     """Return the records, oldest first."""
     return sorted(records, key=lambda record: (record.when, record.id))
-
-
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """Return the value of a field of JSON as the dataclass has it. `kind` is the annotation's text."""
-    if name == "phases":
-        return tuple(Span(*(_checked(f.name, f.type, span[f.name]) for f in fields(Span))) for span in value)
-    if name == "versions":
-        return {key: _checked(key, "str", text) for key, text in value.items()}
-    kinds = {"str": str, "bool": bool, "float": (int, float), "int": int}
-    wanted, _, optional = str(kind).partition(" | ")
-    if optional and value is None:
-        return None
-    if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):  # type: ignore[arg-type]
-        raise ValueError(f"{name}={value!r} is not a {wanted}")
-    if wanted != "float":
-        return value
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not finite")
-    return float(value)

@@ -45,7 +45,7 @@ def line(**changes: Any) -> str:
     return json.dumps({**RECORD.as_object(), **changes})
 
 
-def test_record_comes_back_from_its_line_as_it_was() -> None:
+def test_record_survives_a_round_trip() -> None:
     """One line, and any name of a phase."""
     assert "\n" not in RECORD.to_line()
     assert BootRecord.from_line(RECORD.to_line()) == RECORD
@@ -61,11 +61,11 @@ def test_record_of_a_newer_version_is_read_without_what_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("field", ["revision", "bytes_read", "reason"])
-def test_record_that_says_nothing_of_what_may_be_unknown_is_whole(field: str) -> None:
-    """Left out is as null."""
-    said = {name: value for name, value in RECORD.as_object().items() if name != field}
+def test_record_without_an_optional_field_is_read(field: str) -> None:
+    """A missing field is read as null."""
+    found = {name: value for name, value in RECORD.as_object().items() if name != field}
 
-    assert getattr(BootRecord.from_line(json.dumps(said)), field) is None
+    assert getattr(BootRecord.from_line(json.dumps(found)), field) is None
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,20 @@ def test_record_that_says_nothing_of_what_may_be_unknown_is_whole(field: str) ->
     ],
 )  # fmt: skip
 def test_record_that_is_damaged_is_a_value_error(text: str) -> None:
-    """No JSON, another's JSON, a field of another type."""
+    """Not JSON, other JSON, a field of another type."""
     with pytest.raises(ValueError, match=r"."):
         BootRecord.from_line(text)
+
+
+def test_record_is_kept_as_the_same_json_as_ever() -> None:
+    """Files of earlier versions and of this one are read by both."""
+    assert RECORD.to_line() == (
+        '{"id": "1m7xxpyr9hkan", "at": "2026-11-20T09:00:00+00:00", "model": "qwen3-8b", "revision": "220b46e3", '
+        '"gpu": "2 x H200", "strategy": "gpu", "restored": true, "fast_boot": false, '
+        '"versions": {"vllm": "0.32.0", "driver": "580.95"}, "phases": [{"name": "load", "start": -20.0, "end": 0.0}, '
+        '{"name": "queue", "start": 0.0, "end": 1.5}, {"name": "something new", "start": 1.0, "end": 7.25}], '
+        '"bytes_read": 8900000000, "outcome": "ready", "reason": null, "seconds": 7.25}'
+    )
 
 
 def test_id_sorts_by_the_time_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +107,7 @@ def test_id_sorts_by_the_time_it_was_made(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(re.fullmatch("[0-9a-z]{13}", name) for name in made)
 
 
-def test_id_is_nobody_elses() -> None:
+def test_new_id_is_unique() -> None:
     """Replicas begin in the same millisecond."""
     assert len({records.new_id() for _ in range(2000)}) > 1990
 
@@ -119,9 +130,9 @@ def test_keep_makes_the_directory_and_one_line_in_it(tmp_path: Path) -> None:
 
 
 def test_keep_removes_the_oldest_beyond_the_limit_and_nothing_else(tmp_path: Path) -> None:
-    """Of records and of what a killed replica left of one; never what somebody else put there."""
+    """Of records and of what a killed replica left of one; never files of other names."""
     others = [tmp_path / "notes.json", tmp_path / "zzzzzzzzzzzzz", tmp_path / ".hidden"]
-    for other in (*others, tmp_path / ".0000000000000.json.part"):
+    for other in (*others, tmp_path / ".0000000000000.json.part", tmp_path / ".0000000000001.json.0a1b2c3d.tmp"):
         other.write_text("mine")
     kept = [records.keep(record(id=f"100000000000{number}"), tmp_path, limit=3) for number in range(5)]
 
@@ -205,13 +216,13 @@ def test_local_directory_is_in_the_users_state(tmp_path: Path, monkeypatch: pyte
     assert records.local_directory().parent == log_file(8000).parent
 
 
-def test_import_of_records_brings_in_the_standard_library_alone() -> None:
-    """A replica imports it while somebody waits."""
+def test_import_of_records_brings_in_msgspec_and_the_standard_library_alone() -> None:
+    """A replica imports it while a request waits."""
     program = "import sys; before = set(sys.modules); import service.boots.records; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     brought = {name.partition(".")[0] for name in done.stdout.split()}
 
-    assert brought <= set(sys.stdlib_module_names) | {"service"}
+    assert brought <= set(sys.stdlib_module_names) | {"service", "msgspec", "typing_extensions"}
 
 
 def test_groups_hold_what_compares_in_the_order_of_strategies() -> None:
@@ -244,5 +255,5 @@ def test_groups_hold_what_compares_in_the_order_of_strategies() -> None:
     [("abcdef", "abcdef"), ("abcdefg", "ab…efg"), (" a\n\x1b[31mb ", "a [31mb"), ("\ud800 x", "x"), ("", "")],
 )
 def test_shortened_text_is_one_line_that_has_both_ends(text: str, short: str) -> None:
-    """What stands in a record may be anybody's; on a screen it moves no cursor."""
+    """A record may hold any text; on a screen it must not move the cursor."""
     assert groups.shortened(text, max(len(short), 6)) == short
