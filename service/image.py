@@ -47,7 +47,7 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
             uv_version=pinned("light.lock", "uv"),
         )
     )
-    transfer = fast_transfer(pinned("engine-cuda.lock", "huggingface-hub"))
+    transfer = transfer_env(pinned("engine-cuda.lock", "huggingface-hub"))
     if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
         built = built.uv_pip_install("hf_transfer==0.1.9")
     return carrying(built, settings, transfer)
@@ -77,7 +77,7 @@ def carrying(built: modal.Image, settings: Settings, environment: Mapping[str, s
     return built
 
 
-def fast_transfer(hub_version: str) -> dict[str, str]:
+def transfer_env(hub_version: str) -> dict[str, str]:
     """Return the variable that makes this huggingface_hub download at full speed."""
     if int(hub_version.partition(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
         return {"HF_HUB_ENABLE_HF_TRANSFER": "1"}

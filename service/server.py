@@ -5,6 +5,7 @@ module is imported again in the container, where the image's last layer gives it
 """
 # No `from __future__ import annotations`: modal.parameter reads the annotations as types.
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,12 +22,11 @@ from service.modal_app import selftest
 from service.modal_app.client import in_modal_command, missing_hub_token
 from service.modal_app.deployment import Deployment
 from service.modal_app.engine_client import request
-from service.modal_app.prefetch import fleet_lock
+from service.modal_app.prefetch import weights_lease
 from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_caches, records_directory, volumes
-from service.weights.download_process import hub_token
 
 try:
     DEPLOYMENT = Deployment.resolve()
@@ -90,8 +90,8 @@ class Server:
         self.replica.stop()
 
     def _plan(self) -> Plan:
-        lock = fleet_lock(VOLUMES[HUB_CACHE])
-        spec = DEPLOYMENT.spec_for_replica(self.model, hub_token(os.environ), lock, _log)
+        lock = weights_lease(VOLUMES[HUB_CACHE])
+        spec = DEPLOYMENT.spec_for_replica(self.model, lock)
         return Plan(
             spec=spec,
             default_key=SETTINGS.model,
@@ -105,7 +105,6 @@ class Server:
             port=SETTINGS.port,
             startup_timeout_s=SETTINGS.startup_timeout_s,
             hang_s=SETTINGS.hang_s,
-            hub_token=hub_token(os.environ),
             lock=lock,
             versions=VERSIONS,
             caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key, say=_log),
@@ -139,9 +138,20 @@ def _task() -> str | None:
     return os.environ.get("MODAL_TASK_ID")
 
 
+def _log_to_stdout() -> None:
+    """Write the messages of the service's log records into the container's log."""
+    logger = logging.getLogger("service")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
+
+
 def _log(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+if not modal.is_local():
+    _log_to_stdout()
 
 
 @app.local_entrypoint()

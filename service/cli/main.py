@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -58,17 +57,16 @@ def models(
     registry = revisions.registry(settings.models_file)
     if pin:
         from service.cli import pins as cli_pins
-        from service.weights import download_process, pinning
+        from service.weights import pinning
 
-        pinned = pinning.pin(registry, settings.models_file, download_process.hub_token(os.environ))
+        pinned = pinning.pin(registry, settings.models_file)
         cli_pins.show(pinned, as_json)
         return
     if outdated:
         from service.cli import outdated as cli_outdated
-        from service.weights import download_process
         from service.weights.outdated import compare
 
-        cli_outdated.show(compare(registry, download_process.hub_token(os.environ)), as_json)
+        cli_outdated.show(compare(registry), as_json)
         return
     from service.cli.models import print_models
 
@@ -93,19 +91,25 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
 
     settings = Settings.load()
     registry = revisions.registry(settings.models_file)
-    wanted = weights_prefetch.order(
-        names or [], registry, settings.models_file, everything, modal, verify=verify, prune=prune, update=update
+    request = weights_prefetch.build_request(
+        names or [],
+        registry,
+        settings.models_file,
+        everything=everything,
+        on_modal=modal,
+        verify=verify,
+        prune=prune,
+        update=update,
     )
     if modal:
         from service.modal_app import client
 
-        words = client.prefetch(wanted, weights_prefetch.secret(wanted, settings.hub_secret), settings.volume_prefix)
+        secret = weights_prefetch.secret_for(request, settings.hub_secret)
+        events = client.prefetch(request, secret, settings.volume_prefix)
     else:
-        from service.weights.download_process import hub_token
-
-        words = weights_prefetch.stock(wanted, hub_token(os.environ))
+        events = weights_prefetch.prefetch(request)
     try:
-        cli_prefetch.follow(wanted, words, as_json)
+        cli_prefetch.follow(request, events, as_json, on_modal=modal)
     except KeyboardInterrupt:
         typer.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None

@@ -1,4 +1,4 @@
-"""What people see of a prefetch: one bar with bytes, rate and time left, or plain lines where there is no terminal.
+"""Shows a prefetch: one bar with bytes, rate and time left, or plain lines where there is no terminal.
 
 Progress goes to stderr, results to stdout.
 """
@@ -17,15 +17,23 @@ from rich.progress import Progress as Bar
 
 from service.cli.terminal import print_json, progress_console, results_console
 from service.errors import WeightsError
-from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled, Word
-from service.weights.revisions import noting
-from service.weights.store import Progress
+from service.weights.prefetch import (
+    Message,
+    ModelFailed,
+    ModelReady,
+    PrefetchEvent,
+    PrefetchRequest,
+    RevisionRemoved,
+    RevisionResolved,
+)
+from service.weights.progress import Progress
+from service.weights.revisions import record_commit
 
 _LINE_EVERY_S = 5.0
 
 
-class Meter:
-    """The progress of one repository at a time. It counts from what was there already: that was no transfer."""
+class ProgressDisplay:
+    """The progress of one repository at a time. Rates count from the bytes that were there at the start."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -47,7 +55,7 @@ class Meter:
         self._console.print(text, markup=False)
 
     def show(self, progress: Progress) -> None:
-        """Show how far it is."""
+        """Show progress."""
         if (progress.hub_id, progress.phase) != self._shown:
             self._begin(progress)
         if self._bar and self._task is not None:
@@ -58,7 +66,7 @@ class Meter:
             self.say(self._line(progress))
 
     def clear(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar and self._task is not None:
             self._bar.remove_task(self._task)
             self._bar.stop()
@@ -86,80 +94,84 @@ class Meter:
         return f"{progress.phase} {progress.hub_id}: {amount}"
 
 
-def follow(order: Order, words: Iterable[Word], as_json: bool) -> None:
-    """Show the words as they come, and what came of them; record the commits that were settled.
+def follow(request: PrefetchRequest, events: Iterable[PrefetchEvent], as_json: bool, *, on_modal: bool = False) -> None:
+    """Show the events as they come and the results; record the commits that were resolved.
 
     Args:
-        order: What is being done.
-        words: What happens.
-        as_json: Print an object at the end, for programs.
+        request: What is being done.
+        events: What happens.
+        as_json: Print one JSON object at the end.
+        on_modal: It is done on Modal, for the command that an error advises.
 
     Raises:
-        WeightsError: Files are damaged or missing, or models cannot be had; which is printed.
+        WeightsError: Files are damaged or missing, or models could not be fetched; which ones is printed.
     """
     results = results_console()
-    done: list[Done] = []
-    failed: list[Failed] = []
-    freed: list[Freed] = []
-    with Meter(progress_console()) as meter:
-        note = noting(Path(order.recorded_in) if order.recorded_in else None, meter.say)
-        if len(order.specs) > 1:
-            meter.say(_announcement(order))
-        for word in words:
-            if isinstance(word, Progress):
-                meter.show(word)
+    ready: list[ModelReady] = []
+    failed: list[ModelFailed] = []
+    removed: list[RevisionRemoved] = []
+    lock_file = Path(request.recorded_in) if request.recorded_in else None
+    with ProgressDisplay(progress_console()) as display:
+        if len(request.specs) > 1:
+            display.say(_announcement(request))
+        for event in events:
+            if isinstance(event, Progress):
+                display.show(event)
                 continue
-            meter.clear()
-            if isinstance(word, Settled):
-                note(word.hub_id, word.commit)
-            elif isinstance(word, Said):
-                meter.say(word.text)
-            elif isinstance(word, Failed):
-                failed.append(word)
-                meter.say(f"{word.key}: {word.reason}")
+            display.clear()
+            if isinstance(event, RevisionResolved):
+                where = record_commit(lock_file, event.hub_id, event.commit)
+                display.say(f"{event.hub_id} is at {event.commit}, recorded in {where}")
+            elif isinstance(event, Message):
+                display.say(event.text)
+            elif isinstance(event, ModelFailed):
+                failed.append(event)
+                display.say(f"{event.key}: {event.reason}")
             else:
-                (done if isinstance(word, Done) else freed).append(word)  # type: ignore[arg-type]
+                (ready if isinstance(event, ModelReady) else removed).append(event)  # type: ignore[arg-type]
                 if not as_json:
-                    results.print(sentence(word), markup=False)
+                    results.print(sentence(event), markup=False)
     if as_json:
-        kinds: dict[str, list[Any]] = {"models": done, "failed": failed, "freed": freed}
-        found = {name: [asdict(one) for one in told] for name, told in kinds.items()}
-        print_json(found)
-    _complain(done, failed)
+        kinds: dict[str, list[Any]] = {"models": ready, "failed": failed, "freed": removed}
+        print_json({name: [asdict(result) for result in found] for name, found in kinds.items()})
+    _raise_failures(request, ready, failed, "vllm-service prefetch --modal" if on_modal else "vllm-service prefetch")
 
 
-def _complain(done: list[Done], failed: list[Failed]) -> None:
+def _raise_failures(request: PrefetchRequest, ready: list[ModelReady], failed: list[ModelFailed], command: str) -> None:
     if failed:
         raise WeightsError(
-            f"{len(failed)} of {len(failed) + len(done)} models cannot be had: {', '.join(one.key for one in failed)}. "
-            "What stands above says why."
+            f"{len(failed)} of {len(failed) + len(ready)} models could not be fetched: "
+            f"{', '.join(one.key for one in failed)}.",
+            hint="The reasons are above.",
         )
-    if damaged := {one.key: len(one.damage) for one in done if one.damage}:
+    if damaged := [one for one in ready if one.damage]:
+        files = sum(len(one.damage) for one in damaged)
+        names = [one.key if request.recorded_in else one.hub_id or one.key for one in damaged]  # as the user may write
         raise WeightsError(
-            f"Damaged or missing: {sum(damaged.values())} of the files of {', '.join(damaged)}. Fetch them again: "
-            f"vllm-service prefetch {' '.join(damaged)}"
+            f"Damaged or missing: {files} of the files of {', '.join(one.key for one in damaged)}.",
+            hint=f"Fetch them again: {command} {' '.join(names)}",
         )
 
 
-def _announcement(order: Order) -> str:
-    sizes = [spec.weights_gb for spec in order.specs if spec.hub_id]
+def _announcement(request: PrefetchRequest) -> str:
+    sizes = [spec.weights_gb for spec in request.specs if spec.hub_id]
     more = f" and {sizes.count(None)} of unknown size" if None in sizes else ""
     total = size(sum(gb or 0 for gb in sizes) * 1e9)
-    return f"{len(order.specs)} models, {total}{more} when nothing of it is there yet"
+    return f"{len(request.specs)} models, {total}{more} when nothing is in the cache yet"
 
 
-def sentence(word: Done | Freed) -> str:
-    """Say what came of it."""
-    if isinstance(word, Freed):
-        return f"removed {word.hub_id} at {word.revision}: {size(word.size)} freed"
-    if word.hub_id is None:
-        return f"{word.key}: a directory, nothing to fetch"
-    at = f"{word.key}: {word.hub_id} at {word.revision}"
-    if word.damage:
-        return "\n".join([f"{at} is damaged", *(f"  {line}" for line in word.damage)])
-    if not word.size:
+def sentence(event: ModelReady | RevisionRemoved) -> str:
+    """Return a result in words."""
+    if isinstance(event, RevisionRemoved):
+        return f"removed {event.hub_id} at {event.revision}: {size(event.size)} freed"
+    if event.hub_id is None:
+        return f"{event.key}: a directory, nothing to fetch"
+    at = f"{event.key}: {event.hub_id} at {event.revision}"
+    if event.damage:
+        return "\n".join([f"{at} is damaged", *(f"  {line}" for line in event.damage)])
+    if not event.size:
         return f"{at} is as the hub has it"
-    return f"{at} is complete, {size(word.size)}{'' if word.fetched else ', and was here already'}"
+    return f"{at} is complete, {size(event.size)}{'' if event.fetched else ', and was here already'}"
 
 
 def size(count: float) -> str:

@@ -22,7 +22,7 @@ from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from service.settings import Settings
-from service.weights import download_process, revisions, store
+from service.weights import hub, revisions, store
 
 _log = logging.getLogger(__name__)
 _output = logging.getLogger("service.engine.output")
@@ -54,7 +54,7 @@ def resolve_model(name: str | None, registry: Registry) -> ModelSpec:
                 raise
             return unregistered(name)
     spec = registry.resolve(DEFAULT_MODEL).spec
-    if store.find(spec) or download_process.hub_in_reach():
+    if store.find(spec) or hub.DEFAULT.is_reachable():
         return spec
     _log.info(
         "No model hub is in reach, so this serves the built-in '%s' model, which knows a few dialogues.", OFFLINE_MODEL
@@ -103,7 +103,7 @@ class LocalPlanner:
     def fetch(self, spec: ModelSpec) -> None:
         """Fetch the weights of a model that was requested."""
         self.check(spec)
-        store.ensure(self._settled(spec), download_process.hub_token(self.environ), _log.info)
+        store.ensure(self._settled(spec))
 
     def plan(self, spec: ModelSpec, port: int, gpus: tuple[int, ...] = ()) -> Plan:
         """Return the plan of a replica of the model; builds the engine's environment where it is missing."""
@@ -126,7 +126,6 @@ class LocalPlanner:
             startup_timeout_s=self.settings.startup_timeout_s,
             shutdown=LOCAL_SHUTDOWN,
             hang_s=self.settings.hang_s,
-            hub_token=download_process.hub_token(self.environ),
             versions=versions,
             caches=Caches(environment.compiled(), versions, model=spec.key, say=_log.info),
             records=records.local_directory(),
@@ -158,8 +157,7 @@ class LocalPlanner:
 
     def _settled(self, spec: ModelSpec) -> ModelSpec:
         file = revisions.lock_file(self.settings.models_file) if spec.key in self.registry.specs else None
-        asking = revisions.asking(download_process.hub_token(self.environ))
-        return revisions.settle(spec, asking, revisions.noting(file, _log.info))
+        return revisions.resolve_revisions(spec, revisions.RevisionResolver(), revisions.lock_writer(file))
 
 
 def log_output_of(spec: ModelSpec) -> Callable[[str], None]:

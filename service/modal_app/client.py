@@ -9,13 +9,12 @@ from contextlib import contextmanager
 import click  # Modal's command line is made with it
 import modal
 
-from service import errors
 from service.boots.records import DIRECTORY, BootRecord, parse
 from service.errors import ServiceError
 from service.modal_app.deployment import no_hub_token
 from service.modal_app.prefetch import application
 from service.volumes import HUB_CACHE, VLLM_CACHE, volume_name
-from service.weights.prefetch import Order, Word
+from service.weights.prefetch import PrefetchEvent, PrefetchRequest
 
 _AT_A_TIME = 16  # a file is two round trips; hundreds of them one after the other would take a minute
 
@@ -91,11 +90,11 @@ def missing_hub_token(secret: str) -> str | None:
     return None
 
 
-def prefetch(order: Order, secret: str | None, volume_prefix: str | None) -> Iterator[Word]:
+def prefetch(request: PrefetchRequest, secret: str | None, volume_prefix: str | None) -> Iterator[PrefetchEvent]:
     """Run the prefetch in a Modal function without a GPU, on the volume of the hub's cache, and yield its events.
 
     Args:
-        order: What is to be done.
+        request: What to do.
         secret: Name of the secret with HF_TOKEN, for gated models.
         volume_prefix: What the volume's name begins with.
 
@@ -108,16 +107,16 @@ def prefetch(order: Order, secret: str | None, volume_prefix: str | None) -> Ite
     with _translate_errors(secret, volume_name(HUB_CACHE, volume_prefix)):
         with app.run():
             try:
-                for word in function.remote_gen(order.model_dump_json(), volume_prefix):
-                    if isinstance(word, str):
-                        call_id = word
-                    elif isinstance(word, tuple):
-                        raise getattr(errors, word[0])(word[1])
+                for event in function.remote_gen(request.model_dump_json(), volume_prefix):
+                    if isinstance(event, str):
+                        call_id = event
+                    elif isinstance(event, dict):
+                        raise ServiceError.from_fields(event)
                     else:
-                        yield word
+                        yield event
             except KeyboardInterrupt:  # app.run() would swallow it
                 interrupted = True
-                if call_id:  # then it commits what is finished and gives its lock back before the app is ended
+                if call_id:  # then it commits what is finished and releases its lease before the app is ended
                     modal.FunctionCall.from_id(call_id).cancel()
         if interrupted:
             raise KeyboardInterrupt

@@ -78,7 +78,7 @@ class Deployment:
             secret = None
         return replace(self, settings=self.settings.model_copy(update={"hub_secret": secret}))
 
-    def spec_for_replica(self, name: str, token: str | None, lock: Lock, say: Callable[[str], None]) -> ModelSpec:
+    def spec_for_replica(self, name: str, lock: Lock) -> ModelSpec:
         """Return the model of a replica, with the commits that all replicas serve.
 
         Raises:
@@ -86,8 +86,7 @@ class Deployment:
             WeightsError: An entry names no commit, none is recorded, and the hub is not in reach.
         """
         spec = self.registry.resolve(name, self.settings.model).spec
-        note = revisions.noting(None, say)
-        return revisions.settle(spec, revisions.asking(token), note, lock=lock)
+        return revisions.resolve_revisions(spec, revisions.RevisionResolver(), revisions.lock_writer(None), lock=lock)
 
     @property
     def app_name(self) -> str:

@@ -1,7 +1,7 @@
-"""Weights into Modal's volume, without a GPU: an app that lives as long as a prefetch does, and the lock of the fleet.
+"""Fetches weights into Modal's volume without a GPU: an app that lives as long as a prefetch, and a lease.
 
-`fetch` is the function that runs there. It is made part of an app only when somebody asks, since whether it gets the
-hub's secret depends on what is asked for; no GPU is ever attached to it.
+`fetch` is the function that runs there. It becomes part of an app only when a prefetch is requested, since whether it
+gets the hub's secret depends on the request; no GPU is ever attached to it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import modal
 
 from service.engine.environment import pinned
 from service.errors import ServiceError
-from service.image import fast_transfer, light_image
+from service.image import light_image, transfer_env
 from service.volumes import HUB_CACHE, volumes
-from service.weights.dict_lock import DictLock
-from service.weights.download_process import hub_token
-from service.weights.prefetch import Order, Word, stock
+from service.weights.locks import EXPIRY_S, Lease
+from service.weights.prefetch import PrefetchEvent, PrefetchRequest
+from service.weights.prefetch import prefetch as prefetch_here
 
 APP = "vllm-prefetch"
 LOCKS = "vllm-locks"
@@ -35,7 +35,7 @@ def application(secret: str | None, volume_prefix: str | None) -> tuple[modal.Ap
     """
     app = modal.App(APP)
     wrapped = app.function(
-        image=light_image().env(fast_transfer(pinned("light.lock", "huggingface-hub"))),
+        image=light_image().env(transfer_env(pinned("light.lock", "huggingface-hub"))),
         volumes={HUB_CACHE: volumes(volume_prefix)[HUB_CACHE]},
         secrets=[modal.Secret.from_name(secret, required_keys=["HF_TOKEN"])] if secret else [],
         cpu=CPU,
@@ -45,27 +45,28 @@ def application(secret: str | None, volume_prefix: str | None) -> tuple[modal.Ap
     return app, wrapped
 
 
-def fetch(order: str, volume_prefix: str | None) -> Iterator[str | Word | tuple[str, str]]:
-    """Do an `Order`, which comes as JSON, in a container.
+def fetch(request: str, volume_prefix: str | None) -> Iterator[str | PrefetchEvent | dict[str, str]]:
+    """Do a `PrefetchRequest`, which comes as JSON, in a container.
 
-    The call's own id comes first, so that it can be cancelled; an error comes as its class's name and its sentence.
+    The call's own id comes first, so that it can be cancelled; an error comes as `ServiceError.to_fields` has it.
     """
     yield modal.current_function_call_id() or ""
     volume = volumes(volume_prefix)[HUB_CACHE]
     try:
-        yield from stock(Order.model_validate_json(order), hub_token(os.environ), fleet_lock(volume))
-        volume.commit()  # what was removed; each download was committed when its lock was given back
+        yield from prefetch_here(PrefetchRequest.model_validate_json(request), weights_lease(volume))
+        volume.commit()  # what was removed; each download was committed when its lease was released
     except ServiceError as error:
-        yield type(error).__name__, str(error)
+        yield error.to_fields()
 
 
-def fleet_lock(volume: modal.Volume) -> DictLock:
-    """Return the lock that keeps containers from fetching the same at once.
+def weights_lease(volume: modal.Volume) -> Lease:
+    """Return the lease that keeps containers from fetching the same repository at once.
 
-    Who gets it sees what others have committed, and commits before giving it back.
+    Its holder sees what others have committed, and commits before releasing it.
     """
-    return DictLock(
+    return Lease(
         lambda: modal.Dict.from_name(LOCKS, create_if_missing=True),
-        on_held=volume.reload,
+        on_acquired=volume.reload,
         before_release=volume.commit,
+        expiry_s=float(os.environ.get("LEASE_EXPIRY_S", EXPIRY_S)),  # the tests of a dead holder wait for less
     )

@@ -21,7 +21,7 @@ from service.validation import explain
 BUILT_IN = Path(__file__).with_name("models.toml")
 DEFAULT_ALIAS = "llm"
 _KEY = r"^[a-z0-9][a-z0-9.-]*$"
-_HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
+_HUB_ID = r"^(?:[a-z0-9-]+:)?[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _REVISION = r"^[0-9a-f]{40}$"
 _ONE_SOURCE = "give exactly one of hub_id (a repository on the hub) and path (a directory)."
 

@@ -94,7 +94,7 @@ class Replica:
         with self._nothing_left_on_failure():
             self.plan.check()
             with self.phases.during("weights"):
-                self._weights = store.ensure(self.plan.spec, self.plan.hub_token, self._say, self.plan.lock)
+                self._weights = store.ensure(self.plan.spec, self.plan.lock)
                 if self._weights.fetched:
                     share()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s

@@ -59,7 +59,6 @@ class Plan:
     shutdown: ShutdownBudget = MODAL_SHUTDOWN
     hang_s: float = HANG_S
     hardware: Hardware | None = None
-    hub_token: str | None = field(default=None, repr=False)
     lock: Lock | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     caches: Caches | None = None

@@ -1,4 +1,7 @@
-"""Checksums: whether files on disk are what the hub says. Reads them whole, on a few threads."""
+"""Checksums: whether files on disk have the content that the hub lists. Reads them whole, on a few threads.
+
+`HfApi.verify_repo_checksums` of huggingface_hub does the same on one thread, without progress, for one hub.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ def checksum(path: Path, kind: str, on_bytes: Callable[[int], None] = lambda _: 
     return f"{kind}:{digest.hexdigest()}"
 
 
-def fault(path: Path, file: File, on_bytes: Callable[[int], None] = lambda _: None) -> str | None:
-    """Return what is wrong with a file as the end of a sentence, None when it is what the hub says."""
+def mismatch(path: Path, file: File, on_bytes: Callable[[int], None] = lambda _: None) -> str | None:
+    """Return how a file differs from what the hub lists, as the end of a sentence; None where it does not."""
     try:
         size = path.stat().st_size
         if size != file.size:
@@ -54,18 +57,18 @@ def fault(path: Path, file: File, on_bytes: Callable[[int], None] = lambda _: No
     return f"is damaged: its checksum is {found[:19]}… where the hub's is {file.checksum[:19]}…"
 
 
-def faults(
+def mismatches(
     directory: Path, files: Mapping[str, File], workers: int, on_bytes: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    """Return which files are not what the hub says, and why. Blocks until all were read."""
+    """Return which files differ from what the hub lists, and how. Blocks until all were read."""
     largest_first = sorted(files, key=lambda path: -files[path].size)
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        found = pool.map(lambda path: fault(directory / path, files[path], on_bytes), largest_first)
-        return {path: why for path, why in zip(largest_first, found, strict=True) if why}
+        found = pool.map(lambda path: mismatch(directory / path, files[path], on_bytes), largest_first)
+        return {path: reason for path, reason in zip(largest_first, found, strict=True) if reason}
 
 
-class Meter:
-    """Turns pieces that threads have read into progress."""
+class ByteCounter:
+    """Turns the bytes that several threads read into progress of one repository."""
 
     def __init__(self, hub_id: str, files: Mapping[str, File], on_progress: Callable[[Progress], None]) -> None:
         self._hub_id, self._files, self._on_progress = hub_id, len(files), on_progress
@@ -74,7 +77,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        """Count bytes; none stands for the end of a file."""
+        """Count bytes; 0 is the end of a file."""
         with self._lock:
             self._done += count
             self._files_done += not count

@@ -23,14 +23,14 @@ CODE = ("*.py",)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One repository: which, at which commit, and what of it.
+class RepositorySpec:
+    """What an entry needs of one repository: which commit, and which of its files.
 
     Attributes:
-        hub_id: Its name on the hub.
-        revision: The commit; None: the newest.
-        ignore_patterns: Files that are left out besides.
-        keep_patterns: Files that are kept although the rules here leave them out.
+        hub_id: The repository's name on the hub.
+        revision: The commit; None means the newest.
+        ignore_patterns: Files that are left out in addition to the rules of this module.
+        keep_patterns: Files that are kept although the rules of this module leave them out.
     """
 
     hub_id: str
@@ -39,30 +39,30 @@ class Wanted:
     keep_patterns: tuple[str, ...] = ()
 
     @property
-    def at(self) -> str:
-        """The repository and its commit, for sentences."""
+    def label(self) -> str:
+        """The repository and its commit, for messages."""
         return f"{self.hub_id} at revision {self.revision}" if self.revision else self.hub_id
 
 
-def chosen(paths: Iterable[str], wanted: Wanted) -> list[str]:
+def select_files(paths: Iterable[str], repository: RepositorySpec) -> list[str]:
     """Return which of a repository's files the engine reads, in their order.
 
-    Safetensors go before pickles, and `consolidated` files are left out where others are.
+    Safetensors are preferred to pickles, and `consolidated` files are left out where there are others.
     """
-    asked_for = [path for path in paths if not _any(path, wanted.ignore_patterns)]
-    plain = [path for path in asked_for if not _any(path, NEVER)]
-    tensors = [path for path in plain if _any(path, SAFETENSORS)]
+    allowed = [path for path in paths if not _matches(path, repository.ignore_patterns)]
+    plain = [path for path in allowed if not _matches(path, NEVER)]
+    tensors = [path for path in plain if _matches(path, SAFETENSORS)]
     dropped: tuple[str, ...] = CODE
     if tensors:
         dropped += PICKLED
-    if any(not _any(path, CONSOLIDATED) for path in tensors):
+    if any(not _matches(path, CONSOLIDATED) for path in tensors):
         dropped += CONSOLIDATED
-    kept = {path for path in plain if not _any(path, dropped)}
-    return [path for path in asked_for if path in kept or _any(path, wanted.keep_patterns)]
+    kept = {path for path in plain if not _matches(path, dropped)}
+    return [path for path in allowed if path in kept or _matches(path, repository.keep_patterns)]
 
 
-def model_of(spec: ModelSpec) -> Wanted | None:
-    """Return what an entry needs of its model's repository; None for a model that lies in a directory."""
+def model_repository(spec: ModelSpec) -> RepositorySpec | None:
+    """Return what an entry needs of its model's repository; None for a model in a local directory."""
     if spec.hub_id is None:
         return None
     keep: tuple[str, ...] = ()
@@ -70,24 +70,24 @@ def model_of(spec: ModelSpec) -> Wanted | None:
         keep += CODE
     if any("mistral" in argument for argument in spec.extra_args):  # --load-format, --config-format
         keep += CONSOLIDATED
-    return Wanted(spec.hub_id, spec.revision, spec.ignore_patterns, keep)
+    return RepositorySpec(spec.hub_id, spec.revision, spec.ignore_patterns, keep)
 
 
-def draft_of(spec: ModelSpec) -> Wanted | None:
+def draft_repository(spec: ModelSpec) -> RepositorySpec | None:
     """Return what an entry needs of its draft model's repository."""
     if spec.speculative is None or spec.speculative.hub_id is None:
         return None
-    return Wanted(spec.speculative.hub_id, spec.speculative.revision)
+    return RepositorySpec(spec.speculative.hub_id, spec.speculative.revision)
 
 
-def repositories_of(spec: ModelSpec) -> list[Wanted]:
+def repositories(spec: ModelSpec) -> list[RepositorySpec]:
     """Return all that an entry needs from the hub."""
-    adapters = [Wanted(adapter.hub_id, adapter.revision) for adapter in spec.adapters if adapter.hub_id]
-    return [wanted for wanted in (model_of(spec), draft_of(spec), *adapters) if wanted]
+    adapters = [RepositorySpec(adapter.hub_id, adapter.revision) for adapter in spec.adapters if adapter.hub_id]
+    return [one for one in (model_repository(spec), draft_repository(spec), *adapters) if one]
 
 
-def _any(path: str, patterns: Iterable[str]) -> bool:
-    """Match as `hf download` does, and a name or a directory at any depth besides."""
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    """Match as `hf download` does; in addition a pattern matches a file or directory name at any depth."""
     name = path.rpartition("/")[2]
     for given in patterns:
         pattern = f"{given}*" if given.endswith("/") else given

@@ -25,21 +25,20 @@ class Pins:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def pin(registry: Registry, models_file: str | None, token: str | None) -> Pins:
+def pin(registry: Registry, models_file: str | None) -> Pins:
     """Write the newest commit of every repository that neither its entry nor a lock file pins. Blocks.
 
     Args:
         registry: With the commits of the lock files.
         models_file: Beside which the lock file is; None: the built-in registry.
-        token: For gated and private repositories.
 
     Raises:
         RegistryError: The lock file that is there is wrong.
         ServiceError: The lock file cannot be written.
     """
     pins = Pins(revisions.lock_file(models_file))
-    resolve = revisions.asking(token)
-    for hub_id in dict.fromkeys(hub_id for spec in registry.specs.values() for hub_id in revisions.unsettled(spec)):
+    resolve = revisions.RevisionResolver()
+    for hub_id in dict.fromkeys(hub_id for spec in registry.specs.values() for hub_id in revisions.unpinned(spec)):
         try:
             pins.pinned[hub_id] = resolve(hub_id)
         except ServiceError as error:

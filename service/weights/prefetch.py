@@ -1,13 +1,16 @@
-"""Stocking a cache with weights: what `vllm-service prefetch` does, on this machine and in a container alike.
+"""Fills a cache with weights: what `vllm-service prefetch` does, on this machine and in a container alike.
 
-The work is told as a stream of words, so that whoever asked, here or across Modal, shows one and the same progress.
+What happens is reported as a stream of events, so that the command shows the same progress of a prefetch on this
+machine and of one on Modal.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,25 +21,27 @@ from pydantic import BaseModel, ConfigDict
 from service.errors import ServiceError, UnknownModelError, UsageError
 from service.registry.models import ModelSpec, Registry, unregistered
 from service.weights import revisions, store
-from service.weights.store import Progress
+from service.weights.progress import Progress
 
 if TYPE_CHECKING:
     from service.weights.locks import Lock
 
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
-_SHOWN_EVERY_S = 0.2
+_PROGRESS_EVERY_S = 0.2
 _END_S = 10.0
+_THREAD = "prefetch"
 
 
-class Order(BaseModel):
-    """What is to be done; JSON, for it travels to a container.
+class PrefetchRequest(BaseModel):
+    """What to do. Travels to a container as JSON.
 
     Attributes:
-        specs: The models, with what the lock files settle.
+        specs: The models, with the revisions of the lock files.
         recorded_in: The lock file of those models; None where one of them is in no registry.
-        verify: Check what is here instead of fetching.
-        update: Take the newest commit where an entry names none, whatever is recorded.
+        verify: Check what is in the cache instead of fetching.
+        update: Take the newest commit where an entry names none, even if another is recorded.
         prune: Remove revisions that none of `keep` names.
+        keep: The models whose revisions are kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,27 +55,27 @@ class Order(BaseModel):
 
 
 @dataclass(frozen=True)
-class Said:
+class Message:
     """A sentence for people."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Settled:
-    """A repository whose commit an entry does not name is at this one."""
+class RevisionResolved:
+    """The commit of a repository whose entry names none."""
 
     hub_id: str
     commit: str
 
 
 @dataclass(frozen=True)
-class Done:
+class ModelReady:
     """A model is complete, or was checked.
 
     Attributes:
-        size: What it takes, in bytes.
-        fetched: Something came from the hub just now.
+        size: Of all its files, in bytes.
+        fetched: Something was downloaded or verified just now.
         damage: Sentences about files that are damaged or missing.
     """
 
@@ -83,15 +88,15 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """One of several models cannot be had; the others can."""
+class ModelFailed:
+    """One of several models could not be fetched; the others go on."""
 
     key: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Freed:
+class RevisionRemoved:
     """A revision was removed."""
 
     hub_id: str
@@ -99,46 +104,51 @@ class Freed:
     size: int
 
 
-Word = Progress | Said | Settled | Done | Failed | Freed
+PrefetchEvent = Progress | Message | RevisionResolved | ModelReady | ModelFailed | RevisionRemoved
 
 
-def order(
+def build_request(
     names: list[str],
     registry: Registry,
     models_file: str | None,
-    everything: bool,
-    on_modal: bool,
     *,
+    everything: bool = False,
+    on_modal: bool = False,
     verify: bool = False,
     prune: bool = False,
     update: bool = False,
-) -> Order:
-    """Return the order for these names, each model once.
+) -> PrefetchRequest:
+    """Return the request for these names, each model once.
 
     Args:
-        names: Any names of the registry; on this machine hub ids that are in none too.
-        registry: With what the lock files settle.
-        models_file: Where it is from, beside the built-in one.
+        names: Any names of the registry; on this machine also hub ids that are in no registry.
+        registry: With the revisions of the lock files.
+        models_file: The user's models file, beside the built-in one.
         everything: Every entry of the registry.
-        on_modal: For the volume of the deployed service, which serves the registry's models only.
-        verify: See `Order`, as for `prune` and `update`.
-        prune: With no model named it is all that is done.
-        update: What the lock files settle does not count.
+        on_modal: For the volume of the deployed service, which serves only the registry's models.
+        verify: See `PrefetchRequest`.
+        prune: See `PrefetchRequest`; without a name nothing else is done.
+        update: See `PrefetchRequest`; the revisions of the lock files are ignored.
 
     Raises:
-        UsageError: Nothing is named, or a name is unknown.
+        UsageError: No name is given, or a name is unknown.
     """
     if not (names or everything or prune):
-        raise UsageError(f"Name the models to fetch, or say --all. Registered: {', '.join(registry.specs)}.")
+        raise UsageError(
+            f"No model is named. Registered: {', '.join(registry.specs)}.",
+            hint="Name the models to fetch, or say --all.",
+        )
     if names and everything:
-        raise UsageError(f"--all means every model of the registry; leave it out, or leave out {', '.join(names)}.")
+        raise UsageError(
+            "--all means every model of the registry.", hint=f"Leave it out, or leave out {', '.join(names)}."
+        )
     source = Registry.load(models_file) if update else registry
     chosen = list(source.specs.values()) if everything else [_find(name, source, on_modal) for name in names]
-    if on_modal and everything:  # what lies on this machine is no business of Modal's
+    if on_modal and everything:  # a directory of this machine is not on Modal
         chosen = [spec for spec in chosen if not (spec.path and Path(spec.path).is_absolute())]
     specs = {spec.key: spec for spec in chosen}
     registered = set(registry.specs)
-    return Order(
+    return PrefetchRequest(
         specs=tuple(specs.values()),
         recorded_in=None if set(specs) - registered else str(revisions.lock_file(models_file)),
         verify=verify,
@@ -148,9 +158,9 @@ def order(
     )
 
 
-def secret(wanted: Order, named: str | None) -> str | None:
-    """Return the name of the secret with the hub's token, when a model needs one or the user has named one."""
-    return named or (DEFAULT_HUB_SECRET if any(spec.gated for spec in wanted.specs) else None)
+def secret_for(request: PrefetchRequest, named: str | None) -> str | None:
+    """Return the name of the secret with HF_TOKEN, when a model needs one or the user has named one."""
+    return named or (DEFAULT_HUB_SECRET if any(spec.gated for spec in request.specs) else None)
 
 
 def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:
@@ -162,88 +172,112 @@ def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:
         return unregistered(name)
 
 
-def stock(wanted: Order, token: str | None = None, lock: Lock | None = None) -> Iterator[Word]:
-    """Do it, and tell what happens. The work ends when the iterator is closed; what is finished is kept.
+def prefetch(request: PrefetchRequest, lock: Lock | None = None) -> Iterator[PrefetchEvent]:
+    """Do what is requested, and yield what happens. The work ends when the iterator is closed; finished files are kept.
+
+    Log records of this package become `Message` events, since events may have to travel from a container on Modal.
 
     Raises:
-        ServiceError: The only model cannot be had; of several the others are got all the same.
+        ServiceError: The only model cannot be fetched; of several, the others are fetched all the same.
     """
-    words: SimpleQueue[Word | BaseException | None] = SimpleQueue()
-    left = threading.Event()
-    tell = _Teller(words.put, left)
+    events: SimpleQueue[PrefetchEvent | BaseException | None] = SimpleQueue()
+    closed = threading.Event()
+    emit = _Emitter(events.put, closed)
 
     def work() -> None:
         try:
-            _work(wanted, token, lock, tell)
-        except BaseException as error:  # noqa: BLE001 - it is raised again, where the words are read
-            words.put(error)
+            _work(request, lock, emit)
+        except BaseException as error:  # noqa: BLE001 - it is raised again, where the events are read
+            events.put(error)
         else:
-            words.put(None)
+            events.put(None)
 
-    worker = threading.Thread(target=work, name="stocking", daemon=True)
-    worker.start()
+    worker = threading.Thread(target=work, name=_THREAD, daemon=True)
+    with _messages(lambda text: events.put(Message(text))):
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            closed.set()  # the next progress ends the download
+            worker.join(_END_S)
+
+
+@contextmanager
+def _messages(put: Callable[[str], None]) -> Iterator[None]:
+    """Hand the log records of this package to `put` while the block lasts, and to no other handler."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            put(record.getMessage())
+
+    log, handler = logging.getLogger("service.weights"), Handler()
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
     try:
-        while (word := words.get()) is not None:
-            if isinstance(word, BaseException):
-                raise word
-            yield word
+        yield
     finally:
-        left.set()  # the next progress ends the download
-        worker.join(_END_S)
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
-class _Teller:
-    """Passes words on: of progress so many as an eye can follow, and none once nobody listens."""
+class _Emitter:
+    """Passes events on: progress a few times a second, and nothing once the reader is gone."""
 
-    def __init__(self, put: Callable[[Word], None], left: threading.Event) -> None:
-        self._put, self._left = put, left
+    def __init__(self, put: Callable[[PrefetchEvent], None], closed: threading.Event) -> None:
+        self._put, self._closed = put, closed
         self._shown: tuple[str, str] | None = None
         self._at = 0.0
 
-    def __call__(self, word: Word) -> None:
-        if self._left.is_set():
-            raise InterruptedError("Nobody waits for it any more.")
-        if isinstance(word, Progress):
-            now, what = time.monotonic(), (word.hub_id, word.phase)
-            if what == self._shown and now - self._at < _SHOWN_EVERY_S and word.done_bytes < word.total_bytes:
+    def __call__(self, event: PrefetchEvent) -> None:
+        if self._closed.is_set():
+            raise InterruptedError("The reader of the events is gone.")
+        if isinstance(event, Progress):
+            now, shown = time.monotonic(), (event.hub_id, event.phase)
+            if shown == self._shown and now - self._at < _PROGRESS_EVERY_S and event.done_bytes < event.total_bytes:
                 return
-            self._shown, self._at = what, now
-        self._put(word)
+            self._shown, self._at = shown, now
+        self._put(event)
 
 
-def _work(wanted: Order, token: str | None, lock: Lock | None, tell: _Teller) -> None:
-    settled: dict[str, ModelSpec] = {}
-    resolve = revisions.asking(token)
-    for spec in wanted.specs:
+def _work(request: PrefetchRequest, lock: Lock | None, emit: _Emitter) -> None:
+    resolved: dict[str, ModelSpec] = {}
+    resolve = revisions.RevisionResolver()
+    for spec in request.specs:
         try:
-            settled[spec.key] = ready = revisions.settle(
+            resolved[spec.key] = ready = revisions.resolve_revisions(
                 spec,
                 resolve,
-                lambda hub_id, commit: tell(Settled(hub_id, commit)),
+                lambda hub_id, commit: emit(RevisionResolved(hub_id, commit)),
                 lock=lock,
-                update=wanted.update,
+                update=request.update,
             )
-            tell(_verified(ready, tell) if wanted.verify else _fetched(ready, token, lock, tell))
+            emit(_verified(ready, emit) if request.verify else _fetched(ready, lock, emit))
         except ServiceError as error:
-            if len(wanted.specs) == 1:
+            if len(request.specs) == 1:
                 raise
-            tell(Failed(spec.key, str(error)))
-    if wanted.prune:
-        known = revisions.read(revisions.cache_record())
-        kept = [settled.get(spec.key) or revisions.pinned(spec, known) for spec in wanted.keep]
+            emit(ModelFailed(spec.key, str(error)))
+    if request.prune:
+        recorded = revisions.read(revisions.cache_record())
+        kept = [resolved.get(spec.key) or revisions.with_revisions(spec, recorded) for spec in request.keep]
         for hub_id, revision, size in store.prune(kept):
-            tell(Freed(hub_id, revision, size))
+            emit(RevisionRemoved(hub_id, revision, size))
 
 
-def _fetched(spec: ModelSpec, token: str | None, lock: Lock | None, tell: _Teller) -> Done:
-    found = store.fetch(spec, token, tell, lock, lambda text: tell(Said(text)))
-    places = [found.model, *([found.draft] if found.draft else []), *found.adapters.values()]
-    return Done(spec.key, spec.hub_id, spec.revision, sum(map(_size, places)), found.fetched)
+def _fetched(spec: ModelSpec, lock: Lock | None, emit: _Emitter) -> ModelReady:
+    found = store.fetch(spec, emit, lock)
+    directories = [found.model, *([found.draft] if found.draft else []), *found.adapters.values()]
+    return ModelReady(spec.key, spec.hub_id, spec.revision, sum(map(_size, directories)), found.fetched)
 
 
-def _verified(spec: ModelSpec, tell: _Teller) -> Done:
-    damage = store.verify(spec, on_progress=tell)
-    return Done(spec.key, spec.hub_id, spec.revision, damage=tuple(damage))
+def _verified(spec: ModelSpec, emit: _Emitter) -> ModelReady:
+    damage = store.verify(spec, on_progress=emit)
+    return ModelReady(spec.key, spec.hub_id, spec.revision, damage=tuple(damage))
 
 
 def _size(directory: Path) -> int:

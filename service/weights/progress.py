@@ -1,4 +1,4 @@
-"""How far a fetch or a verification is."""
+"""The progress of a download or a verification."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a repository is.
+    """The progress of one repository.
 
     Attributes:
-        hub_id: Which.
+        hub_id: The repository.
         done_bytes: While fetching, bytes on this disk, unfinished files included; while verifying, bytes verified.
         total_bytes: Of all files that the engine reads.
         files_done: Files that are on this disk and verified.
         files: How many there are.
-        phase: What is waited for.
+        phase: What takes the time now.
     """
 
     hub_id: str

@@ -1,4 +1,9 @@
-"""Removing revisions that no registry entry names. Only what this service fetched: the cache is the user's too."""
+"""Removes revisions that no registry entry names. Only what this service fetched: other programs use the cache too.
+
+huggingface_hub deletes (`DeleteCacheStrategy`, in `huggingface.delete`): it knows which contents several repositories
+share. What to delete is decided here: its `scan_cache_dir().delete_revisions` reads the whole cache, and takes a commit
+alone, which two repositories may have in common.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +11,40 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from service.weights import manifest
-from service.weights.files import Wanted
-from service.weights.locks import FlockLock
+from service.weights import hub_cache, huggingface, manifest
+from service.weights.files import RepositorySpec
+from service.weights.locks import LocalLock
 
 
-def prune(keep: Iterable[Wanted], *, dry_run: bool = False) -> list[tuple[str, str, int]]:
-    """Remove every marked revision that is not in `keep`; return hub id, revision and freed bytes of each.
+def prune(keep: Iterable[RepositorySpec]) -> list[tuple[str, str, int]]:
+    """Remove every managed revision that is not in `keep`; return hub id, revision and freed bytes of each.
 
-    An entry without a revision keeps all of its repository's. Contents that another revision has too stay.
+    An entry without a revision keeps all revisions of its repository. Contents that another revision has too are kept.
     """
-    kept = {(wanted.hub_id.lower(), wanted.revision) for wanted in keep}
+    kept = {(repository.hub_id.lower(), repository.revision) for repository in keep}
     removed = []
-    for hub_id, revision in manifest.all_marked():
+    for hub_id, revision in manifest.list_managed():
         if (hub_id.lower(), revision) in kept or (hub_id.lower(), None) in kept:
             continue
-        with FlockLock().held(hub_id, lambda _: None):
-            removed.append((hub_id, revision, _remove(hub_id, revision, dry_run=dry_run)))
+        with LocalLock().held(hub_id):
+            removed.append((hub_id, revision, _remove(hub_id, revision)))
     return removed
 
 
-def _remove(hub_id: str, revision: str, *, dry_run: bool) -> int:
-    from huggingface_hub import DeleteCacheStrategy  # noqa: PLC0415 - knows what repositories share
-
-    folder, directory = manifest.repository(hub_id), manifest.snapshot(hub_id, revision)
+def _remove(hub_id: str, revision: str) -> int:
+    folder, directory = hub_cache.repository(hub_id), hub_cache.snapshot(hub_id, revision)
     others = [other for other in (folder / "snapshots").glob("*") if other != directory]
     blobs = _blobs(directory).difference(*map(_blobs, others))
     freed = sum(blob.stat().st_size for blob in blobs)
-    if not dry_run:
-        manifest.remove(hub_id, revision)  # first: nobody finds what is about to go
-        listing = folder / "trees" / f"{revision}.json"
-        strategy = DeleteCacheStrategy(
-            expected_freed_size=freed,
-            blobs=frozenset(blobs),
-            refs=frozenset(_refs(folder, revision)),
-            repos=frozenset(() if others else (folder,)),
-            snapshots=frozenset((directory,) if directory.is_dir() else ()),
-            files=frozenset((listing,)),
-            cache_dir=manifest.hub_cache(),
-        )
-        strategy.execute()
+    manifest.remove(hub_id, revision)  # first: nothing finds the revision while it is being deleted
+    huggingface.delete(
+        hub_cache.hub_cache(),
+        blobs=blobs,
+        refs=_refs(folder, revision),
+        repositories=() if others else (folder,),
+        snapshots=(directory,) if directory.is_dir() else (),
+        files=(hub_cache.listing(hub_id, revision),),
+    )
     return freed
 
 

@@ -1,13 +1,12 @@
-"""Which commit an entry means that names none: settled once, recorded, and the same for everybody from then on.
+"""Resolves the revision of entries that pin none: once, recorded, and the same for every replica from then on.
 
-What counts, in this order: the entry's own `revision`; the lock file beside the registry, which a deploy carries into
-every replica; the record in the cache (on Modal the volume, which all replicas share); and only then the hub.
+In this order: the entry's own `revision`; the lock file beside the registry, which a deploy carries into every replica;
+the record in the cache (on Modal the volume, which all replicas share); and only then the hub.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import logging
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.errors import RegistryError, ServiceError, WeightsError
+from service.files import atomic_write
 from service.registry.models import BUILT_IN, ModelSpec, Registry
-from service.weights import huggingface, manifest
-from service.weights.huggingface_errors import endpoint
+from service.weights import hub_cache
+from service.weights.hub import hub_for
 
 if TYPE_CHECKING:
     from service.weights.locks import Lock
 
+_log = logging.getLogger(__name__)
 Resolve = Callable[[str], str]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEAD = """\
@@ -38,27 +39,22 @@ def lock_file(models_file: str | Path | None) -> Path:
 
 
 def cache_record() -> Path:
-    """Return the record beside the hub's cache, which the hub's client does not know of."""
-    return manifest.hub_cache().parent / "vllm-service.revisions.toml"
+    """Return the lock file of the cache itself, which lies beside what huggingface_hub manages."""
+    return hub_cache.hub_cache().parent / "vllm-service.revisions.toml"
 
 
 def registry(models_file: str | Path | None) -> Registry:
-    """Read the registry with what the lock files settle; nothing is asked of the hub.
+    """Read the registry with the revisions of the lock files; makes no connection.
 
     Raises:
         RegistryError: The models file or a lock file is wrong.
     """
     files = dict.fromkeys((lock_file(None), lock_file(models_file)))
     commits = {hub_id: commit for file in files for hub_id, commit in read(file).items()}
-    return at(Registry.load(models_file), commits)
+    return Registry({key: with_revisions(spec, commits) for key, spec in Registry.load(models_file).specs.items()})
 
 
-def at(loaded: Registry, commits: Mapping[str, str]) -> Registry:
-    """Return the registry with these commits where an entry names none."""
-    return Registry({key: pinned(spec, commits) for key, spec in loaded.specs.items()})
-
-
-def pinned(spec: ModelSpec, commits: Mapping[str, str]) -> ModelSpec:
+def with_revisions(spec: ModelSpec, commits: Mapping[str, str]) -> ModelSpec:
     """Return the entry with these commits where it names none."""
 
     def of(hub_id: str | None, revision: str | None) -> dict[str, str | None]:
@@ -72,124 +68,135 @@ def pinned(spec: ModelSpec, commits: Mapping[str, str]) -> ModelSpec:
     return spec.model_copy(update=of(spec.hub_id, spec.revision) | parts)
 
 
-def unsettled(spec: ModelSpec) -> list[str]:
+def unpinned(spec: ModelSpec) -> list[str]:
     """Return the hub ids of the entry's repositories that name no commit."""
     return list(dict.fromkeys(hub_id for hub_id, revision in spec.repositories if not revision))
 
 
-def settle(
+def resolve_revisions(
     spec: ModelSpec,
     resolve: Resolve,
-    say: Callable[[str, str], None] = lambda _hub_id, _commit: None,
+    on_resolved: Callable[[str, str], None] = lambda _hub_id, _commit: None,
     *,
     lock: Lock | None = None,
     update: bool = False,
 ) -> ModelSpec:
-    """Return the entry with a commit for each of its repositories, as the cache's record or else the hub has it.
+    """Return the entry with a commit for each of its repositories, from the cache's record or else from the hub.
 
     Args:
-        spec: The entry, with what the lock file settles.
-        resolve: Asks the hub for a repository's newest commit.
-        say: Called with hub id and commit of each repository that was settled.
-        lock: Keeps others that share the cache from settling at the same time.
-        update: Ask the hub although the record knows. A record that others share is left alone: they serve what it
-            says until the next deploy.
+        spec: The entry, with the revisions of the lock file.
+        resolve: Returns a repository's newest commit, such as a `RevisionResolver`.
+        on_resolved: Called with hub id and commit of each repository that the entry does not pin.
+        lock: Serialises replicas that share the cache; None: there are none.
+        update: Ask the hub even if a commit is recorded. With `lock` the record stays as it is: replicas serve the
+            recorded commit until the next deploy.
 
     Raises:
-        WeightsError: The hub does not tell, and the cache has no commit of that repository either.
+        WeightsError: The hub cannot be reached, and the cache has no commit of that repository.
     """
-    names, file = unsettled(spec), cache_record()
+    names, file = unpinned(spec), cache_record()
     if not names:
         return spec
     known = {} if update else read(file)
     if set(names) - known.keys():
-        with lock.held("revisions", lambda _: None) if lock else nullcontext():
+        with lock.held("revisions") if lock else nullcontext():
             known = {} if update else read(file)
             known |= {name: _newest(name, resolve) for name in names if name not in known}
             if not (update and lock):
-                with suppress(OSError):  # a cache that cannot be written has no other user either
+                with suppress(OSError):  # a cache that cannot be written is shared with nobody
                     known |= record(file, known, update=update)
     for name in names:
-        say(name, known[name])
-    return pinned(spec, known)
+        on_resolved(name, known[name])
+    return with_revisions(spec, known)
 
 
-def noting(file: Path | None, say: Callable[[str], None]) -> Callable[[str, str], None]:
-    """Return what records a settled commit in a lock file too, where it can be written, and says where it stands."""
+def lock_writer(file: Path | None) -> Callable[[str, str], None]:
+    """Return a function that records a commit as `record_commit` does, and logs it."""
 
-    def note(hub_id: str, commit: str) -> None:
-        where = cache_record()
-        with suppress(OSError):
-            if file:
-                record(file, {hub_id: commit}, update=True)
-                where = file
-        say(f"{hub_id} is at {commit}, recorded in {where}")
+    def write(hub_id: str, commit: str) -> None:
+        _log.info("%s is at %s, recorded in %s", hub_id, commit, record_commit(file, hub_id, commit))
 
-    return note
+    return write
 
 
-def asking(token: str | None) -> Resolve:
-    """Return what asks the hub with this token; a hub out of reach is found out once, and soon."""
-    reached: list[bool] = []
+def record_commit(file: Path | None, hub_id: str, commit: str) -> Path:
+    """Record a resolved commit in a lock file, where it can be written; return the file that has it."""
+    with suppress(OSError):
+        if file:
+            record(file, {hub_id: commit}, update=True)
+            return file
+    return cache_record()
 
-    def resolve(hub_id: str) -> str:
-        if not reached:
-            reached.append(huggingface.in_reach())
-        if not reached[0]:
+
+class RevisionResolver:
+    """Asks the hub for newest commits. Whether a hub is reachable is found out once, within seconds."""
+
+    def __init__(self) -> None:
+        self._reachable: dict[str, bool] = {}
+
+    def __call__(self, hub_id: str) -> str:
+        """Return the newest commit of a repository.
+
+        Raises:
+            WeightsError: The hub cannot be reached, or has no such repository.
+        """
+        hub = hub_for(hub_id)
+        if hub.url not in self._reachable:
+            self._reachable[hub.url] = hub.is_reachable()
+        if not self._reachable[hub.url]:
             raise WeightsError(
                 f"{hub_id} is at no known commit: its entry names none, none is recorded in {cache_record()}, and "
-                f"{endpoint()} is not in reach. Check the connection, or write the revision into the entry."
+                f"{hub.url} is not in reach.",
+                hint="Check the connection, or write the revision into the entry.",
             )
-        return huggingface.resolve(hub_id, token)
-
-    return resolve
+        return hub.resolve(hub_id)
 
 
 def _newest(hub_id: str, resolve: Resolve) -> str:
-    """Ask the hub; what does not answer is made up for by what the hub's client noted at its last visit."""
+    """Ask the hub; where that fails, use the commit that huggingface_hub noted at its last visit."""
     try:
         return resolve(hub_id)
     except ServiceError:
-        if noted := manifest.newest_known(hub_id):
+        if noted := hub_cache.newest_known(hub_id):
             return noted
         raise
 
 
 def read(file: Path) -> dict[str, str]:
-    """Return hub id -> commit of a lock file or record; nothing where there is none.
+    """Return hub id -> commit of a lock file; empty where there is no file.
 
     Raises:
-        RegistryError: It is no TOML, or holds something else than commits.
+        RegistryError: It is not TOML, or holds something other than commits.
     """
     try:
         table = tomllib.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RegistryError(f"Lock file '{file}' cannot be read: {error}. Correct it, or remove it.") from error
+        raise RegistryError(f"Lock file '{file}' cannot be read: {error}.", hint="Correct it, or remove it.") from error
     revisions = table.get("revisions")
     if not isinstance(revisions, dict):
-        raise RegistryError(f"Lock file '{file}' has no [revisions] table. Correct it, or remove it.")
+        raise RegistryError(f"Lock file '{file}' has no [revisions] table.", hint="Correct it, or remove it.")
     for hub_id, commit in revisions.items():
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise RegistryError(f"Lock file '{file}': {hub_id!r} is {commit!r}, not a commit of 40 hexadecimal digits.")
+            raise RegistryError(
+                f"Lock file '{file}': {hub_id!r} is {commit!r}, not a commit of 40 hexadecimal digits.",
+                hint="Correct it, or remove it.",
+            )
     return revisions
 
 
 def record(file: Path, commits: Mapping[str, str], *, update: bool = False) -> dict[str, str]:
-    """Add commits to a lock file, and return what it holds then: what is there already stays, unless to be updated.
+    """Add commits to a lock file, and return all that it then holds; `update` also replaces commits that are there.
 
     Raises:
         OSError: It cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(file.parent):
+    with _writing():
         before = read(file)
         held = before | dict(commits) if update else dict(commits) | before
         if held != before:
-            part = file.with_name(f".{file.name}.part")
-            part.write_text(_HEAD + "".join(_lines(held)))
-            part.replace(file)
+            atomic_write(file, (_HEAD + "".join(_lines(held))).encode())
     return held
 
 
@@ -198,12 +205,16 @@ def _lines(commits: Mapping[str, str]) -> Iterable[str]:
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Let one process of this machine change files here at a time, where the file system has locks."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _writing() -> Iterator[None]:
+    """Let one process of this machine change a lock file at a time, where the cache can hold a file for it."""
+    from filelock import FileLock  # noqa: PLC0415 - 23 ms; only an entry that names no commit needs it
+
+    file = hub_cache.hub_cache() / ".locks" / "vllm-service.revisions.lock"
+    lock = FileLock(file, fallback_to_soft=False)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

@@ -1,4 +1,4 @@
-"""Weights: from the hub into the cache, once; verified; offline from then on.
+"""The weights of registry entries: fetched from the hub into the cache once, verified, and offline from then on.
 
 The cache is huggingface_hub's own (`HF_HOME`, by default `~/.cache/huggingface`): on Modal a volume, on a laptop shared
 with every other program that uses the hub. What is complete there is used without asking the hub. Everything is
@@ -7,33 +7,29 @@ addressed by commit, and fetched under a lock.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.errors import WeightsError
 from service.registry.models import ModelSpec
-from service.weights import checksums, huggingface, manifest, pruning, unmarked
-from service.weights import download_process as fetching
-from service.weights.files import Wanted, draft_of, model_of, repositories_of
-from service.weights.huggingface_errors import explained
-from service.weights.locks import FlockLock, Lock
-from service.weights.manifest import Marker
+from service.weights import checksums, download_process, hub_cache, manifest, pruning
+from service.weights.files import RepositorySpec, draft_repository, model_repository, repositories
+from service.weights.hub import hub_for
+from service.weights.locks import LocalLock, Lock
+from service.weights.manifest import Manifest
 from service.weights.progress import Progress
-
-__all__ = ["Lock", "Progress", "Weights", "ensure", "fetch", "find", "prune", "resolve", "verify"]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Directories the engine reads: the model's, and those of its draft model and adapters where the entry has any.
+    """The directories that the engine reads: the model's, and those of its draft model and adapters, where it has any.
 
     Attributes:
         model: The model's directory.
-        draft: The draft model's.
-        adapters: Those of the adapters, by name.
-        fetched: They came from the hub just now, so a cache that others share has something new.
+        draft: The draft model's directory.
+        adapters: The adapters' directories, by name.
+        fetched: Something was downloaded or verified just now, so a cache that others share has something new.
     """
 
     model: Path
@@ -43,56 +39,43 @@ class Weights:
 
 
 def find(spec: ModelSpec) -> Weights | None:
-    """Return the weights of `spec` when all of them are here; no connection is made."""
-    return _gather(spec, _here)
+    """Return the weights of `spec` when all of them are in the cache; makes no connection."""
+    return _gather(spec, _find_complete)
 
 
-def ensure(
-    spec: ModelSpec,
-    token: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
-    lock: Lock | None = None,
-) -> Weights:
+def ensure(spec: ModelSpec, lock: Lock | None = None) -> Weights:
     """Return the weights of `spec`, fetching what is missing; finished files of an earlier attempt are kept.
 
     Args:
         spec: The registry entry.
-        token: The hub's token, for gated models.
-        say: Called with a sentence when a download begins, and when another process is awaited.
-        lock: Keeps others from fetching the same; by default other processes of this machine.
+        lock: Serialises fetches of the same repository; None: among the processes of this machine.
 
     Raises:
-        GatedModelError: The hub wants a token of somebody who accepted the model's licence.
-        DiskSpaceError: The cache has too little room for what is missing, or got full.
+        GatedModelError: The hub wants a token of an account that accepted the model's licence.
+        DiskSpaceError: The cache has too little room for what is missing, or became full.
         WeightsError: The hub cannot be reached, or has no such repository or revision, or sends something else.
     """
-    return _Bringing(_here, token, say, lambda _: None, lock).all_of(spec)
+    return _Fetch(_find_complete, lambda _: None, lock).run(spec)
 
 
 def fetch(
-    spec: ModelSpec,
-    token: str | None = None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
-    lock: Lock | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    spec: ModelSpec, on_progress: Callable[[Progress], None] = lambda _: None, lock: Lock | None = None
 ) -> Weights:
-    """Do as `ensure` does, and verify what somebody else brought into the cache.
+    """Do as `ensure` does, and also verify what another program brought into the cache.
 
     Args:
         spec: The registry entry.
-        token: The hub's token, for gated models.
-        on_progress: Called a few times a second, a repository after the other.
+        on_progress: Called a few times a second, for one repository after the other.
         lock: As in `ensure`.
-        say: As in `ensure`.
 
     Raises:
         WeightsError: As in `ensure`.
     """
-    return _Bringing(_marked, token, say, on_progress, lock).all_of(spec)
+    return _Fetch(_find_verified, on_progress, lock).run(spec)
 
 
 def verify(spec: ModelSpec, workers: int = 2, on_progress: Callable[[Progress], None] = lambda _: None) -> list[str]:
-    """Read every file and return a sentence about each that is not what the hub says; those are not served any more.
+    """Read every file and return a sentence about each that differs from the hub's; those are not served any more.
 
     Args:
         spec: The registry entry.
@@ -102,62 +85,50 @@ def verify(spec: ModelSpec, workers: int = 2, on_progress: Callable[[Progress], 
     Raises:
         WeightsError: This service has not fetched them, and the hub, which knows the checksums, does not answer.
     """
-    return [sentence for wanted in repositories_of(spec) for sentence in _verify(wanted, workers, on_progress)]
+    return [sentence for repository in repositories(spec) for sentence in _verify(repository, workers, on_progress)]
 
 
-def prune(keep: Iterable[ModelSpec], dry_run: bool = False) -> list[tuple[str, str, int]]:
+def prune(keep: Iterable[ModelSpec]) -> list[tuple[str, str, int]]:
     """Remove the revisions that this service fetched and no entry names; return hub id, revision and bytes of each."""
-    return pruning.prune([wanted for spec in keep for wanted in repositories_of(spec)], dry_run=dry_run)
+    return pruning.prune([repository for spec in keep for repository in repositories(spec)])
 
 
-def resolve(hub_id: str, token: str | None = None) -> str:
-    """Return the commit that the newest revision of a repository is now.
-
-    Raises:
-        WeightsError: The hub cannot be reached, or has no such repository.
-    """
-    return huggingface.resolve(hub_id, token)
-
-
-class _Bringing:
-    """Gets one repository after the other, each under its lock."""
+class _Fetch:
+    """Fetches one repository after the other, each under its lock."""
 
     def __init__(
         self,
-        here: Callable[[Wanted], Path | None],
-        token: str | None,
-        say: Callable[[str], None],
+        find: Callable[[RepositorySpec], Path | None],
         on_progress: Callable[[Progress], None],
         lock: Lock | None,
     ) -> None:
-        self._here, self._token, self._say, self._on_progress = here, token, say, on_progress
-        self._lock = lock or FlockLock()
+        self._find, self._on_progress, self._lock = find, on_progress, lock or LocalLock()
         self._fetched = False
 
-    def all_of(self, spec: ModelSpec) -> Weights:
+    def run(self, spec: ModelSpec) -> Weights:
         found = _gather(spec, self._one)
         assert found is not None  # noqa: S101 - _one raises where it finds nothing
         return Weights(found.model, found.draft, found.adapters, self._fetched)
 
-    def _one(self, wanted: Wanted) -> Path:
-        if path := self._here(wanted):
+    def _one(self, repository: RepositorySpec) -> Path:
+        if path := self._find(repository):
             return path
-        with self._lock.held(wanted.hub_id, self._say):
-            if path := self._here(wanted):  # by the one that was waited for
+        with self._lock.held(repository.hub_id):
+            if path := self._find(repository):  # fetched by the process that held the lock
                 return path
-            path = fetching.in_child(wanted, self._token, self._say, self._on_progress)
+            path = download_process.download_in_child(repository, self._on_progress)
             self._fetched = True
             return path
 
 
-def _gather(spec: ModelSpec, get: Callable[[Wanted], Path | None]) -> Weights | None:
-    """Return the directories of all that an entry consists of, None when one of them is not to be had."""
-    model, draft = model_of(spec), draft_of(spec)
-    directory = get(model) if model else _existing(spec.directory, spec.key)
+def _gather(spec: ModelSpec, get: Callable[[RepositorySpec], Path | None]) -> Weights | None:
+    """Return the directories of all that an entry consists of; None when one of them is missing."""
+    model, draft = model_repository(spec), draft_repository(spec)
+    directory = get(model) if model else _local_directory(spec.directory, spec.key)
     draft_directory = get(draft) if draft else None
     adapters: dict[str, Path] = {}
     for adapter in spec.adapters:
-        path = get(Wanted(adapter.hub_id, adapter.revision)) if adapter.hub_id else adapter.directory
+        path = get(RepositorySpec(adapter.hub_id, adapter.revision)) if adapter.hub_id else adapter.directory
         if path is None:
             return None
         adapters[adapter.name] = path
@@ -166,50 +137,48 @@ def _gather(spec: ModelSpec, get: Callable[[Wanted], Path | None]) -> Weights | 
     return Weights(directory, draft_directory, adapters)
 
 
-def _existing(directory: Path | None, key: str) -> Path:
+def _local_directory(directory: Path | None, key: str) -> Path:
     assert directory is not None  # noqa: S101 - a registry entry has a path or a hub id
     if not (directory / "config.json").is_file():
         raise WeightsError(
-            f"'{directory}' of model '{key}' has no config.json. Give the directory of a model, or a hub_id."
+            f"'{directory}' of model '{key}' has no config.json.", hint="Give the directory of a model, or a hub_id."
         )
     return directory
 
 
-def _marked(wanted: Wanted) -> Path | None:
+def _find_verified(repository: RepositorySpec) -> Path | None:
     """Return the directory of a revision that this service has verified."""
-    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
-    marker = manifest.read(wanted.hub_id, revision) if revision else None
-    return manifest.snapshot(wanted.hub_id, marker.revision) if marker and marker.covers(wanted) else None
-
-
-def _here(wanted: Wanted) -> Path | None:
-    """Return the directory of a complete revision, whoever brought it."""
-    if path := _marked(wanted):
-        return path
-    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
-    if revision is None or manifest.is_ours(wanted.hub_id, revision):
+    revision = repository.revision or hub_cache.newest_known(repository.hub_id)
+    found = manifest.read(repository.hub_id, revision) if revision else None
+    if found is None or not found.is_complete_for(repository):
         return None
-    directory = manifest.snapshot(wanted.hub_id, revision)
-    return directory if unmarked.is_complete(directory, wanted) else None
+    return hub_cache.snapshot(repository.hub_id, found.revision)
 
 
-def _verify(wanted: Wanted, workers: int, on_progress: Callable[[Progress], None]) -> list[str]:
-    revision = wanted.revision or manifest.newest_known(wanted.hub_id)
-    if revision is None or not manifest.snapshot(wanted.hub_id, revision).is_dir():
-        return [f"{wanted.at} is not here. Fetch it: vllm-service prefetch."]
-    with FlockLock().held(wanted.hub_id, lambda _: None):
-        marker = manifest.known(wanted.hub_id, revision) or _listed(Wanted(wanted.hub_id, revision))
-        files = marker.chosen(wanted)
-        progress = checksums.Meter(wanted.hub_id, files, on_progress)
-        faults = checksums.faults(manifest.snapshot(wanted.hub_id, revision), files, workers, progress.add)
-        if faults:
-            manifest.distrust(marker, faults)
+def _find_complete(repository: RepositorySpec) -> Path | None:
+    """Return the directory of a complete revision, by whichever program it was downloaded."""
+    if path := _find_verified(repository):
+        return path
+    revision = repository.revision or hub_cache.newest_known(repository.hub_id)
+    if revision is None or manifest.is_managed(repository.hub_id, revision):
+        return None
+    directory = hub_cache.snapshot(repository.hub_id, revision)
+    return directory if hub_cache.looks_complete(directory, repository) else None
+
+
+def _verify(repository: RepositorySpec, workers: int, on_progress: Callable[[Progress], None]) -> list[str]:
+    hub_id = repository.hub_id
+    revision = repository.revision or hub_cache.newest_known(hub_id)
+    if revision is None or not hub_cache.snapshot(hub_id, revision).is_dir():
+        return [f"{repository.label} is not in the cache."]
+    with LocalLock().held(hub_id):
+        known = manifest.read_all_verified(hub_id, revision)
+        known = known or hub_for(hub_id).list_files(RepositorySpec(hub_id, revision))
+        files = known.select(repository)
+        counter = checksums.ByteCounter(hub_id, files, on_progress)
+        mismatches = checksums.mismatches(hub_cache.snapshot(hub_id, revision), files, workers, counter.add)
+        if mismatches:
+            manifest.invalidate(known, mismatches)
         else:
-            manifest.write(Marker(marker.hub_id, revision, marker.files, marker.verified | files.keys()))
-    return [f"{path} of {wanted.hub_id} {why}. Fetch it again: vllm-service prefetch." for path, why in faults.items()]
-
-
-def _listed(wanted: Wanted) -> Marker:
-    token = fetching.hub_token(os.environ)
-    with explained(wanted, token), huggingface.connected():
-        return huggingface.plan(wanted, token)
+            manifest.write(Manifest(known.hub_id, revision, known.files, known.verified | files.keys()))
+    return [f"{path} of {hub_id} {reason}." for path, reason in mismatches.items()]

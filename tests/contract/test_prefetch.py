@@ -28,7 +28,7 @@ COMMAND = Path(sys.executable).with_name("vllm-service")
 TINY = REPOSITORY / "service/assets/tiny"
 FILES = {file.name: file.read_bytes() for file in TINY.iterdir()}
 PINNED, NEWEST = "a" * 40, "b" * 40
-SILENCE_S = 8  # of a dead holder; 60 in earnest
+EXPIRY_S = 8  # of a dead holder's lease; 60 outside the tests
 
 MODELS = f"""
 [models.pinned]
@@ -82,7 +82,7 @@ def plane(tmp_path: Path, client_mount: Path, image_packages: str, hub: Hub) -> 
 
 
 def _runtime(python: str, client_mount: Path, hub: Hub, **environment: str) -> ContainerRuntime:
-    reach = {"HF_ENDPOINT": hub.url, "LOCK_SILENCE_S": str(SILENCE_S), **environment}
+    reach = {"HF_ENDPOINT": hub.url, "LEASE_EXPIRY_S": str(EXPIRY_S), **environment}
     port = urlsplit(hub.url).port or 0
     return ContainerRuntime(python=python, client_path=client_mount, environment=reach, host_ports=(port,))
 
@@ -179,7 +179,9 @@ def test_prefetch_verify_names_what_is_damaged_and_prefetch_mends_it(plane: Moda
     found = prefetched(plane, models, "pinned", "--verify")
     assert found.returncode == 1
     assert "model.safetensors of me/pinned is damaged" in found.stdout
-    assert found.stderr.splitlines()[-1].startswith("error: ")
+    error, hint = found.stderr.splitlines()[-2:]
+    assert error == "error: Damaged or missing: 1 of the files of pinned."
+    assert hint == "hint: Fetch them again: vllm-service prefetch --modal pinned"
     assert prefetched(plane, models, "pinned").returncode == 0
     assert prefetched(plane, models, "pinned", "--verify").returncode == 0
 
@@ -207,7 +209,8 @@ def test_prefetch_of_a_gated_model_needs_the_secret(plane: ModalPlane, models: P
     plane.secrets.put("huggingface", {"HF_TOKEN": "hf_wrong"})
     wrong = prefetched(plane, models, "shut")
     assert wrong.returncode == 1
-    assert wrong.stderr.splitlines()[-1].startswith("error: ")
+    error, hint = wrong.stderr.splitlines()[-2:]
+    assert (error[:7], hint[:6]) == ("error: ", "hint: ")
     assert "hf_wrong" not in wrong.stdout + wrong.stderr
 
     plane.secrets.put("huggingface", {"HF_TOKEN": hub.token})
@@ -235,19 +238,19 @@ def test_prefetches_at_once_download_once(plane: ModalPlane, models: Path, hub: 
     assert [process.returncode for process in (first, second)] == [0, 0], outputs
     assert sorted(set(downloads(hub))) == sorted(downloads(hub)), "nothing was sent twice"
     said = [err for _, err in outputs]
-    assert sum("Another container has me/pinned" in err for err in said) == 1
+    assert sum("Another container holds me/pinned" in err for err in said) == 1
     assert sum("Fetching me/pinned" in err for err in said) == 1
 
 
 def test_prefetch_goes_on_in_place_of_a_holder_that_is_gone(plane: ModalPlane, models: Path) -> None:
-    """A container that was killed gives no lock back: its silence does."""
+    """A container that was killed releases nothing: its lease expires."""
     plane.dicts.put(LOCKS)["me/pinned"] = ("somebody who died", 3)
     began = time.monotonic()
     done = prefetched(plane, models, "pinned")
 
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began > SILENCE_S
-    assert "Who had me/pinned has been silent for " in done.stderr
+    assert time.monotonic() - began > EXPIRY_S
+    assert "The holder of me/pinned has not renewed its lease for " in done.stderr
     assert "me/pinned" not in plane.dicts[LOCKS]
 
 

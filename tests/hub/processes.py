@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from service.weights.download import download
-from service.weights.files import Wanted
+from service.weights.files import RepositorySpec
 
 ROOT = Path(__file__).parents[2]
 _IMPORTED = ["service.weights.download", "requests", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
@@ -32,34 +32,34 @@ class Downloads:
 
         _forkserver._stop()  # type: ignore[attr-defined]
 
-    def start(self, wanted: Wanted) -> ForkServerProcess:
+    def start(self, repository: RepositorySpec) -> ForkServerProcess:
         """Start one with this process's cache and hub."""
         ours = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-        process = self._context.Process(target=_download, args=(wanted, ours))
+        process = self._context.Process(target=_download, args=(repository, ours))
         process.start()
         return process
 
 
-def _download(wanted: Wanted, environ: dict[str, str]) -> None:
+def _download(repository: RepositorySpec, environ: dict[str, str]) -> None:
     os.environ.update(environ)
-    download(wanted, None)
+    download(repository)
     os._exit(0)  # as the child does: past the client's threads
 
 
 def python(program: str, before: list[str] | None = None) -> subprocess.Popen[str]:
-    """Start an interpreter with this process's cache and hub; it knows `spec` and `weights`.
+    """Start an interpreter with this process's cache and hub; it knows `spec`, `weights` and `show_logs()`.
 
     Args:
         program: What it runs.
         before: The beginning of the command, such as `unshare`.
     """
     known = f"""
-import sys
+import logging, sys
 from service.weights import store as weights
 from service.errors import ServiceError
 from service.registry.models import ModelSpec
 spec = ModelSpec(key="mine", hub_id="org/mine", revision="{"0123456789abcdef" * 2}01234567")
-say = lambda sentence: print(sentence, flush=True)
+def show_logs(): logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [*(before or []), sys.executable, "-c", known + program]

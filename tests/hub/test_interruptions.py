@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from service.weights import manifest, store
-from service.weights.files import Wanted
+from service.weights.files import RepositorySpec
 from tests.fakes.hub import Hub
 
 from .conftest import COMMIT, READ, SPEC, contents
 from .processes import Downloads, python
 
-WANTED = Wanted("org/mine", COMMIT)
+REPOSITORY = RepositorySpec("org/mine", COMMIT)
 TOTAL = sum(map(len, READ.values()))
 SOON_S = 20
 
@@ -35,7 +35,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
     """`kill -9` after so many bytes: no half model is found, kept files are not fetched again, all is right."""
     at = random.Random(seed).randrange(TOTAL)  # noqa: S311 - reproducible
     hub.stop_after(at)
-    process = downloads.start(WANTED)
+    process = downloads.start(REPOSITORY)
     assert hub.stopped.wait(SOON_S)
     process.kill()
     process.join()
@@ -44,7 +44,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
     hub.resume()
     hub.asked.clear()
 
-    again = downloads.start(WANTED)
+    again = downloads.start(REPOSITORY)
     again.join(SOON_S)
     assert again.exitcode == 0
     found = store.find(SPEC)
@@ -59,7 +59,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
 def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, downloads: Downloads, seed: int) -> None:
     """All bytes are here, and the marker is not: the next one reads, and downloads nothing."""
     hub.stop_after(TOTAL - 1)
-    process = downloads.start(WANTED)
+    process = downloads.start(REPOSITORY)
     assert hub.stopped.wait(SOON_S)
     hub.resume()
     deadline = time.monotonic() + SOON_S
@@ -70,13 +70,13 @@ def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, d
     process.join()
     assert (store.find(SPEC) is None) == (manifest.read("org/mine", COMMIT) is None)
     hub.asked.clear()
-    again = downloads.start(WANTED)
+    again = downloads.start(REPOSITORY)
     again.join(SOON_S)
 
     assert again.exitcode == 0
     assert hub.downloads() == []
     assert store.find(SPEC) is not None
-    assert not manifest.is_begun("org/mine", COMMIT)
+    assert not manifest.is_partial("org/mine", COMMIT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 
 from service.errors import DiskSpaceError, GatedModelError, ServiceError, WeightsError
 from service.weights import download, download_process, huggingface_errors, store
-from service.weights.files import Wanted
+from service.weights.files import RepositorySpec
 from tests.fakes.hub import Fault, Hub
 from tests.unit.hub_client import slept  # noqa: F401 - a fixture
 
@@ -28,13 +29,14 @@ SOON_S = 20
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process, whose clock the test has."""
-    monkeypatch.setattr(download_process, "in_child", download.download)
+    monkeypatch.setattr(download_process, "download_in_child", download.download)
 
 
-def refused(kind: type[ServiceError], token: str | None = None, spec: Any = SPEC) -> str:
-    """Fetch, and return the one sentence of the refusal; nothing is served then."""
+def refused(kind: type[ServiceError], spec: Any = SPEC) -> str:
+    """Fetch, and return the message of the error; it has one line, no token, and no model is served then."""
+    token = os.environ.get("HF_TOKEN")
     with pytest.raises(kind) as caught:
-        store.ensure(spec, token)
+        store.ensure(spec)
     assert type(caught.value) is kind
     assert store.find(spec) is None
     sentence = str(caught.value)
@@ -54,37 +56,47 @@ def test_gated_model_without_a_token_names_page_and_token(hub: Hub, gated: Any) 
 
 
 @pytest.mark.parametrize("gated", ["files", "all"])
-def test_gated_model_with_a_strangers_token_says_whose_licence(hub: Hub, gated: Any) -> None:
+def test_gated_model_with_a_strangers_token_says_whose_licence(
+    hub: Hub, gated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token is not enough: its account accepts the licence."""
     hub.repositories["org/mine"].gated = gated
 
-    assert "this token has no access. Accept its licence" in refused(GatedModelError, "hf_stranger")
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+
+    assert "this token has no access. Accept its licence" in refused(GatedModelError)
 
 
-def test_gated_model_with_access_is_fetched(hub: Hub) -> None:
+def test_gated_model_with_access_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token goes to the hub and not to the CDN, which the fake checks."""
     hub.repositories["org/mine"].gated = "all"
 
-    assert contents(store.ensure(SPEC, hub.token).model) == READ
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+
+    assert contents(store.ensure(SPEC).model) == READ
 
 
-def test_token_that_the_hub_does_not_know_is_named_as_the_cause(hub: Hub) -> None:
+def test_token_that_the_hub_does_not_know_is_named_as_the_cause(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was revoked, or mistyped."""
-    assert "does not know this token. Create one at" in refused(WeightsError, "hf_revoked")
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+
+    assert "does not know this token. Create one at" in refused(WeightsError)
 
 
-def test_token_without_the_permission_is_named_as_the_cause(hub: Hub) -> None:
+def test_token_without_the_permission_is_named_as_the_cause(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fine-grained token that may not read this repository."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     hub.faults.append(Fault("/api/models", -1, 403, {"X-Error-Message": "not allowed"}))
 
-    assert "forbids this token to read org/mine" in refused(GatedModelError, hub.token)
+    assert "forbids this token to read org/mine" in refused(GatedModelError)
 
 
-def test_repository_that_is_gone_is_named_with_its_page(hub: Hub) -> None:
+def test_repository_that_is_gone_is_named_with_its_page(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deleted, or moved with no redirect left behind."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     del hub.repositories["org/mine"]
 
-    sentence = refused(WeightsError, hub.token)
+    sentence = refused(WeightsError)
 
     assert "no repository 'org/mine' (any more)" in sentence
     assert f"Look it up at {hub.url}/org/mine" in sentence
@@ -151,18 +163,21 @@ def test_file_that_changes_under_the_download_is_refused(hub: Hub, path: str, si
     assert f"{path} of org/mine at revision {COMMIT}" in refused(WeightsError)
 
 
-def test_rate_limit_is_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa: F811
-    """As long as the hub asks for, once for a list and once for a file; it is said."""
-    said: list[str] = []
+def test_rate_limit_is_waited_out(
+    hub: Hub,
+    slept: list[float],  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As long as the hub asks for, once for a list and once for a file; it is logged."""
     hub.faults += [
         Fault("GET /api/models/org/mine/revision", 1, 429, {"Retry-After": "7"}),
         Fault("GET /api/models/org/mine/tree", 2, 429, {"RateLimit": '"api";r=0;t=9'}),
         Fault("HEAD .*config.json", 1, 429, {"Retry-After": "5"}),
         Fault(f"GET cdn:.*{SHARD}", 1, 429, {"Retry-After": "6"}),
     ]
-    assert contents(store.ensure(SPEC, say=said.append).model) == READ
+    assert contents(store.ensure(SPEC).model) == READ
     assert {7, 10} <= set(slept)  # the client adds one
-    assert "waiting 7 s. A token (HF_TOKEN) raises the limit" in "".join(said)
+    assert "waiting 7 s. A token (HF_TOKEN) raises the limit" in caplog.text
 
 
 def test_rate_limit_of_an_hour_is_not_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa: F811
@@ -278,7 +293,10 @@ def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp
 def test_full_disk_in_each_of_its_forms_is_named(hub: Hub, cache: Path, error: Exception, words: str) -> None:
     """A quota and a full disk differ in the number alone, and Xet says it in text."""
     cache.mkdir(parents=True)
-    with pytest.raises(DiskSpaceError, match=words), huggingface_errors.explained(Wanted("org/mine", COMMIT), None):
+    with (
+        pytest.raises(DiskSpaceError, match=words),
+        huggingface_errors.translate_errors(RepositorySpec("org/mine", COMMIT)),
+    ):
         raise error
 
 

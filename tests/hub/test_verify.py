@@ -20,7 +20,7 @@ SHARD = "model-00002-of-00004.safetensors"
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetch in this process: a child would import the client for a second."""
-    monkeypatch.setattr(download_process, "in_child", download.download)
+    monkeypatch.setattr(download_process, "download_in_child", download.download)
 
 
 def test_verify_of_good_files_is_silent_and_asks_nobody(hub: Hub) -> None:
@@ -96,4 +96,4 @@ def test_verify_of_what_somebody_else_brought_without_a_hub_says_why_not(
 
 def test_verify_of_what_is_not_here_says_so(hub: Hub) -> None:
     """Nothing to read."""
-    assert store.verify(SPEC) == [f"org/mine at revision {COMMIT} is not here. Fetch it: vllm-service prefetch."]
+    assert store.verify(SPEC) == [f"org/mine at revision {COMMIT} is not in the cache."]

@@ -9,15 +9,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from service.cli.prefetch import Meter, duration, follow, size
+from service.cli.prefetch import ProgressDisplay, duration, follow, size
 from service.errors import WeightsError
 from service.registry.models import ModelSpec
 from service.weights import revisions
-from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled
-from service.weights.store import Progress
+from service.weights.prefetch import (
+    Message,
+    ModelFailed,
+    ModelReady,
+    PrefetchRequest,
+    RevisionRemoved,
+    RevisionResolved,
+)
+from service.weights.progress import Progress
 
 A = "a" * 40
-ORDER = Order(specs=(ModelSpec(key="mine", hub_id="org/mine", revision=A, weights_gb=9.4),))
+REQUEST = PrefetchRequest(specs=(ModelSpec(key="mine", hub_id="org/mine", revision=A, weights_gb=9.4),))
 
 
 class Clock:
@@ -35,20 +42,20 @@ def progress(done_mb: float, phase: str = "fetching") -> Progress:
     return Progress("org/mine", int(done_mb * 1e6), 1_000_000_000, 1, 3, phase)
 
 
-def metered(clock: Clock, *, terminal: bool) -> tuple[Meter, io.StringIO]:
-    """Return a meter and what it prints."""
+def displayed(clock: Clock, *, terminal: bool) -> tuple[ProgressDisplay, io.StringIO]:
+    """Return a display and what it prints."""
     out = io.StringIO()
-    return Meter(Console(file=out, force_terminal=terminal, width=120, highlight=False), clock), out
+    return ProgressDisplay(Console(file=out, force_terminal=terminal, width=120, highlight=False), clock), out
 
 
-def test_meter_without_a_terminal_prints_a_line_now_and_then() -> None:
+def test_progress_display_without_a_terminal_prints_a_line_now_and_then() -> None:
     """Amount, rate and time left, every five seconds; what was there at the start was no transfer."""
     clock = Clock()
-    meter, out = metered(clock, terminal=False)
-    meter.show(progress(400))
+    display, out = displayed(clock, terminal=False)
+    display.show(progress(400))
     for second in range(1, 12):
         clock.now = second
-        meter.show(progress(400 + 50 * second))
+        display.show(progress(400 + 50 * second))
 
     assert out.getvalue().splitlines() == [
         "fetching org/mine: 650 MB of 1.0 GB, 50.0 MB/s, 7 s left",
@@ -56,47 +63,47 @@ def test_meter_without_a_terminal_prints_a_line_now_and_then() -> None:
     ]
 
 
-def test_meter_that_stands_still_promises_nothing() -> None:
+def test_progress_display_that_stands_still_promises_nothing() -> None:
     """No rate, no time left."""
     clock = Clock()
-    meter, out = metered(clock, terminal=False)
-    meter.show(progress(400))
+    display, out = displayed(clock, terminal=False)
+    display.show(progress(400))
     clock.now = 6
-    meter.show(progress(400))
+    display.show(progress(400))
 
     assert out.getvalue() == "fetching org/mine: 400 MB of 1.0 GB, 0 bytes/s\n"
 
 
-def test_meter_at_a_terminal_draws_one_bar() -> None:
+def test_progress_display_at_a_terminal_draws_one_bar() -> None:
     """Bytes and files of the repository at hand; it is taken away for a sentence."""
-    with metered(Clock(), terminal=True)[0] as meter:
-        meter.show(progress(400))
-        meter.show(progress(500))
-        assert meter._bar is not None
-        (task,) = meter._bar.tasks
+    with displayed(Clock(), terminal=True)[0] as display:
+        display.show(progress(400))
+        display.show(progress(500))
+        assert display._bar is not None
+        (task,) = display._bar.tasks
         assert (task.completed, task.total, task.fields["files"]) == (5e8, 1e9, "1/3 files")
         assert task.description == "fetching org/mine"
-        meter.show(progress(0, "verifying"))
-        (task,) = meter._bar.tasks
+        display.show(progress(0, "verifying"))
+        (task,) = display._bar.tasks
         assert task.description == "verifying org/mine"
-        meter.clear()
-        assert meter._bar.tasks == []
+        display.clear()
+        assert display._bar.tasks == []
 
 
 def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Results on stdout, all else on stderr; a commit goes into the lock file."""
     lock = tmp_path / "models.lock.toml"
-    order = ORDER.model_copy(update={"recorded_in": str(lock)})
+    request = REQUEST.model_copy(update={"recorded_in": str(lock)})
     follow(
-        order,
+        request,
         [
-            Settled("org/mine", A),
-            Said("Fetching org/mine"),
+            RevisionResolved("org/mine", A),
+            Message("Fetching org/mine"),
             progress(1000),
-            Done("mine", "org/mine", A, 9_400_000_000, fetched=True),
-            Done("other", "org/other", A, 830_000),
-            Done("tiny", None, None),
-            Freed("org/old", A, 2_000_000),
+            ModelReady("mine", "org/mine", A, 9_400_000_000, fetched=True),
+            ModelReady("other", "org/other", A, 830_000),
+            ModelReady("tiny", None, None),
+            RevisionRemoved("org/old", A, 2_000_000),
         ],
         as_json=False,
     )
@@ -115,16 +122,16 @@ def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytes
 def test_follow_of_several_models_begins_with_their_size(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever said --all learns what that means."""
     unknown = ModelSpec(key="other", hub_id="org/other")
-    follow(Order(specs=(*ORDER.specs, unknown)), [], as_json=False)
+    follow(PrefetchRequest(specs=(*REQUEST.specs, unknown)), [], as_json=False)
 
-    assert capsys.readouterr().err == "2 models, 9.4 GB and 1 of unknown size when nothing of it is there yet\n"
+    assert capsys.readouterr().err == "2 models, 9.4 GB and 1 of unknown size when nothing is in the cache yet\n"
 
 
 def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """The sentence says how they are mended."""
-    damaged = Done("mine", "org/mine", A, damage=("a.safetensors is damaged", "b.safetensors is missing"))
-    with pytest.raises(WeightsError, match=r"2 of the files of mine.*vllm-service prefetch mine$"):
-        follow(ORDER, [damaged, Done("other", "org/other", A)], as_json=False)
+    damaged = ModelReady("mine", "org/mine", A, damage=("a.safetensors is damaged", "b.safetensors is missing"))
+    with pytest.raises(WeightsError, match=r"2 of the files of mine.*vllm-service prefetch org/mine$"):
+        follow(REQUEST, [damaged, ModelReady("other", "org/other", A)], as_json=False)
 
     assert capsys.readouterr().out.splitlines() == [
         f"mine: org/mine at {A} is damaged",
@@ -136,8 +143,8 @@ def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixtur
 
 def test_follow_of_several_of_which_one_failed_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """The reason is told when it happens, the count at the end."""
-    with pytest.raises(WeightsError, match=r"^1 of 2 models cannot be had: mine\."):
-        follow(ORDER, [Failed("mine", "it is gated."), Done("other", "org/other", A, 5)], as_json=False)
+    with pytest.raises(WeightsError, match=r"^1 of 2 models could not be fetched: mine\."):
+        follow(REQUEST, [ModelFailed("mine", "it is gated."), ModelReady("other", "org/other", A, 5)], as_json=False)
     out, err = capsys.readouterr()
 
     assert err == "mine: it is gated.\n"
@@ -147,7 +154,9 @@ def test_follow_of_several_of_which_one_failed_fails(capsys: pytest.CaptureFixtu
 def test_follow_as_json_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     """And nothing else, though there is damage."""
     with pytest.raises(WeightsError):
-        follow(ORDER, [Done("mine", "org/mine", A, damage=("x",)), Freed("org/old", A, 5)], as_json=True)
+        follow(
+            REQUEST, [ModelReady("mine", "org/mine", A, damage=("x",)), RevisionRemoved("org/old", A, 5)], as_json=True
+        )
     found = json.loads(capsys.readouterr().out)
 
     assert found["models"] == [

@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("prefetch",), 2, "Name the models to fetch, or say --all. Registered: qwen3-8b"),
+        (("prefetch",), 2, "error: No model is named. Registered: qwen3-8b"),
         (("prefetch", "qwen3-8"), 2, "Did you mean 'qwen3-8b'?"),
         (("prefetch", "--all", "tiny"), 2, "leave out tiny"),
         (("prefetch", "--modal", "org/unheard-of"), 2, "Unknown model 'org/unheard-of'"),

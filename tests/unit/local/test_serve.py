@@ -28,7 +28,8 @@ from service.errors import (
 from service.local import planner, serve
 from service.registry.models import Registry
 from service.settings import Settings
-from service.weights import download_process, store
+from service.weights import store
+from service.weights.huggingface import HuggingFace
 
 REGISTRY = Registry.load()
 
@@ -75,7 +76,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
 
 def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False) -> None:
     """Decide what the hub and the cache have."""
-    monkeypatch.setattr(download_process, "hub_in_reach", lambda: in_reach)
+    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: in_reach)
     monkeypatch.setattr(store, "find", lambda _: store.Weights(Path("/cached")) if cached else None)
 
 
@@ -108,7 +109,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
 )  # fmt: skip
 def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
-    monkeypatch.setattr(download_process, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: pytest.fail("the hub was asked"))
 
     assert planner.resolve_model(name, REGISTRY).key == key
 

@@ -247,7 +247,7 @@ def test_deployment_of_what_is_wrong_is_the_users_error(
 )
 def test_image_switches_on_the_transfer_that_the_pinned_client_honours(version: str, variable: str) -> None:
     """huggingface_hub 1.0 dropped hf_transfer for Xet."""
-    assert image.fast_transfer(version) == {variable: "1"}
+    assert image.transfer_env(version) == {variable: "1"}
 
 
 def test_image_of_a_directory_of_this_machine_is_refused() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import modal
 import pytest
@@ -15,7 +15,8 @@ from service.errors import RegistryError, WeightsError
 from service.modal_app.deployment import Deployment
 from service.registry.models import ModelSpec
 from service.settings import Settings
-from service.weights import huggingface, revisions
+from service.weights import revisions
+from service.weights.huggingface import HuggingFace
 
 A, B = "a" * 40, "b" * 40
 MODELS = '[models.mine]\nhub_id = "org/mine"\n[models.fixed]\nhub_id = "org/fixed"\nrevision = "' + B + '"\n'
@@ -25,8 +26,8 @@ class Lock:
     """Whose lock it is does not matter here."""
 
     @contextmanager
-    def held(self, _hub_id: str, _say: Any) -> Iterator[None]:
-        """Have it at once."""
+    def held(self, _name: str) -> Iterator[None]:
+        """Acquire it at once."""
         yield
 
 
@@ -43,14 +44,14 @@ def hub_with(monkeypatch: pytest.MonkeyPatch, commits: dict[str, str] | None) ->
     """Put a hub in reach that knows these repositories, or none in reach; return what it is asked."""
     asked: list[str] = []
 
-    def resolve(hub_id: str, token: str | None = None) -> str:
+    def resolve(_: HuggingFace, hub_id: str) -> str:
         asked.append(hub_id)
         if commits is None or hub_id not in commits:
             raise WeightsError(f"no {hub_id}")
         return commits[hub_id]
 
-    monkeypatch.setattr(huggingface, "in_reach", lambda: commits is not None)
-    monkeypatch.setattr(huggingface, "resolve", resolve)
+    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: commits is not None)
+    monkeypatch.setattr(HuggingFace, "resolve", resolve)
     return asked
 
 
@@ -59,7 +60,9 @@ def deployment(models: Path, model: str = "mine") -> Deployment:
     return Deployment.resolve({"SERVICE_MODELS_FILE": str(models), "SERVICE_MODEL": model})
 
 
-def test_deploy_leaves_what_names_no_commit_to_the_first_replica(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deploy_leaves_what_names_no_commit_to_the_first_replica(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """It asks nobody and writes nothing; that replica records the commit on the volume, and a second one reads it."""
     asked = hub_with(monkeypatch, {"org/mine": A})
     deployed = deployment(models)
@@ -67,28 +70,32 @@ def test_deploy_leaves_what_names_no_commit_to_the_first_replica(models: Path, m
     assert asked == []
     assert [path.name for path in models.parent.iterdir()] == ["models.toml"]
 
-    said: list[str] = []
-    assert deployed.spec_for_replica("mine", None, Lock(), said.append).revision == A
-    assert said == [f"org/mine is at {A}, recorded in {revisions.cache_record()}"]
+    caplog.set_level(logging.INFO)
+    assert deployed.spec_for_replica("mine", Lock()).revision == A
+    assert caplog.messages == [f"org/mine is at {A}, recorded in {revisions.cache_record()}"]
     hub_with(monkeypatch, {"org/mine": B})
-    assert deployed.spec_for_replica("mine", None, Lock(), said.append).revision == A
+    assert deployed.spec_for_replica("mine", Lock()).revision == A
 
 
-def test_deploy_with_a_lock_file_serves_its_commit(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deploy_with_a_lock_file_serves_its_commit(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nobody is asked, by the deploy or by a replica."""
     hub_with(monkeypatch, None)
     revisions.record(models.with_name("models.lock.toml"), {"org/mine": B})
     deployed = deployment(models)
 
     assert (deployed.spec.revision, deployed.registry.specs["mine"].revision) == (B, B)
-    assert deployed.spec_for_replica("mine", None, Lock(), pytest.fail).revision == B
+    caplog.set_level(logging.INFO)
+    assert deployed.spec_for_replica("mine", Lock()).revision == B
+    assert caplog.messages == []
 
 
 def test_replica_without_hub_and_record_says_what_is_missing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not serve whatever it happens to find."""
     hub_with(monkeypatch, None)
     with pytest.raises(WeightsError, match=r"org/mine is at no known commit.*write the revision into the entry"):
-        deployment(models).spec_for_replica("mine", None, Lock(), print)
+        deployment(models).spec_for_replica("mine", Lock())
 
 
 def test_image_carries_the_lock_file(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

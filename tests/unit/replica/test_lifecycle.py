@@ -229,11 +229,6 @@ def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypa
     assert shared == ["fetched"]
 
 
-def test_plan_shows_no_token(plan: Plan) -> None:
-    """A plan may stand in a log."""
-    assert "hf_secret" not in repr(dataclasses.replace(plan, hub_token="hf_secret"))
-
-
 @pytest.mark.parametrize(("snapshot", "before_the_checkpoint"), [("off", 0), ("cpu", 0), ("gpu", 1)])
 def test_replica_probes_its_hardware_once_a_boot(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, snapshot: Any, before_the_checkpoint: int

@@ -1,7 +1,8 @@
-"""The download's process: it tells, it refuses in words, and it dies with the one who asked."""
+"""The download's process: it reports logs, progress and errors, and dies with its parent."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,12 +15,14 @@ import psutil
 import pytest
 
 from service.errors import GatedModelError, WeightsError
-from service.weights import download_process
+from service.weights.download_process import download_in_child
+from service.weights.files import RepositorySpec
+from service.weights.progress import Progress
 from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES
 
 pytestmark = pytest.mark.usefixtures("cache")
-WANTED = download_process.Wanted("org/mine", COMMIT)
+REPOSITORY = RepositorySpec("org/mine", COMMIT)
 GONE_S = 30
 
 
@@ -40,71 +43,75 @@ def kill_download() -> None:
     children()[0].kill()
 
 
-def test_fetch_child_brings_the_files_and_tells_their_size(hub: Hub) -> None:
-    """The sentence comes before the files, and the directory holds them all."""
-    said: list[str] = []
-    path = download_process.in_child(WANTED, None, said.append)
+def test_download_in_child_brings_the_files_and_logs_their_size(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """The child's log records are the parent's, with logger and level, and the directory holds all files."""
+    caplog.set_level(logging.INFO)
+    path = download_in_child(REPOSITORY)
 
     assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
-    assert said == [f"Fetching org/mine at revision {COMMIT}: 0.0 GB"]
+    message = f"Fetching org/mine at revision {COMMIT}: 0.0 GB"
+    assert caplog.record_tuples == [("service.weights.download", logging.INFO, message)]
     assert not children()
 
 
-def test_fetch_child_refuses_in_the_parents_own_errors(hub: Hub) -> None:
-    """A gated model is the same error as without a child; an empty token is none."""
+def test_download_in_child_raises_the_errors_of_the_child(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class, message and hint; the token comes with the environment, and an empty variable is none."""
     hub.repositories["org/mine"].gated = "all"
-    with pytest.raises(GatedModelError, match="no token is here"):
-        download_process.in_child(WANTED, "", lambda _: None)
-    assert download_process.in_child(WANTED, hub.token, lambda _: None).is_dir()
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(GatedModelError, match="no token is here") as caught:
+        download_in_child(REPOSITORY)
+    assert caught.value.hint.startswith("Accept its licence at ")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert download_in_child(REPOSITORY).is_dir()
 
 
-def test_fetch_child_tells_how_far_it_is(hub: Hub) -> None:
+def test_download_in_child_reports_progress(hub: Hub) -> None:
     """Bytes on the disk of all that come; at the end all of them, verified."""
-    told: list[download_process.Progress] = []
-    download_process.in_child(WANTED, None, on_progress=told.append)
+    told: list[Progress] = []
+    download_in_child(REPOSITORY, told.append)
 
     total = sum(map(len, FILES.values()))
-    assert told[-1] == download_process.Progress("org/mine", total, total, len(FILES), len(FILES), "verifying")
+    assert told[-1] == Progress("org/mine", total, total, len(FILES), len(FILES), "verifying")
     assert all(0 <= progress.done_bytes <= total for progress in told)
 
 
-def test_fetch_child_that_stalls_says_so() -> None:
+def test_download_that_stalls_ends_with_an_error() -> None:
     """Without one byte for long, what the client waits for will not come."""
     program = (
-        "from service.weights import download_process as fetch; fetch.STALL_S = 0.0\n"
-        "words = fetch._Words(fetch.Wanted('org/mine', 'abc'))\n"
-        "for _ in range(3): words.progress(fetch.Progress('org/mine', 1, 2, 0, 1))"
+        "from service.weights import download_process as child; child.STALL_S = 0.0\n"
+        "parent = child._ParentPipe(child.RepositorySpec('org/mine', 'abc'))\n"
+        "for _ in range(3): parent.report(child.Progress('org/mine', 1, 2, 0, 1))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert "org/mine at revision abc stalled" in done.stdout.splitlines()[-1]
 
 
-def test_fetch_child_that_is_killed_is_reported(hub: Hub) -> None:
-    """No answer is an answer: the code, and that starting again loses nothing."""
+def test_download_child_that_is_killed_is_reported(hub: Hub) -> None:
+    """With its exit code, and the hint that nothing finished is lost."""
     with hub.holding_files():
         killer = when_files_are_asked_for(hub, kill_download)
         with pytest.raises(WeightsError, match=r"ended with code -9.*finished files are kept"):
-            download_process.in_child(WANTED, None, lambda _: None)
+            download_in_child(REPOSITORY)
         killer.join()
 
 
-def test_fetch_child_ends_with_an_interrupt(hub: Hub) -> None:
+def test_download_child_ends_with_an_interrupt(hub: Hub) -> None:
     """Ctrl-C amid a file ends the download at once."""
     main = threading.main_thread().ident
     assert main is not None
     with hub.holding_files():
         interrupt = when_files_are_asked_for(hub, lambda: signal.pthread_kill(main, signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            download_process.in_child(WANTED, None, lambda _: None)
+            download_in_child(REPOSITORY)
         interrupt.join()
     assert not children()
 
 
-def test_fetch_child_dies_with_its_parent(hub: Hub) -> None:
-    """`kill -9` of the one who asked leaves no download behind."""
-    imports = "from service.weights import download_process as fetch"
-    asks = f"{imports}; fetch.in_child(fetch.Wanted('org/mine', '{COMMIT}'), None, print)"
+def test_download_child_dies_with_its_parent(hub: Hub) -> None:
+    """`kill -9` of the parent leaves no download behind."""
+    imports = "from service.weights import download_process as parent"
+    asks = f"{imports}; parent.download_in_child(parent.RepositorySpec('org/mine', '{COMMIT}'))"
     with hub.holding_files():
         parent = subprocess.Popen([sys.executable, "-c", asks], env=dict(os.environ), stdout=subprocess.DEVNULL)
         assert hub.asked_for_files.wait(GONE_S * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.registry.models import ModelSpec
-from service.weights.files import Wanted, chosen, model_of
+from service.weights.files import RepositorySpec, model_repository, select_files
 
 TENSORS = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -22,7 +22,7 @@ TENSORS = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00
 )
 def test_selection_leaves_out_what_the_engine_does_not_read(others: list[str]) -> None:
     """The same weights in other formats, second trees, what people look at."""
-    assert chosen([*TENSORS, *others], Wanted("o/m")) == TENSORS
+    assert select_files([*TENSORS, *others], RepositorySpec("o/m")) == TENSORS
 
 
 @pytest.mark.parametrize(
@@ -34,26 +34,29 @@ def test_selection_leaves_out_what_the_engine_does_not_read(others: list[str]) -
 )
 def test_selection_keeps_what_a_tokenizer_or_processor_may_read(others: list[str]) -> None:
     """Whatever is not known to be for others."""
-    assert chosen([*TENSORS, *others], Wanted("o/m")) == [*TENSORS, *others]
+    assert select_files([*TENSORS, *others], RepositorySpec("o/m")) == [*TENSORS, *others]
 
 
 def test_selection_without_safetensors_keeps_pickles() -> None:
     """There is nothing else to load."""
-    assert chosen(["config.json", "pytorch_model.bin", "m.onnx"], Wanted("o/m")) == ["config.json", "pytorch_model.bin"]
+    assert select_files(["config.json", "pytorch_model.bin", "m.onnx"], RepositorySpec("o/m")) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
 
 
 def test_selection_of_consolidated_files_alone_keeps_them() -> None:
     """A repository in Mistral's layout only."""
     files = ["params.json", "tekken.json", "consolidated.safetensors"]
 
-    assert chosen(files, Wanted("o/m")) == files
+    assert select_files(files, RepositorySpec("o/m")) == files
 
 
 def test_selection_leaves_out_what_the_entry_names() -> None:
     """By path, by name, and by directory."""
     files = ["a.json", "metal/x.json", "deep/metal/y.json", "b.json"]
 
-    assert chosen(files, Wanted("o/m", None, ("metal/", "b.json"))) == ["a.json"]
+    assert select_files(files, RepositorySpec("o/m", None, ("metal/", "b.json"))) == ["a.json"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +65,8 @@ def test_selection_leaves_out_what_the_entry_names() -> None:
 )
 def test_selection_keeps_what_the_entrys_arguments_need(argument: str, path: str) -> None:
     """Code is fetched for an entry that runs it, and the layout that its loader reads."""
-    wanted = model_of(ModelSpec(key="m", hub_id="o/m", extra_args=(argument,)))
+    repository = model_repository(ModelSpec(key="m", hub_id="o/m", extra_args=(argument,)))
 
-    assert wanted is not None
-    assert chosen([*TENSORS, path], wanted) == [*TENSORS, path]
-    assert chosen([*TENSORS, path], Wanted("o/m")) == TENSORS
+    assert repository is not None
+    assert select_files([*TENSORS, path], repository) == [*TENSORS, path]
+    assert select_files([*TENSORS, path], RepositorySpec("o/m")) == TENSORS

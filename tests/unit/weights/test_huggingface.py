@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.registry.models import ModelSpec
 from service.weights import download, download_process, store
+from service.weights import hub as hub_module
 from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
@@ -21,14 +23,15 @@ pytestmark = pytest.mark.usefixtures("cache", "slept", "fetched_here")
 
 @pytest.fixture
 def fetched_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetch in this process, whose client and clock the fixtures have; `test_fetch_child.py` has the child."""
-    monkeypatch.setattr(download_process, "in_child", download.download)
+    """Fetch in this process, whose client and clock the fixtures have; `test_download_process.py` has the child."""
+    monkeypatch.setattr(download_process, "download_in_child", download.download)
 
 
-def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
+def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Every file, into the cache, announced with size and revision; afterwards the hub is not asked again."""
-    said: list[str] = []
-    found = store.ensure(SPEC, None, said.append)
+    caplog.set_level(logging.INFO, "service")
+    found = store.ensure(SPEC)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("service.")]
 
     assert found.fetched
     assert {file.name: file.read_bytes() for file in found.model.iterdir()} == FILES
@@ -37,8 +40,9 @@ def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path) -> None:
     assert "org/mine" in said[0]
     assert COMMIT in said[0]
     asked = len(hub.asked)
-    assert store.ensure(SPEC, None, said.append) == store.Weights(found.model)
-    assert (len(hub.asked), len(said)) == (asked, 1)
+    assert store.ensure(SPEC) == store.Weights(found.model)
+    assert len(hub.asked) == asked
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("service.")] == said
 
 
 def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
@@ -100,28 +104,33 @@ def test_weights_of_a_gated_model_without_a_token_name_page_and_token(hub: Hub, 
 
 
 @pytest.mark.parametrize("gated", ["files", "all"])
-def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(hub: Hub, gated: Any) -> None:
+def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
+    hub: Hub, gated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The licence was not accepted with that account."""
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError, match="Accept its licence") as caught:
-        store.ensure(SPEC, "hf_stranger")
+        store.ensure(SPEC)
 
     assert "hf_stranger" not in str(caught.value)
 
 
-def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub) -> None:
+def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token goes to the hub and nowhere else."""
     hub.repositories["org/mine"].gated = "all"
-    found = store.ensure(SPEC, hub.token)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    found = store.ensure(SPEC)
 
     assert (found.model / "config.json").is_file()
 
 
-@pytest.mark.parametrize("token", [None, "hf_right"])
-def test_weights_of_no_repository_say_so(hub: Hub, token: str | None) -> None:
+@pytest.mark.parametrize("token", ["", "hf_right"])
+def test_weights_of_no_repository_say_so(hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing or private: the hub does not tell which."""
+    monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(WeightsError, match=f"no repository 'org/gone'.*{hub.url}/org/gone"):
-        store.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}), token)
+        store.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}))
 
 
 def test_weights_of_no_revision_say_so(hub: Hub) -> None:
@@ -155,21 +164,21 @@ def test_weights_of_a_name_that_the_client_refuses_say_so() -> None:
         store.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
 
 
-def test_hub_in_reach_tells_whether_it_answers(hub: Hub) -> None:
+def test_hub_is_reachable_tells_whether_it_answers(hub: Hub) -> None:
     """Any answer counts, a refusal too."""
-    assert download_process.hub_in_reach()
+    assert hub_module.DEFAULT.is_reachable()
     hub.fails_with = 503
-    assert download_process.hub_in_reach()
+    assert hub_module.DEFAULT.is_reachable()
 
 
-def test_hub_in_reach_without_a_hub_is_false() -> None:
+def test_hub_is_reachable_without_a_hub_is_false() -> None:
     """Nobody listens there."""
-    assert not download_process.hub_in_reach()
+    assert not hub_module.DEFAULT.is_reachable()
 
 
-def test_hub_in_reach_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_is_reachable_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """`HF_HUB_OFFLINE=1` is the user's word, and the client would fetch nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    assert not download_process.hub_in_reach()
+    assert not hub_module.DEFAULT.is_reachable()
     assert hub.asked == []

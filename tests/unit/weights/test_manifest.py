@@ -1,4 +1,4 @@
-"""Markers: believed after a look at the sizes, never when they are unreadable; where the cache is."""
+"""Manifests: believed after a look at the sizes, never when they are unreadable; where the cache is."""
 
 from __future__ import annotations
 
@@ -9,69 +9,67 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from service.errors import WeightsError
-from service.weights import manifest, store
-from service.weights.files import Wanted
-from service.weights.locks import FlockLock
-from service.weights.manifest import File, Marker
+from service.weights import hub_cache, manifest, store
+from service.weights.files import RepositorySpec
+from service.weights.manifest import File, Manifest
 from tests.unit.hub_client import COMMIT, FILES, SPEC, filled
 
-MARKER = Marker(
+MANIFEST = Manifest(
     "org/mine", COMMIT, {path: File(len(content), "git:abc") for path, content in FILES.items()}, frozenset(FILES)
 )
 
 
-def test_marker_is_read_as_it_was_written(cache: Path) -> None:
+def test_manifest_is_read_as_it_was_written(cache: Path) -> None:
     """Beside the repository, whole or partial, and gone with it."""
-    manifest.write(MARKER, partial=True)
-    assert manifest.is_begun("org/mine", COMMIT)
-    manifest.write(MARKER)
+    manifest.write(MANIFEST, partial=True)
+    assert manifest.is_partial("org/mine", COMMIT)
+    manifest.write(MANIFEST)
 
-    assert manifest.read("org/mine", COMMIT) == MARKER == manifest.known("org/mine", COMMIT)
-    assert not manifest.is_begun("org/mine", COMMIT)
-    assert list(manifest.all_marked()) == [("org/mine", COMMIT)]
+    assert manifest.read("org/mine", COMMIT) == MANIFEST == manifest.read_all_verified("org/mine", COMMIT)
+    assert not manifest.is_partial("org/mine", COMMIT)
+    assert list(manifest.list_managed()) == [("org/mine", COMMIT)]
     assert [path.relative_to(cache) for path in cache.rglob("*.json")] == [
         Path("models--org--mine", "vllm-service", f"{COMMIT}.json")
     ]
 
 
-def test_marker_of_files_with_another_size_is_not_believed(cache: Path) -> None:
+def test_manifest_of_files_with_another_size_is_not_believed(cache: Path) -> None:
     """Somebody wrote into the cache, or a disk lost what it had not written."""
     snapshot = filled(cache, FILES)
-    manifest.write(MARKER)
+    manifest.write(MANIFEST)
     assert store.find(SPEC)
     (snapshot / "tokenizer.json").resolve().write_bytes(b"{} ")
 
     assert store.find(SPEC) is None
 
 
-def test_marker_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache: Path) -> None:
+def test_manifest_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache: Path) -> None:
     """All files look complete, and were not verified yet."""
     filled(cache, FILES)
     assert store.find(SPEC)
-    manifest.write(Marker("org/mine", COMMIT, MARKER.files), partial=True)
+    manifest.write(Manifest("org/mine", COMMIT, MANIFEST.files), partial=True)
 
     assert store.find(SPEC) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 2}', '{"version": 1, "files": {"a": 1}}'])
-def test_marker_that_cannot_be_read_is_none(cache: Path, content: str) -> None:
+def test_manifest_that_cannot_be_read_is_none(cache: Path, content: str) -> None:
     """Cut short, or of a later version."""
-    manifest.write(MARKER)
+    manifest.write(MANIFEST)
     path = next(cache.rglob("*.json"))
     path.write_text(content)
 
     assert manifest.read("org/mine", COMMIT) is None
-    assert list(manifest.all_marked()) == []
+    assert list(manifest.list_managed()) == []
 
 
-def test_marker_covers_only_what_was_fetched(cache: Path) -> None:
+def test_manifest_is_complete_only_for_what_was_fetched(cache: Path) -> None:
     """Another entry of the same repository may want more of it."""
     filled(cache, FILES)
-    part = Marker("org/mine", COMMIT, MARKER.files, MARKER.verified - {"tokenizer.json"})
+    part = Manifest("org/mine", COMMIT, MANIFEST.files, MANIFEST.verified - {"tokenizer.json"})
     manifest.write(part)
 
-    assert not part.covers(Wanted("org/mine", COMMIT))
+    assert not part.is_complete_for(RepositorySpec("org/mine", COMMIT))
     assert store.find(SPEC.model_copy(update={"ignore_patterns": ("tokenizer.json",)}))
 
 
@@ -96,18 +94,9 @@ def test_hub_cache_is_where_the_client_has_it(
     asks = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     client = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True).stdout.strip()
 
-    assert str(manifest.hub_cache()) == expected.format(home=Path.home()) == client
+    assert str(hub_cache.hub_cache()) == expected.format(home=Path.home()) == client
 
 
 def test_client_still_has_the_constant_that_the_download_sets() -> None:
     """The size of the pieces in which it reads files has no variable."""
     assert isinstance(constants.DOWNLOAD_CHUNK_SIZE, int)
-
-
-def test_lock_in_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the directory and what to set."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-
-    with pytest.raises(WeightsError, match=r"file/hub' cannot be written: .*Point HF_HOME"):
-        FlockLock().held("o/m", print).__enter__()

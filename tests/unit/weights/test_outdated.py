@@ -35,7 +35,7 @@ def test_compare_tells_which_pins_are_behind(cache: Path, hub: Hub) -> None:
         }
     )
     shut = ModelSpec(key="shut", hub_id="org/shut", revision=COMMIT)
-    pins = compare(registry(behind, shut, Registry.load().specs["tiny"]), None)
+    pins = compare(registry(behind, shut, Registry.load().specs["tiny"]))
 
     assert pins[:3] == [
         Pin("behind", "org/new", COMMIT, NEW),
@@ -54,13 +54,13 @@ def test_compare_of_many_repositories_asks_for_several_at_once(cache: Path, hub:
     hub.repositories |= {name: Repository(NEW, {}) for name in names}
     specs = [ModelSpec(key=name[4:], hub_id=name, revision=COMMIT) for name in names]
 
-    assert all(pin.is_outdated for pin in compare(registry(*specs), None))
+    assert all(pin.is_outdated for pin in compare(registry(*specs)))
 
 
 def test_compare_without_a_hub_is_one_sentence(cache: Path) -> None:
     """Only the hub knows."""
     with pytest.raises(WeightsError, match=r"is not in reach, and only it knows.*HF_ENDPOINT") as caught:
-        compare(registry(ModelSpec(key="m", hub_id="org/mine", revision=COMMIT)), None)
+        compare(registry(ModelSpec(key="m", hub_id="org/mine", revision=COMMIT)))
 
     assert "\n" not in str(caught.value)
 

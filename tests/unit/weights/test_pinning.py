@@ -32,7 +32,7 @@ def models(tmp_path: Path) -> Path:
 
 def pinned(models: Path) -> Pins:
     """Pin what the file and the built-in registry leave open."""
-    return pin(revisions.registry(models), str(models), None)
+    return pin(revisions.registry(models), str(models))
 
 
 def test_pin_writes_the_commits_of_all_unpinned_repositories(cache: Path, hub: Hub, models: Path) -> None:
@@ -72,7 +72,7 @@ def test_pin_into_a_directory_that_cannot_be_written_says_what_to_do(
     """As the built-in lock file of an installed package may be."""
     monkeypatch.setattr(revisions, "lock_file", lambda _: Path("/proc/nowhere/models.lock.toml"))
     with pytest.raises(ServiceError, match=r"Lock file '/proc/nowhere/.* cannot be written") as caught:
-        pin(revisions.registry(models), str(models), None)
+        pin(revisions.registry(models), str(models))
 
     assert "SERVICE_MODELS_FILE" in caught.value.hint
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.errors import UnknownModelError, UsageError, WeightsError
 from service.registry.models import ModelSpec, Registry
 from service.weights import prefetch, store
-from service.weights.prefetch import Done, Failed, Freed, Order, Said, Settled, stock
+from service.weights.prefetch import (
+    Message,
+    ModelFailed,
+    ModelReady,
+    PrefetchEvent,
+    PrefetchRequest,
+    RevisionRemoved,
+    RevisionResolved,
+)
+from service.weights.progress import Progress
 from service.weights.revisions import cache_record, lock_file, read, record
-from service.weights.store import Progress
 from tests.fakes.hub import Hub, Repository
 from tests.unit.hub_client import COMMIT, FILES
 
@@ -23,52 +32,57 @@ SPEC = ModelSpec(key="mine", hub_id="org/mine", revision=COMMIT)
 REGISTRY = Registry({"mine": SPEC, "tiny": Registry.load().specs["tiny"]})
 
 
-def ordered(*names: str, everything: bool = False, on_modal: bool = False, **options: bool) -> Order:
-    """Return the order for these names of a registry of two."""
-    return prefetch.order(list(names), REGISTRY, None, everything, on_modal, **options)
+def run(**fields: Any) -> list[PrefetchEvent]:
+    """Do a request and return its events."""
+    return list(prefetch.prefetch(PrefetchRequest(**fields)))
 
 
-def test_order_of_names_has_each_model_once() -> None:
+def requested(*names: str, everything: bool = False, on_modal: bool = False, **options: bool) -> PrefetchRequest:
+    """Return the request for these names of a registry of two."""
+    return prefetch.build_request(list(names), REGISTRY, None, everything=everything, on_modal=on_modal, **options)
+
+
+def test_request_of_names_has_each_model_once() -> None:
     """Key, hub id and a GPU behind the name are one model."""
-    assert [spec.key for spec in ordered("mine", "ORG/mine", "mine-h100").specs] == ["mine"]
-    assert ordered("mine").recorded_in == str(lock_file(None))
+    assert [spec.key for spec in requested("mine", "ORG/mine", "mine-h100").specs] == ["mine"]
+    assert requested("mine").recorded_in == str(lock_file(None))
 
 
-def test_order_of_everything_is_the_registry() -> None:
+def test_request_of_everything_is_the_registry() -> None:
     """Models that need no fetching are among them, and cost nothing."""
-    assert [spec.key for spec in ordered(everything=True).specs] == ["mine", "tiny"]
+    assert [spec.key for spec in requested(everything=True).specs] == ["mine", "tiny"]
 
 
-def test_order_of_a_hub_id_of_no_registry_is_for_this_machine_only() -> None:
+def test_request_of_a_hub_id_of_no_registry_is_for_this_machine_only() -> None:
     """A deployed service has no use for it; here it has no lock file."""
-    order = ordered("some/model")
+    request = requested("some/model")
 
-    assert [spec.hub_id for spec in order.specs] == ["some/model"]
-    assert order.recorded_in is None
+    assert [spec.hub_id for spec in request.specs] == ["some/model"]
+    assert request.recorded_in is None
     with pytest.raises(UnknownModelError):
-        ordered("some/model", on_modal=True)
+        requested("some/model", on_modal=True)
     with pytest.raises(UnknownModelError, match="Did you mean 'mine'"):
-        ordered("mime")
+        requested("mime")
 
 
 @pytest.mark.parametrize(("names", "everything", "said"), [((), False, "--all"), (("mine",), True, "mine")])
-def test_order_of_nothing_or_of_too_much_is_refused(names: tuple[str, ...], everything: bool, said: str) -> None:
+def test_request_of_nothing_or_of_too_much_is_refused(names: tuple[str, ...], everything: bool, said: str) -> None:
     """With the names that there are."""
     with pytest.raises(UsageError) as caught:
-        ordered(*names, everything=everything)
+        requested(*names, everything=everything)
 
     assert said in str(caught.value)
     assert "mine" in str(caught.value)
 
 
-def test_order_to_prune_needs_no_model_and_keeps_the_registrys() -> None:
+def test_request_to_prune_needs_no_model_and_keeps_the_registrys() -> None:
     """And what is named beside it."""
-    assert {spec.key for spec in ordered(prune=True).keep} == {"mine", "tiny"}
-    assert {spec.hub_id for spec in ordered("some/model", prune=True).keep} == {"org/mine", None, "some/model"}
-    assert ordered("mine").keep == ()
+    assert {spec.key for spec in requested(prune=True).keep} == {"mine", "tiny"}
+    assert {spec.hub_id for spec in requested("some/model", prune=True).keep} == {"org/mine", None, "some/model"}
+    assert requested("mine").keep == ()
 
 
-def test_order_with_update_forgets_what_the_lock_file_settles(tmp_path: Path) -> None:
+def test_request_with_update_ignores_the_lock_file(tmp_path: Path) -> None:
     """The entry's own revision counts all the same."""
     models = tmp_path / "models.toml"
     models.write_text(f'[models.loose]\nhub_id = "org/loose"\n[models.pinned]\nhub_id = "a/b"\nrevision = "{COMMIT}"\n')
@@ -76,13 +90,13 @@ def test_order_with_update_forgets_what_the_lock_file_settles(tmp_path: Path) ->
     locked = prefetch.revisions.registry(models)
     names = ["loose", "pinned"]
 
-    plain = prefetch.order(names, locked, str(models), everything=False, on_modal=False)
-    updated = prefetch.order(names, locked, str(models), everything=False, on_modal=False, update=True)
+    plain = prefetch.build_request(names, locked, str(models))
+    updated = prefetch.build_request(names, locked, str(models), update=True)
     assert [spec.revision for spec in plain.specs] == [OTHER, COMMIT]
     assert [spec.revision for spec in updated.specs] == [None, COMMIT]
 
 
-def test_order_survives_its_journey() -> None:
+def test_request_survives_its_journey() -> None:
     """It comes out of JSON as it went in, drafts and adapters included."""
     spec = ModelSpec.model_validate(
         {
@@ -94,9 +108,9 @@ def test_order_survives_its_journey() -> None:
             "adapters": ({"name": "one", "hub_id": "c/d"},),
         }
     )
-    order = Order(specs=(spec, *Registry.load().specs.values()), prune=True, keep=(spec,))
+    request = PrefetchRequest(specs=(spec, *Registry.load().specs.values()), prune=True, keep=(spec,))
 
-    assert Order.model_validate_json(order.model_dump_json()) == order
+    assert PrefetchRequest.model_validate_json(request.model_dump_json()) == request
 
 
 @pytest.mark.parametrize(
@@ -105,108 +119,120 @@ def test_order_survives_its_journey() -> None:
 )
 def test_secret_is_asked_for_when_a_model_is_gated(gated: bool, named: str | None, expected: str | None) -> None:
     """Or when the user named one: a draft may be gated too."""
-    order = Order(specs=(SPEC.model_copy(update={"gated": gated}),))
+    request = PrefetchRequest(specs=(SPEC.model_copy(update={"gated": gated}),))
 
-    assert prefetch.secret(order, named) == expected
+    assert prefetch.secret_for(request, named) == expected
 
 
-def test_stock_fetches_and_tells(cache: Path, hub: Hub) -> None:
+def test_prefetch_fetches_and_tells(cache: Path, hub: Hub) -> None:
     """Sentences, progress, and at the end what there is; the second time it is there already."""
-    words = list(stock(Order(specs=(SPEC,))))
+    events = run(specs=(SPEC,))
     size = sum(map(len, FILES.values()))
 
-    assert [word for word in words if isinstance(word, Said)]
-    assert [word for word in words if isinstance(word, Progress)][-1].total_bytes == size
-    assert words[-1] == Done("mine", "org/mine", COMMIT, size, fetched=True)
-    assert list(stock(Order(specs=(SPEC,)))) == [Done("mine", "org/mine", COMMIT, size, fetched=False)]
+    assert [event for event in events if isinstance(event, Message)]
+    assert [event for event in events if isinstance(event, Progress)][-1].total_bytes == size
+    assert events[-1] == ModelReady("mine", "org/mine", COMMIT, size, fetched=True)
+    assert run(specs=(SPEC,)) == [ModelReady("mine", "org/mine", COMMIT, size, fetched=False)]
 
 
-def test_stock_of_an_entry_without_a_revision_settles_it_first(cache: Path, hub: Hub) -> None:
+def test_prefetch_of_an_entry_without_a_revision_resolves_it_first(cache: Path, hub: Hub) -> None:
     """What was fetched is what is recorded."""
-    words = list(stock(Order(specs=(LOOSE,))))
+    events = run(specs=(LOOSE,))
 
-    assert words[0] == Settled("org/mine", COMMIT)
-    assert isinstance(words[-1], Done)
-    assert words[-1].revision == COMMIT
+    assert events[0] == RevisionResolved("org/mine", COMMIT)
+    assert isinstance(events[-1], ModelReady)
+    assert events[-1].revision == COMMIT
     assert read(cache_record()) == {"org/mine": COMMIT}
 
 
-def test_stock_of_a_directory_has_nothing_to_do(cache: Path) -> None:
+def test_prefetch_of_a_directory_has_nothing_to_do(cache: Path) -> None:
     """It asks nobody."""
-    (word,) = stock(Order(specs=(Registry.load().specs["tiny"],)))
+    (event,) = run(specs=(Registry.load().specs["tiny"],))
 
-    assert isinstance(word, Done)
-    assert (word.hub_id, word.fetched) == (None, False)
+    assert isinstance(event, ModelReady)
+    assert (event.hub_id, event.fetched) == (None, False)
 
 
-def test_stock_of_several_goes_on_without_the_one_that_cannot_be_had(cache: Path, hub: Hub) -> None:
+def test_prefetch_of_several_goes_on_without_the_one_that_cannot_be_had(cache: Path, hub: Hub) -> None:
     """Whoever says --all need not have accepted every licence."""
     gone = ModelSpec(key="gone", hub_id="org/gone", revision=COMMIT)
-    words = list(stock(Order(specs=(gone, SPEC))))
-    (failed,) = [word for word in words if isinstance(word, Failed)]
+    events = run(specs=(gone, SPEC))
+    (failed,) = [event for event in events if isinstance(event, ModelFailed)]
 
     assert failed.key == "gone"
     assert "org/gone" in failed.reason
-    assert isinstance(words[-1], Done)
+    assert isinstance(events[-1], ModelReady)
     with pytest.raises(WeightsError, match="org/gone"):
-        list(stock(Order(specs=(gone,))))
+        run(specs=(gone,))
 
 
-def test_stock_verifies_what_is_here(cache: Path, hub: Hub) -> None:
+def test_prefetch_verifies_what_is_here(cache: Path, hub: Hub) -> None:
     """A damaged file is named; nothing is fetched until somebody asks for that."""
-    list(stock(Order(specs=(SPEC,))))
-    (good,) = [word for word in stock(Order(specs=(SPEC,), verify=True)) if isinstance(word, Done)]
+    run(specs=(SPEC,))
+    (good,) = [
+        event
+        for event in prefetch.prefetch(PrefetchRequest(specs=(SPEC,), verify=True))
+        if isinstance(event, ModelReady)
+    ]
     found = store.find(SPEC)
     assert found is not None
     blob = (found.model / "model.safetensors.index.json").resolve()
     blob.chmod(0o644)
     blob.write_bytes(b"[]")
-    (bad,) = [word for word in stock(Order(specs=(SPEC,), verify=True)) if isinstance(word, Done)]
+    (bad,) = [
+        event
+        for event in prefetch.prefetch(PrefetchRequest(specs=(SPEC,), verify=True))
+        if isinstance(event, ModelReady)
+    ]
 
     assert good.damage == ()
     assert len(bad.damage) == 1
     assert "index.json" in bad.damage[0]
-    assert [word.fetched for word in stock(Order(specs=(SPEC,))) if isinstance(word, Done)] == [True]
+    assert [event.fetched for event in run(specs=(SPEC,)) if isinstance(event, ModelReady)] == [True]
 
 
-def test_stock_prunes_what_no_entry_names(cache: Path, hub: Hub) -> None:
+def test_prefetch_prunes_what_no_entry_names(cache: Path, hub: Hub) -> None:
     """What an entry names stays, though by the record only."""
     hub.repositories["org/old"] = Repository(OTHER, dict(FILES))
     old = ModelSpec(key="old", hub_id="org/old", revision=OTHER)
-    list(stock(Order(specs=(old, LOOSE))))
-    freed = [word for word in stock(Order(prune=True, keep=(LOOSE,))) if isinstance(word, Freed)]
+    run(specs=(old, LOOSE))
+    freed = [
+        event
+        for event in prefetch.prefetch(PrefetchRequest(prune=True, keep=(LOOSE,)))
+        if isinstance(event, RevisionRemoved)
+    ]
 
-    assert [(word.hub_id, word.revision) for word in freed] == [("org/old", OTHER)]
+    assert [(event.hub_id, event.revision) for event in freed] == [("org/old", OTHER)]
     assert freed[0].size >= sum(map(len, FILES.values())) - 10
     assert (store.find(old), store.find(SPEC) is None) == (None, False)
 
 
-def test_stock_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> None:
+def test_prefetch_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> None:
     """Ctrl-C: no thread, no download and no open lock is left behind."""
     with hub.holding_files():
-        words = stock(Order(specs=(SPEC,)))
-        for word in words:
-            if isinstance(word, Said):
+        events = prefetch.prefetch(PrefetchRequest(specs=(SPEC,)))
+        for event in events:
+            if isinstance(event, Message):
                 break
         assert hub.asked_for_files.wait(20)
-    words.close()
+    events.close()
     deadline = time.monotonic() + 10
-    while any(thread.name == "stocking" for thread in threading.enumerate()) and time.monotonic() < deadline:
+    while any(thread.name == "prefetch" for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
 
-    assert not [thread for thread in threading.enumerate() if thread.name == "stocking"]
-    assert isinstance(list(stock(Order(specs=(SPEC,))))[-1], Done)
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert isinstance(run(specs=(SPEC,))[-1], ModelReady)
 
 
 def test_progress_is_told_as_often_as_an_eye_can_follow() -> None:
     """The first, the last and a few a second between, of each repository and phase."""
     told: list[object] = []
-    teller = prefetch._Teller(told.append, threading.Event())
+    emit = prefetch._Emitter(told.append, threading.Event())
     for phase in ("fetching", "verifying"):
         for done in range(1001):
-            teller(Progress("org/mine", done, 1000, 0, 1, phase))
+            emit(Progress("org/mine", done, 1000, 0, 1, phase))
 
-    ends = [word.done_bytes for word in told if isinstance(word, Progress)]
+    ends = [event.done_bytes for event in told if isinstance(event, Progress)]
     assert 4 <= len(ends) < 40
     assert ends[0] == 0
     assert ends.count(1000) == 2

@@ -1,7 +1,8 @@
-"""Which commit an entry means that names none: the lock file, the cache's record, the hub, in this order."""
+"""Revisions of entries that pin none come from the lock file, the cache's record, or the hub, in this order."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,24 +33,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def unreachable(hub_id: str) -> str:
-    """Be a hub that does not answer."""
+    """Resolve as a hub that does not answer."""
     raise WeightsError(f"{hub_id} cannot be asked for")
 
 
 def forbidden(hub_id: str) -> str:
-    """Be a hub that must not be asked."""
+    """Fail the test: the hub must not be asked."""
     pytest.fail(f"the hub was asked for {hub_id}")
 
 
-def test_unsettled_are_the_repositories_without_a_commit() -> None:
+def test_unpinned_repositories_are_those_without_a_commit() -> None:
     """Model, draft and adapters alike."""
-    assert revisions.unsettled(SPEC) == ["org/mine", "org/draft", "org/two"]
-    assert revisions.unsettled(revisions.pinned(SPEC, COMMITS)) == []
+    assert revisions.unpinned(SPEC) == ["org/mine", "org/draft", "org/two"]
+    assert revisions.unpinned(revisions.with_revisions(SPEC, COMMITS)) == []
 
 
 def test_pinned_entry_keeps_the_commits_that_it_names() -> None:
     """A lock file says nothing where the entry does."""
-    spec = revisions.pinned(SPEC, COMMITS | {"org/one": A})
+    spec = revisions.with_revisions(SPEC, COMMITS | {"org/one": A})
 
     assert spec.revision == A
     assert spec.speculative
@@ -71,8 +72,8 @@ def test_lock_file_of_the_built_in_models_lies_beside_them() -> None:
     assert revisions.lock_file(None).with_name("models.toml").is_file()
 
 
-def test_registry_has_what_the_lock_file_settles(tmp_path: Path) -> None:
-    """Nobody asks the hub for it again."""
+def test_registry_has_the_revisions_of_the_lock_file(tmp_path: Path) -> None:
+    """They count where an entry pins none; the hub is not asked."""
     models = tmp_path / "models.toml"
     models.write_text('[models.mine]\nhub_id = "org/mine"\n[models.other]\nhub_id = "org/other"\n')
     revisions.record(revisions.lock_file(models), {"org/mine": A})
@@ -83,8 +84,8 @@ def test_registry_has_what_the_lock_file_settles(tmp_path: Path) -> None:
     assert registry.specs["qwen3-8b"] == Registry.load().specs["qwen3-8b"]
 
 
-def test_settle_asks_the_hub_once_and_records_it(cache: Path) -> None:
-    """The next time nobody is asked."""
+def test_resolve_revisions_asks_the_hub_once_and_records_the_answer(cache: Path) -> None:
+    """The second call does not ask the hub."""
     asked: list[str] = []
     told: dict[str, str] = {}
 
@@ -92,89 +93,89 @@ def test_settle_asks_the_hub_once_and_records_it(cache: Path) -> None:
         asked.append(hub_id)
         return COMMITS[hub_id]
 
-    settled = revisions.settle(SPEC, resolve, told.__setitem__)
-    again = revisions.settle(SPEC, forbidden)
+    resolved = revisions.resolve_revisions(SPEC, resolve, told.__setitem__)
+    again = revisions.resolve_revisions(SPEC, forbidden)
 
-    assert settled == again == revisions.pinned(SPEC, COMMITS)
+    assert resolved == again == revisions.with_revisions(SPEC, COMMITS)
     assert (sorted(asked), told, revisions.read(cache)) == (sorted(COMMITS), COMMITS, COMMITS)
 
 
-def test_settle_of_a_pinned_entry_asks_and_writes_nothing(cache: Path) -> None:
-    """As nearly all are."""
-    spec = revisions.pinned(SPEC, COMMITS)
+def test_resolve_revisions_of_a_pinned_entry_asks_and_writes_nothing(cache: Path) -> None:
+    """Nearly all entries are pinned."""
+    spec = revisions.with_revisions(SPEC, COMMITS)
 
-    assert revisions.settle(spec, forbidden) is spec
+    assert revisions.resolve_revisions(spec, forbidden) is spec
     assert not cache.exists()
 
 
-def test_settle_without_the_hub_says_why(cache: Path) -> None:
-    """Nothing is recorded of what nobody knows."""
+def test_resolve_revisions_without_the_hub_fails(cache: Path) -> None:
+    """And records nothing."""
     with pytest.raises(WeightsError, match="org/"):
-        revisions.settle(SPEC, unreachable)
+        revisions.resolve_revisions(SPEC, unreachable)
     assert not cache.exists()
 
 
-def test_settle_without_the_hub_takes_what_the_cache_was_told_at_the_last_visit(tmp_path: Path, cache: Path) -> None:
+def test_resolve_revisions_without_the_hub_uses_the_commit_of_the_last_visit(tmp_path: Path, cache: Path) -> None:
     """A model that was fetched before there was a record can be served offline, and is recorded."""
     refs = tmp_path / "hf/hub/models--org--mine/refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(B)
     spec = ModelSpec(key="mine", hub_id="org/mine")
 
-    assert revisions.settle(spec, unreachable).revision == B
+    assert revisions.resolve_revisions(spec, unreachable).revision == B
     assert revisions.read(cache) == {"org/mine": B}
 
 
 class Lock:
-    """A lock that another replica holds first: that one has recorded something before it is ours."""
+    """A lock that another replica holds first, which does something before it releases it."""
 
     def __init__(self, meanwhile: Callable[[], object]) -> None:
         self.meanwhile, self.names = meanwhile, list[str]()
 
     @contextmanager
-    def held(self, hub_id: str, _say: Callable[[str], None]) -> Iterator[None]:
-        """Let the other one go first."""
-        self.names.append(hub_id)
+    def held(self, name: str) -> Iterator[None]:
+        """Let the other replica do its work first."""
+        self.names.append(name)
         self.meanwhile()
         yield
 
 
-def test_settle_takes_what_another_replica_has_recorded_while_it_waited(cache: Path) -> None:
+def test_resolve_revisions_uses_what_another_replica_recorded_meanwhile(cache: Path) -> None:
     """Two replicas never serve different commits: only the first asks the hub."""
     spec = ModelSpec(key="mine", hub_id="org/mine")
     lock = Lock(lambda: revisions.record(cache, {"org/mine": A}))
 
-    assert revisions.settle(spec, forbidden, lock=lock).revision == A
+    assert revisions.resolve_revisions(spec, forbidden, lock=lock).revision == A
     assert lock.names == ["revisions"]
 
 
-def test_settle_of_what_is_recorded_waits_for_no_lock(cache: Path) -> None:
-    """A boot does not ask Modal for what its volume knows."""
+def test_resolve_revisions_of_recorded_commits_takes_no_lock(cache: Path) -> None:
+    """A boot makes no call to Modal for what its volume has."""
     revisions.record(cache, {"org/mine": A})
     lock = Lock(lambda: pytest.fail("the lock was taken"))
 
-    assert revisions.settle(ModelSpec(key="mine", hub_id="org/mine"), forbidden, lock=lock).revision == A
+    assert revisions.resolve_revisions(ModelSpec(key="mine", hub_id="org/mine"), forbidden, lock=lock).revision == A
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_settle_with_update_takes_the_newest(cache: Path, shared: bool) -> None:
-    """A record that replicas share is left alone: what is deployed goes on serving what it serves."""
+def test_resolve_revisions_with_update_takes_the_newest(cache: Path, shared: bool) -> None:
+    """A record that replicas share stays as it is: a deployed service goes on with the commits that it serves."""
     spec = ModelSpec(key="mine", hub_id="org/mine")
     revisions.record(cache, {"org/mine": A})
     lock = Lock(lambda: None) if shared else None
 
-    assert revisions.settle(spec, lambda _: B, update=True, lock=lock).revision == B
+    assert revisions.resolve_revisions(spec, lambda _: B, update=True, lock=lock).revision == B
     assert revisions.read(cache) == {"org/mine": A if shared else B}
 
 
-def test_settle_with_a_cache_that_cannot_be_written_serves_all_the_same(
+def test_resolve_revisions_with_a_cache_that_cannot_be_written_works(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody else can have fetched into it."""
+    """No other process can have recorded anything in it."""
     cache.parent.parent.mkdir(exist_ok=True)
     cache.parent.write_text("not a directory")
 
-    assert revisions.settle(ModelSpec(key="mine", hub_id="org/mine"), lambda _: B).revision == B
+    assert revisions.resolve_revisions(ModelSpec(key="mine", hub_id="org/mine"), lambda _: B).revision == B
 
 
 def test_record_adds_and_replaces_only_when_told_to(tmp_path: Path) -> None:
@@ -220,24 +221,28 @@ def test_lock_file_that_is_wrong_is_named(tmp_path: Path, text: str, said: str) 
     assert said in str(caught.value)
 
 
-def test_lock_file_that_is_not_there_settles_nothing(tmp_path: Path) -> None:
+def test_lock_file_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     """It is made when there is something to record."""
     assert revisions.read(tmp_path / "models.lock.toml") == {}
 
 
-def test_noted_commit_is_recorded_in_the_lock_file_and_said(tmp_path: Path) -> None:
-    """Where it stands is part of the sentence."""
-    said: list[str] = []
+def test_lock_writer_records_the_commit_in_the_lock_file_and_logs_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message names the file."""
+    caplog.set_level(logging.INFO)
     file = tmp_path / "models.lock.toml"
-    revisions.noting(file, said.append)("org/a", A)
+    revisions.lock_writer(file)("org/a", A)
 
     assert revisions.read(file) == {"org/a": A}
-    assert said == [f"org/a is at {A}, recorded in {file}"]
+    assert caplog.messages == [f"org/a is at {A}, recorded in {file}"]
 
 
-def test_noted_commit_of_what_is_in_no_registry_stands_in_the_caches_record(cache: Path) -> None:
-    """It has no lock file."""
-    said: list[str] = []
-    revisions.noting(None, said.append)("org/a", A)
+def test_lock_writer_without_a_lock_file_names_the_record_of_the_cache(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that is in no registry has no lock file."""
+    caplog.set_level(logging.INFO)
+    revisions.lock_writer(None)("org/a", A)
 
-    assert said == [f"org/a is at {A}, recorded in {cache}"]
+    assert caplog.messages == [f"org/a is at {A}, recorded in {cache}"]
