@@ -1,8 +1,8 @@
-"""Boot: every strategy against plain vLLM, interleaved, the same tiny model on the same machine. `make bench-boot`.
+"""Boot times of every snapshot strategy and of plain vLLM: the tiny model, one machine, interleaved. `make bench-boot`.
 
-Plain vLLM and `vllm-service up` are polled at /health every 50 ms from the spawn of the process a user would start; a
-replica under a snapshot is timed from its release to its first token. Beside it: the light commands, the supervising
-process's memory, and what watching an idle engine costs.
+For plain vLLM and `vllm-service up` the benchmark polls /health every 50 ms from the spawn of the process that a user
+would start. A replica with a snapshot is timed from its release to its first token. It also measures the commands that
+need no engine, the memory of the supervising process, and the processor time of watching an idle engine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAKE_TIMEOUT_S = 3.0
 
 
 def main() -> int:
-    """Measure, print, keep."""
+    """Measure, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
     arguments = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 class Bench:
-    """The times of each way to boot, one a round."""
+    """The times of each way to boot, one per round."""
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
@@ -60,7 +60,7 @@ class Bench:
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, versions=versions, caches=caches)
 
     def round(self) -> None:
-        """Boot in each way once."""
+        """Boot once in each way."""
         self._take("plain vLLM", Timed(lambda port: plain_vllm(self._plan.python, port)).boot())
         self._take("plain vLLM, 5 s poll", Timed(lambda port: plain_vllm(self._plan.python, port), poll_s=5).boot())
         self._take("off, command", Timed(service, look=self._weigh).boot())
@@ -104,13 +104,13 @@ class Bench:
         self.parent_mb.append(psutil.Process(pid).memory_info().rss / 1e6)
 
     def _replica(self, meanwhile: Callable[[Replica], None] = lambda _: None, **changes: Any) -> float:
-        """Return seconds from the release, or the spawn, to the first token."""
+        """Return the seconds from the release (from the spawn without a snapshot) to the first token."""
         replica = Replica(replace(self._plan, port=free_port(), **changes))
         with closing(_Stopping(replica)):
             replica.prepare()
             meanwhile(replica)
             began = time.monotonic()
-            replica.start(restored=replica.plan.snapshot != "off")  # counted from here, as where a snapshot is restored
+            replica.start(restored=replica.plan.snapshot != "off")  # its timeline begins here, as after a restore
             first_token(replica.plan.port)
             return time.monotonic() - began
 
@@ -142,14 +142,14 @@ def _idle_share(command: Callable[[int], list[str]]) -> float:
 
 
 def _cpu_s(pid: int, thread: int) -> float:
-    """Return the processor time of a thread so far; that of gloo's is not counted."""
+    """Return the processor time of a thread so far; 0 for a thread of gloo."""
     name, _, rest = Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")
     user, system = rest.split()[11:13]
     return 0.0 if "gloo" in name else (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class _Stopping:
-    """Ends a replica, for `closing`."""
+    """Stops a replica; for `closing`."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -173,7 +173,7 @@ def break_memory(replica: Replica) -> None:
 
 
 def suspend_core(replica: Replica) -> None:
-    """Stop the process that would have to wake."""
+    """Suspend the engine's processes, so that the wake hangs."""
     for process in psutil.Process(replica.engine.pid).children(recursive=True):
         process.suspend()
 

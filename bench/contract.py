@@ -1,6 +1,6 @@
-"""The Modal contract suite three times in a row, the control plane's own speed, and Modal's newest patch release.
+"""Runs the Modal contract tests three times, times the control plane, and tests Modal's newest patch release.
 
-Run by `make bench-contract`; with `--client VERSION` only the last part, with that release.
+Run by `make bench-contract`; with `--client VERSION` it only runs the last part, with that release.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ OF_A_CLIENT = ["tests/fakes", "tests/contract/test_deploy.py"]
 
 
 def main() -> int:
-    """Measure, print, keep; a failing run ends it."""
+    """Measure, print the figures and save them; a failing test ends the run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--client", metavar="VERSION", help="run the plane's own tests with this release of modal only")
-    asked = parser.parse_args().client
-    if asked:
-        _with_client(asked)
+    release = parser.parse_args().client
+    if release:
+        _with_client(release)
         return 0
     report = Report("contract")
     report.versions["modal, newest patch release"] = newest = _newest_patch()
-    report.versions["commit"] = _said(["git", "rev-parse", "--short", "HEAD"])
+    report.versions["commit"] = _output_of(["git", "rev-parse", "--short", "HEAD"])
     with TemporaryDirectory() as directory:
         starts, deploys = _plane(Path(directory))
     report.add("the plane starts, median", report.sample("plane start", starts), 0.5, "s")
@@ -74,7 +74,7 @@ def _plane(directory: Path) -> tuple[list[float], list[float]]:
 
 
 def _suite(number: int) -> tuple[float, int]:
-    """Run all of it; return seconds and how many tests passed."""
+    """Run all contract tests; return the seconds and the number of tests that passed."""
     began = time.monotonic()
     passed = _tests(sys.executable, SUITE)
     seconds = time.monotonic() - began
@@ -92,24 +92,26 @@ def _tests(python: str, arguments: list[str]) -> int:
 
 
 def _newest_patch() -> str:
-    """Return the newest release of the pinned minor version of modal that the package index has."""
+    """Return the newest release of modal in the package index that has the pinned minor version."""
     minor = ".".join(version("modal").split(".")[:2])
     compiling = ["pip", "compile", "-", "--quiet", "--no-deps", "--no-header", "--no-annotate"]
-    return _said([sys.executable, "-m", "uv", *compiling], f"modal=={minor}.*").removeprefix("modal==")
+    return _output_of([sys.executable, "-m", "uv", *compiling], f"modal=={minor}.*").removeprefix("modal==")
 
 
 def _with_client(release: str) -> None:
     """Run the plane's own tests and the deploys in an environment that has this release of modal."""
     with TemporaryDirectory() as directory:
         python = str(Path(directory) / "bin/python")
-        _said([sys.executable, "-m", "uv", "venv", "--quiet", directory])
+        _output_of([sys.executable, "-m", "uv", "venv", "--quiet", directory])
         for wanted in (["-r", str(PINS / "dev.lock")], [f"modal=={release}"]):
-            _said([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", python, *wanted])
+            _output_of(
+                [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", python, *wanted]
+            )
         print(f"{_tests(python, OF_A_CLIENT)} tests passed with modal {release}", flush=True)
 
 
-def _said(command: list[str], words: str = "") -> str:
-    done = subprocess.run(command, input=words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+def _output_of(command: list[str], stdin: str = "") -> str:
+    done = subprocess.run(command, input=stdin, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
     return done.stdout.strip()

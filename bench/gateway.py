@@ -1,8 +1,8 @@
-"""The gateway: what it adds, passes and holds, against LiteLLM's proxy and nginx. `make bench-gateway`.
+"""The gateway's latency, throughput and memory, compared with LiteLLM's proxy and nginx. `make bench-gateway`.
 
-Upstream is a stub that is never the limit; the load is a process of its own; what is compared takes turns in one run.
-The last part has a real engine, asked directly and through `vllm-service up`. On a machine where all of them share two
-cores, the stub and the clients take of what the gateway could have: its throughput is a lower bound there.
+Upstream is a stub that is never the bottleneck. The load runs in a process of its own. The candidates take turns in one
+run. The last part uses a real engine, directly and through `vllm-service up`. On a machine where all of them share two
+cores, the stub and the clients use processor time that the gateway could use: its throughput is a lower bound there.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-from bench.gateway_doors import GATEWAY, KEY, UPSTREAM_KEY, Doors, forget_peak, leave_core_to_engine, peak, running
+from bench.gateway_candidates import (
+    GATEWAY,
+    KEY,
+    UPSTREAM_KEY,
+    Candidates,
+    leave_core_to_engine,
+    peak,
+    reset_peak,
+    running,
+)
 from bench.gateway_figures import Figures
 from bench.gateway_load import Load, Work
 from bench.gateway_proxies import Proxies, at, warm
 from bench.gateway_server import ENGINE_KEY, MODEL
-from bench.gateway_stub import order
+from bench.gateway_stub import instruction
 from bench.processes import free_port
 
 IDLE_STREAMS, IDLE_FIRST = 1000, 200
 BODIES, BODY_BYTES, BODY_REQUESTS = 8, 10_000_000, 24
-ANSWER_MS = 300  # long enough for all bodies to be there at once
+ANSWER_MS = 300  # long enough for all bodies to be in memory at once
 TOKENS, STREAMS, GENERATIONS = 128, 16, 64
 
 
@@ -48,15 +57,15 @@ class Bench:
 
     def proxies(self) -> None:
         """Compare latency and throughput."""
-        with Doors(self.directory) as doors:
-            Proxies(doors, self.load, self.figures).run(self.rounds)
+        with Candidates(self.directory) as candidates:
+            Proxies(candidates, self.load, self.figures).run(self.rounds)
 
     def idle(self) -> None:
-        """Weigh streams that are open and silent, on top of some that are open already."""
-        with Doors(self.directory) as doors:
-            gateway = doors.open(GATEWAY)
+        """Measure the memory of open, silent streams, on top of some that are open already."""
+        with Candidates(self.directory) as candidates:
+            gateway = candidates.start(GATEWAY)
             warm(gateway, self.load)
-            work = at(gateway, Work(0, "", "", order("idle"), stream=True))
+            work = at(gateway, Work(0, "", "", instruction("idle"), stream=True))
             self.load.hold(replace(work, clients=IDLE_FIRST))
             before = gateway.memory
             self.load.hold(replace(work, clients=IDLE_STREAMS))
@@ -68,13 +77,13 @@ class Bench:
         print(f"idle streams: {before[0] / 1e6:.1f} MB with {IDLE_FIRST}, {after[0] / 1e6:.1f} MB with all", flush=True)
 
     def images(self) -> None:
-        """Find the most memory that large bodies take, all of them there at once."""
-        work = Work(0, "", "", order("answer", 1024, ANSWER_MS), image_bytes=BODY_BYTES)
-        with Doors(self.directory) as doors:
-            gateway = doors.open(GATEWAY)
+        """Measure the peak memory of large bodies that are in flight at once."""
+        work = Work(0, "", "", instruction("answer", 1024, ANSWER_MS), image_bytes=BODY_BYTES)
+        with Candidates(self.directory) as candidates:
+            gateway = candidates.start(GATEWAY)
             warm(gateway, self.load)
             before = gateway.memory[0]
-            forget_peak(gateway.pid)
+            reset_peak(gateway.pid)
             self.load.run(at(gateway, replace(work, clients=BODIES, requests=BODY_REQUESTS)))
             most, kept = peak(gateway.pid) - before, gateway.memory[0] - before
         name = f"memory of {BODIES} bodies of {BODY_BYTES / 1e6:.0f} MB"
@@ -85,8 +94,8 @@ class Bench:
     def engine(self) -> None:
         """Compare the tokens of a real engine, directly and through the gateway that started it.
 
-        What is to hold is with the model on a core of its own, where it is fastest: with a thread on each of two cores
-        these wait for each other and for whoever else is running, so that all that runs beside them counts twice.
+        The target applies with the model on a core of its own, where it is fastest. With a thread on each of two cores
+        these threads wait for each other and for other processes, so everything that runs beside them counts twice.
         """
         alone = self._turns("on a core of its own", ["--core", "0"])
         shared = self._turns("on all cores")
@@ -111,8 +120,8 @@ class Bench:
                 for name in list(ways)[:: -1 if number % 2 else 1]:
                     done = self.load.run(ways[name])
                     speeds[name].append(done.requests * TOKENS / done.seconds)
-                said = ", ".join(f"{name} {found[-1]:.0f}" for name, found in speeds.items())
-                print(f"engine {where}, turn {number + 1}: {said} tokens/s", flush=True)
+                latest = ", ".join(f"{name} {found[-1]:.0f}" for name, found in speeds.items())
+                print(f"engine {where}, turn {number + 1}: {latest} tokens/s", flush=True)
         for name, found in speeds.items():
             self.figures.series(f"engine {where}, {name}: tokens/s", found)
         return [ours / plain for ours, plain in zip(speeds["gateway"], speeds["direct"], strict=True)]
@@ -127,10 +136,10 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> int:
-    """Measure, print, keep."""
+    """Measure, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; the results are not kept")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; does not save results")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

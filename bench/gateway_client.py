@@ -1,4 +1,4 @@
-"""One client of the load: a connection that asks, times the first byte, counts what comes, and asks again."""
+"""One client of the load: a connection that repeats a request, times the first byte and counts what it receives."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import httptools
 
 
 class LoadError(Exception):
-    """A client was not answered as it should be."""
+    """A client got another response than 200, or none."""
 
 
 class Count:
-    """What all clients of one piece of work have seen since the last `reset`."""
+    """What all clients of one piece of work have received since the last `reset`."""
 
     def __init__(self) -> None:
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set all counts to zero."""
         self.began = perf_counter()
         self.requests = self.chunks = self.frames = 0
         self.first_bytes_s: list[float] = []
 
     def fail(self, sentence: str) -> None:
-        """Have the work end with this."""
+        """End the work with this message."""
         if not self.failure.done():
             self.failure.set_exception(LoadError(sentence))
 
@@ -37,9 +37,9 @@ class Client(asyncio.Protocol):
     """One connection.
 
     Args:
-        request: The bytes that it sends, again and again.
+        request: The bytes that it sends repeatedly.
         count: Where it counts.
-        more: Asked before each further request.
+        more: Called before each further request; tells whether to send it.
     """
 
     def __init__(self, request: bytes, count: Count, more: Callable[[], bool]) -> None:
@@ -53,22 +53,22 @@ class Client(asyncio.Protocol):
         self.ended: asyncio.Future[None] = loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the first request."""
         self.transport = cast("asyncio.Transport", transport)
-        self._ask()
+        self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Say so, unless it was this side that went."""
+        """Report a failure, unless this side closed the connection."""
         if not self.ended.done():
             self.ended.set_result(None)
-            self._count.fail(f"the connection ended before the answer did: {error or 'closed by the server'}")
+            self._count.fail(f"the connection ended before the response did: {error or 'closed by the server'}")
 
     def data_received(self, data: bytes) -> None:
-        """Read an answer."""
+        """Parse a response."""
         self._parser.feed_data(data)
 
     def on_body(self, body: bytes) -> None:
-        """Count what is in it."""
+        """Count frames and server-sent events."""
         count = self._count
         if not self._first:
             self._first = perf_counter()
@@ -83,22 +83,22 @@ class Client(asyncio.Protocol):
         self._line_ended = body.endswith(b"\n") and not body.endswith(b"\n\n")
 
     def on_message_complete(self) -> None:
-        """Ask again, or end."""
+        """Send the next request, or close."""
         if (status := self._parser.get_status_code()) != 200:
             self._count.fail(f"status {status}: {self._failed.decode(errors='replace')}")
         self._count.requests += 1
         if status == 200 and self._more():
-            self._ask()
+            self._send()
         else:
             self.close()
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         if not self.ended.done():
             self.ended.set_result(None)
         self.transport.abort()
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         self._first, self._line_ended = 0.0, False
         self._began = perf_counter()
         self.transport.write(self._request)

@@ -1,4 +1,4 @@
-"""The figures of `bench.gateway`: series with units of their own, and targets that are to be reached from below."""
+"""The figures of `bench.gateway`: series with units, and targets that are lower bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.report import RESULTS, Report, Target
 
 @dataclass(frozen=True)
 class AtLeast(Target):
-    """A figure that has to be this large, or larger."""
+    """A figure whose target is a lower bound."""
 
     @property
     def verdict(self) -> str:
@@ -27,7 +27,7 @@ class AtLeast(Target):
 
 
 class Figures(Report):
-    """What a run found. Each series is a figure a round; its median is what counts."""
+    """The results of a run. A series has one figure per round; its median is compared with the target."""
 
     def __init__(self) -> None:
         super().__init__("gateway")
@@ -36,24 +36,24 @@ class Figures(Report):
         self._not_measured: dict[str, str] = {}
 
     def series(self, name: str, values: Sequence[float], unit: str = "") -> float:
-        """Keep a figure of every round; return the median."""
+        """Record a series, one figure per round; return the median."""
         self._series[name] = ([round(value, 4) for value in values], unit)
         return statistics.median(values)
 
     def at_most(self, name: str, values: Sequence[float], target: float | None, unit: str = "") -> None:
-        """Take a figure of every round whose median is to be no more than this; None: it is reported only."""
+        """Record a series whose median must be at most `target`; None: it is reported only."""
         self.add(name, self.series(name, values, unit), target, unit)
 
     def at_least(self, name: str, values: Sequence[float], target: float, unit: str = "") -> None:
-        """Take a figure of every round whose median is to be no less than this."""
+        """Record a series whose median must be at least `target`."""
         self.targets.append(AtLeast(name, self.series(name, values, unit), target, unit))
 
     def missing(self, name: str, sentence: str) -> None:
-        """Take note of a row that could not be measured, and what it takes."""
+        """Record a row that could not be measured, and how to make it possible."""
         self._not_measured[name] = sentence
 
     def finish(self, *, keep: bool = True) -> int:
-        """Print every line, write the file unless told not to, return the exit code: 1 when a target was missed."""
+        """Print every line, write the file if `keep`, return the exit code: 1 when a target was missed."""
         for name, (values, unit) in self._series.items():
             median, spread = statistics.median(values), f"{min(values):.2f} to {max(values):.2f}"
             print(f"{name:<58} {median:>9.3f} {unit:<3} median of {len(values)}, {spread}")

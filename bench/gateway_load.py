@@ -1,7 +1,7 @@
-"""Clients in a process of their own, each with one connection: it asks again as soon as it is answered.
+"""Clients in a process of their own, each with one connection: it sends the next request when a response has ended.
 
-`Load` starts the process and gives it one piece of work after the other; the process reads them from standard input.
-Time to first byte is from the request's last byte handed to the socket to the first byte of the answer's body.
+`Load` starts the process and sends it one piece of work after the other through standard input. Time to first byte is
+measured from the handing of the request to the socket to the first byte of the response body.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ import uvloop
 from bench.gateway_client import Client, Count, LoadError
 
 _PROMPT = "You are a careful assistant who answers in full sentences and says so when something is not known. " * 6
-_SETTLE_S = 60.0  # for what is under way when the time is over
+_SETTLE_S = 60.0  # for requests in flight at the end
 _AT_ONCE = 50  # connections opened together
 
 
 @dataclass(frozen=True)
 class Work:
-    """What clients are to do.
+    """What the clients do.
 
     Attributes:
         port: Of the server, on loopback.
         key: Sent as a bearer token.
+        model: Name of the model in the body.
         message: The last of the chat's messages.
-        clients: How many ask at once.
-        warm_s: Runs before anything counts.
-        seconds: Runs for so long after that; or
-        requests: ends after so many, which all count.
-        image_bytes: Size of an image that the body carries.
+        stream: Whether the response is a stream.
+        clients: Number of connections.
+        warm_s: Seconds before the counting begins.
+        seconds: Seconds of counting; or
+        requests: number of requests, which all count.
+        image_bytes: Size of an image in the body.
         extra: Further fields of the body.
     """
 
@@ -76,12 +78,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of it.
+    """The result of a piece of work.
 
     Attributes:
+        requests: Completed responses.
         chunks: Server-sent events.
-        frames: Pieces in which bodies came.
-        p50_ms: Of the times to first byte; so p99_ms.
+        frames: Reads in which the bodies arrived.
+        seconds: How long it took.
+        p50_ms: Median of the times to first byte.
+        p99_ms: 99th percentile of the times to first byte.
     """
 
     requests: int
@@ -93,17 +98,17 @@ class Done:
 
     @property
     def requests_per_s(self) -> float:
-        """Answers that ended, a second."""
+        """Completed responses per second."""
         return self.requests / self.seconds
 
     @property
     def chunks_per_s(self) -> float:
-        """Server-sent events, a second."""
+        """Server-sent events per second."""
         return self.chunks / self.seconds
 
 
 class Load:
-    """The process of the clients."""
+    """The process that runs the clients."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -111,7 +116,7 @@ class Load:
     @classmethod
     @contextmanager
     def started(cls) -> Iterator[Load]:
-        """Start it for as long as the context lasts."""
+        """Start the process; kill it when the context exits."""
         command = [sys.executable, "-m", "bench.gateway_load"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # type: ignore[call-overload]
@@ -122,26 +127,26 @@ class Load:
             process.communicate()
 
     def run(self, work: Work) -> Done:
-        """Do it, and wait for its end.
+        """Do the work and return its result; blocks until it has ended.
 
         Raises:
-            LoadError: An answer was not 200, or a connection broke.
+            LoadError: A response was not 200, or a connection broke.
         """
-        return Done(**self._ask({"do": "run", "work": asdict(work)}))
+        return Done(**self._command({"do": "run", "work": asdict(work)}))
 
     def hold(self, work: Work) -> None:
         """Open streams, wait for the first byte of each, and keep them open."""
-        self._ask({"do": "hold", "work": asdict(work)})
+        self._command({"do": "hold", "work": asdict(work)})
 
     def release(self) -> None:
-        """Close what is held open."""
-        self._ask({"do": "release"})
+        """Close the streams that `hold` opened."""
+        self._command({"do": "release"})
 
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _command(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout  # noqa: S101 - they are pipes
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline() or '{"error": "the load ended"}')
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline() or '{"error": "the load process ended"}')
         if "error" in answer:
             raise LoadError(answer["error"])
         return answer
@@ -210,7 +215,7 @@ async def _release(clients: list[Client]) -> None:
 
 
 def main() -> None:
-    """Do what standard input asks for, until it ends."""
+    """Execute the commands of standard input, one JSON object per line, until it is closed."""
     held: list[Client] = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for line in sys.stdin:

@@ -1,28 +1,30 @@
-"""Our gateway, LiteLLM and nginx before the same stub, in turns: what each adds, and how much passes through it."""
+"""Our gateway, LiteLLM and nginx in front of the same stub, in turns: the latency each adds, and its throughput."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bench.gateway_doors import DIRECT, GATEWAY, LITELLM, NGINX, Door, Doors, NotMeasuredError, installed
+from bench.gateway_candidates import DIRECT, GATEWAY, LITELLM, NGINX, Candidate, Candidates, NotMeasuredError, installed
 from bench.gateway_figures import Figures
 from bench.gateway_load import Done, Load, Work
-from bench.gateway_stub import order
+from bench.gateway_stub import instruction
 
 ANSWER_BYTES = 1024
 MANY = 64
-# 64,000 chunks a second in all, far more than 64 users of one engine are sent, and more than a Python proxy passes on
+# 64,000 chunks/s in all: far more than one engine sends to 64 users, and more than a Python proxy can forward
 CHUNKS, CHUNKS_PER_S = 100, 1000
 FLOOD_CHUNKS = 1000
-_WARM = Work(0, "", "", order("answer", ANSWER_BYTES))
+_WARM = Work(0, "", "", instruction("answer", ANSWER_BYTES))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of work that every door is given.
+    """One kind of work for the candidates.
 
     Attributes:
-        slow: LiteLLM is given it too; else it would take longer than all the rest together.
+        name: What the results call it.
+        work: What the clients do.
+        slow: Whether LiteLLM does it too; it would need more time for the flood than all else together.
     """
 
     name: str
@@ -32,14 +34,14 @@ class Kind:
 
 def _kinds() -> list[Kind]:
     answer = replace(_WARM, seconds=1.5, warm_s=0.2)
-    stream = replace(answer, message=order("stream", 10), stream=True)
-    paced = replace(stream, message=order("stream", CHUNKS, CHUNKS_PER_S), seconds=2.5, warm_s=0.5, clients=MANY)
+    stream = replace(answer, message=instruction("stream", 10), stream=True)
+    paced = replace(stream, message=instruction("stream", CHUNKS, CHUNKS_PER_S), seconds=2.5, warm_s=0.5, clients=MANY)
     return [
         Kind("c=1 answer", answer),
         Kind("c=1 stream", stream),
         Kind(f"c={MANY} answer", replace(answer, clients=MANY, seconds=2.5, warm_s=0.5)),
         Kind(f"c={MANY} stream", paced),
-        Kind(f"c={MANY} flood", replace(paced, message=order("stream", FLOOD_CHUNKS), seconds=1.5), slow=False),
+        Kind(f"c={MANY} flood", replace(paced, message=instruction("stream", FLOOD_CHUNKS), seconds=1.5), slow=False),
     ]
 
 
@@ -47,45 +49,46 @@ ONE, ONE_STREAM, ANSWERS, STREAMS, FLOOD = (kind.name for kind in _kinds())
 
 
 class Proxies:
-    """The rounds, and what they found.
+    """Runs the rounds and evaluates them.
 
     Args:
-        doors: Where to get each from.
+        candidates: Starts each proxy.
         load: The clients.
+        figures: Where the results go.
     """
 
-    def __init__(self, doors: Doors, load: Load, figures: Figures) -> None:
+    def __init__(self, candidates: Candidates, load: Load, figures: Figures) -> None:
         self._load, self._figures = load, figures
         self._done: dict[tuple[str, str], list[Done]] = {}
-        self._doors: list[Door] = []
+        self._candidates: list[Candidate] = []
         figures.versions |= installed()
         for name in (DIRECT, GATEWAY, LITELLM, NGINX):
             try:
-                self._doors.append(doors.open(name))
+                self._candidates.append(candidates.start(name))
             except NotMeasuredError as error:
                 figures.missing(name, str(error))
             else:
-                warm(self._doors[-1], load)
+                warm(self._candidates[-1], load)
 
     def run(self, rounds: int) -> None:
-        """Measure, print as it goes, and take the figures."""
+        """Measure, print each round, and record the figures."""
         for number in range(rounds):
-            turn = number % len(self._doors)
-            for door in self._doors[turn:] + self._doors[:turn]:
-                self._measure(number + 1, door)
+            turn = number % len(self._candidates)
+            for candidate in self._candidates[turn:] + self._candidates[:turn]:
+                self._measure(number + 1, candidate)
         self._latency()
         self._throughput()
 
-    def _measure(self, number: int, door: Door) -> None:
-        said = []
+    def _measure(self, number: int, candidate: Candidate) -> None:
+        results = []
         for kind in _kinds():
-            if door.name == LITELLM and not kind.slow:
+            if candidate.name == LITELLM and not kind.slow:
                 continue
-            done = self._load.run(at(door, kind.work))
-            self._done.setdefault((door.name, kind.name), []).append(done)
+            done = self._load.run(at(candidate, kind.work))
+            self._done.setdefault((candidate.name, kind.name), []).append(done)
             speed = f"{done.chunks_per_s:.0f} chunks/s" if kind.work.stream else f"{done.requests_per_s:.0f}/s"
-            said.append(f"{kind.name} {done.p50_ms:.2f}/{done.p99_ms:.2f} ms {speed}")
-        print(f"round {number} {door.name:<8}" + " · ".join(said), flush=True)
+            results.append(f"{kind.name} {done.p50_ms:.2f}/{done.p99_ms:.2f} ms {speed}")
+        print(f"round {number} {candidate.name:<8}" + " · ".join(results), flush=True)
 
     def _latency(self) -> None:
         take = self._figures.at_most
@@ -118,7 +121,7 @@ class Proxies:
 
     @property
     def _others(self) -> list[str]:
-        return [door.name for door in self._doors if door.name not in {DIRECT, GATEWAY}]
+        return [candidate.name for candidate in self._candidates if candidate.name not in {DIRECT, GATEWAY}]
 
     def _each(self, name: str, kind: str, what: str) -> list[float]:
         return [float(getattr(done, what)) for done in self._done[name, kind]]
@@ -132,12 +135,12 @@ class Proxies:
         return [ours / theirs for ours, theirs in pairs]
 
 
-def warm(door: Door, load: Load) -> None:
-    """Have everything that happens once happen before it is measured."""
-    load.run(at(door, replace(_WARM, clients=8, requests=64)))
-    load.run(at(door, replace(_WARM, message=order("stream", 10), stream=True, clients=8, requests=64)))
+def warm(candidate: Candidate, load: Load) -> None:
+    """Send requests before the measurement, so that one-time costs are not measured."""
+    load.run(at(candidate, replace(_WARM, clients=8, requests=64)))
+    load.run(at(candidate, replace(_WARM, message=instruction("stream", 10), stream=True, clients=8, requests=64)))
 
 
-def at(door: Door, work: Work) -> Work:
-    """Return this work, addressed to a door."""
-    return replace(work, port=door.port, key=door.key, model=door.model)
+def at(candidate: Candidate, work: Work) -> Work:
+    """Return this work with the candidate's port, key and model."""
+    return replace(work, port=candidate.port, key=candidate.key, model=candidate.model)

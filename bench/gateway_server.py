@@ -1,8 +1,8 @@
-"""Our gateway as `vllm-service up` serves it, with what is measured behind it.
+"""Our gateway as `vllm-service up` serves it, in front of the stub or of a real engine.
 
-`python -m bench.gateway_server port <port> <engine's port>` has the same listener, keyring, access log and local pool,
-in front of an engine that is there. `… up <engine's port>` is the command itself with the tiny model, its engine's port
-and key known outside; with `--core` all of it begins on one core.
+`python -m bench.gateway_server port <port> <engine's port>` runs the same server, key check, request log and local pool
+in front of an engine that already runs. `… up <engine's port>` runs the command itself with the tiny model and with the
+engine's port and key that the benchmark chose; with `--core` all its processes start on one core.
 
 The environment has the gateway's key as `API_KEY`, the engine's as `ENGINE_KEY`, and for `up` the `SERVICE_PORT`.
 """
@@ -32,16 +32,16 @@ ENGINE_KEY = "ENGINE_KEY"
 
 
 class Upstream:
-    """An engine that somebody else starts and ends."""
+    """An engine that another process starts and stops."""
 
     def prepare(self) -> None:
-        """Fetch nothing."""
+        """Do nothing: there are no weights to fetch."""
 
     def start(self, digests: Mapping[str, str]) -> None:
-        """Be there already."""
+        """Do nothing: the engine already runs."""
 
     def stop(self, grace_s: float | None = None) -> None:
-        """Leave it to its owner."""
+        """Do nothing: its owner stops it."""
 
 
 def serve(port: int, upstream: int) -> None:
@@ -63,7 +63,7 @@ def serve(port: int, upstream: int) -> None:
 
 
 def up(engine: int) -> None:
-    """Run `vllm-service up tiny`, its engine on this port and with the key of the environment."""
+    """Run `vllm-service up tiny` with its engine on this port and with the key of the environment."""
     from service.cli import main as cli_main  # noqa: PLC0415 - the other half of this program is measured for its memory
 
     known = {"free_port": mock.Mock(return_value=engine), "new_key": mock.Mock(return_value=os.environ.pop(ENGINE_KEY))}
@@ -80,7 +80,7 @@ def _ready() -> None:
 
 
 def _never(*_: object) -> Engine:
-    raise AssertionError("the one engine is there")
+    raise AssertionError("the only engine already runs")
 
 
 def main() -> None:

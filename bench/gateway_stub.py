@@ -1,12 +1,12 @@
-"""An engine that costs nothing: OpenAI's answers and streams from bytes that are made beforehand.
+"""A stand-in for an engine that uses little processor time: OpenAI responses and streams from precomputed bytes.
 
-The request says how it is to be answered, in a message of its body, which every proxy passes on as it is:
+A message in the request's body, which every proxy forwards unchanged, is an instruction how to respond:
 
-    stub:answer <bytes> <ms>        a chat completion of that size, after that long
-    stub:stream <chunks> <rate>     so many chunks, so many a second; rate 0: as fast as they are taken
-    stub:idle 0 0                   headers of a stream and one chunk, then silence until the client goes
+    stub:answer <bytes> <ms>        a chat completion of that size, after that delay
+    stub:stream <chunks> <rate>     that many chunks at that rate per second; rate 0: as fast as the client reads
+    stub:idle 0 0                   the headers of a stream and one chunk, then nothing until the client disconnects
 
-Of a body the first 4 KB are kept. Chunks that are due at once are written at once, as an engine's are.
+The stub keeps the first 4 KB of a body. Chunks that are due at the same time are written together, as an engine does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import uvloop
 _KEPT = 4096
 _TICK_S = 0.001
 _BLOCK = 64  # chunks written together where there is no rate
-_ORDER = re.compile(rb"stub:(answer|stream|idle) (\d+) (\d+)")
+_INSTRUCTION = re.compile(rb"stub:(answer|stream|idle) (\d+) (\d+)")
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 _BEGUN = {"id": "chatcmpl-stub", "created": 1_700_000_000, "model": "stub"}
 
 
-def order(kind: str, first: int = 0, second: int = 0) -> str:
-    """Return the message that asks for this answer."""
+def instruction(kind: str, first: int = 0, second: int = 0) -> str:
+    """Return the message that makes the stub respond like this."""
     return f"stub:{kind} {first} {second}"
 
 
@@ -71,14 +71,14 @@ def _answer(size: int) -> bytes:
 
 
 class Engine:
-    """What all connections share: the streams that are under way, and the clock that drives them."""
+    """What all connections share: the streams in progress, and the timer that drives them."""
 
     def __init__(self) -> None:
         self.streams: set[Connection] = set()
         self._ticking = False
 
     def begin(self, stream: Connection) -> None:
-        """Drive a stream from now on."""
+        """Add a stream to those that the timer drives."""
         self.streams.add(stream)
         if not self._ticking:
             self._ticking = True
@@ -95,10 +95,10 @@ class Engine:
 
 
 class Connection(asyncio.Protocol):
-    """One client, one request after the other.
+    """One client's connection; handles one request after the other.
 
     Args:
-        engine: Whose streams it joins.
+        engine: Drives its streams.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -110,25 +110,25 @@ class Connection(asyncio.Protocol):
         self._paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a client."""
+        """Accept a client."""
         self._write: Callable[[bytes], None] = cast("asyncio.Transport", transport).write
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Generate no more."""
+        """Stop the stream."""
         del error
         self._engine.streams.discard(self)
         self._left = 0
 
     def data_received(self, data: bytes) -> None:
-        """Read requests."""
+        """Parse requests."""
         self._parser.feed_data(data)
 
     def pause_writing(self) -> None:
-        """Wait for a client that reads slowly."""
+        """Pause the stream for a client that reads slowly."""
         self._paused = True
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Continue the stream."""
         self._paused = False
         if self._left and not self._rate:
             self._flood()
@@ -138,14 +138,14 @@ class Connection(asyncio.Protocol):
         self._url, self._kept = url, b""
 
     def on_body(self, body: bytes) -> None:
-        """Keep a body's beginning."""
+        """Keep the beginning of the body."""
         if len(self._kept) < _KEPT:
             self._kept += body[:_KEPT]
 
     def on_message_complete(self) -> None:
-        """Answer."""
-        if found := _ORDER.search(self._kept):
-            self._obey(found[1], int(found[2]), int(found[3]))
+        """Respond."""
+        if found := _INSTRUCTION.search(self._kept):
+            self._respond(found[1], int(found[2]), int(found[3]))
         elif self._url.startswith(b"/health"):
             self._write(_json(b'{"status":"ok"}'))
         elif self._url.startswith(b"/v1/models"):
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
         else:
             self._write(_NOT_FOUND)
 
-    def _obey(self, kind: bytes, first: int, second: int) -> None:
+    def _respond(self, kind: bytes, first: int, second: int) -> None:
         if kind == b"answer" and second:
             asyncio.get_running_loop().call_later(second / 1000, self._write, _answer(first))
         elif kind == b"answer":
@@ -173,7 +173,7 @@ class Connection(asyncio.Protocol):
             self._flood()
 
     def write_due(self, now: float) -> None:
-        """Write the chunks whose time has come."""
+        """Write the chunks that are due."""
         due = int((now - self._began) * self._rate) + 1 - self._sent
         if due <= 0 or self._paused:
             return
@@ -196,7 +196,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(port: int) -> None:
-    """Answer until cancelled."""
+    """Serve until cancelled."""
     engine = Engine()
     listener = socket.create_server(("127.0.0.1", port), backlog=4096)
     server = await asyncio.get_running_loop().create_server(lambda: Connection(engine), sock=listener)
@@ -205,7 +205,7 @@ async def serve(port: int) -> None:
 
 
 def main() -> None:
-    """Serve until told to end."""
+    """Serve until a signal ends the process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
     uvloop.run(serve(parser.parse_args().port))

@@ -1,6 +1,6 @@
 """Sleep and wake on a GPU: random weights of Qwen3-8B's shape, eager and compiled. `make bench-gpu`, no network.
 
-Needs an NVIDIA GPU with 24 GB or more. `--cpu` tries the script itself with a small shape and keeps no result.
+Needs an NVIDIA GPU with 24 GB or more. `--cpu` tests the script itself with a small shape and saves no result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QWEN3_8B = {
 
 
 def main() -> int:
-    """Measure both variants, print, keep."""
+    """Measure both variants, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="an interpreter that has vLLM; by default that of the engine's environment")
     parser.add_argument("--cycles", type=int, default=50, help="sleeps and wakes of each variant")
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _shape(directory: Path, changes: dict[str, Any]) -> None:
-    """Make a model's directory without weights: vLLM fills them in at random."""
+    """Write a model directory without weights; vLLM initialises them at random."""
     for file in TINY.glob("*.json"):
         if not file.name.startswith("model."):
             shutil.copy(file, directory)
@@ -72,7 +72,7 @@ def _engine(arguments: argparse.Namespace, model: str, flags: list[str]) -> dict
 
 
 def _engine_python(cpu: bool) -> str:
-    from service.engine import environment  # noqa: PLC0415 - it is not there where --python is given
+    from service.engine import environment  # noqa: PLC0415 - with --python the engine's environment need not exist
 
     return environment.ensure("cpu" if cpu else "cuda").python
 

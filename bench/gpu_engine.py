@@ -1,7 +1,7 @@
-"""One engine on a GPU: how long it takes to build, to sleep and to wake, and whether it wakes the same.
+"""Times build, sleep and wake of one engine on a GPU, and compares canary generations before and after.
 
-Run by `bench/gpu_boot.py` with the interpreter that has vLLM; prints one JSON object as its last line. It builds vLLM's
-engine itself, so that it also runs with other versions than the pinned one.
+`bench/gpu_boot.py` runs it with the interpreter that has vLLM; it prints one JSON object as its last line. It builds
+vLLM's engine itself, so it also runs with other versions than the pinned one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--spawned-at", type=float, required=True, help="CLOCK_MONOTONIC when this was spawned")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--cycles", type=int, default=50)
-    parser.add_argument("--cpu", action="store_true", help="try the script itself, where there is no GPU")
+    parser.add_argument("--cpu", action="store_true", help="test the script itself, without a GPU")
     arguments = parser.parse_args()
     facts = asyncio.run(measure(arguments))
     sys.stdout.write(json.dumps(facts) + "\n")
@@ -86,7 +86,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _tokens_per_s(engine: Any) -> float:
-    """Return what a batch gets, all requests together; once for warmth, once measured."""
+    """Return the throughput of a batch, all requests together; the first of two runs is a warm-up."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
@@ -104,7 +104,7 @@ async def _tokens_per_s(engine: Any) -> float:
 
 
 def _used_gib() -> float:
-    """Return the GPU memory that is in use, all processes together; 0 where there is no GPU."""
+    """Return the GPU memory that all processes use together; 0 without a GPU."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024

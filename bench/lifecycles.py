@@ -1,6 +1,7 @@
 """Lifecycles of the real engine, one after another: held and released, or killed at a random moment.
 
-After each the engine was READY or its failure was reported, and no process, socket or temporary file of it is left.
+After each, the engine was READY or its failure was reported, and none of its processes, sockets and temporary files is
+left.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Lifecycle:
     """One engine, from its start to its end.
 
     Attributes:
-        actions: What was done to it.
+        actions: What the benchmark did to it.
         outcome: `ready`, or the message of its failure; empty when a failure was not reported.
-        left: What it left behind.
+        left: Processes, files and ports that it left behind.
     """
 
     actions: str
@@ -48,7 +49,7 @@ class Lifecycle:
 
     @property
     def good(self) -> bool:
-        """Whether its outcome was reported and nothing is left."""
+        """Tell whether its outcome was reported and nothing is left."""
         return bool(self.outcome) and not self.left
 
 
@@ -63,7 +64,7 @@ class Lifecycles:
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
     def hold_and_release(self) -> Lifecycle:
-        """Bring an engine to its hold, let it wait, release it, take a token, end it."""
+        """Bring an engine to its hold, let it wait, release it, generate a token, stop it."""
         snapshot = self._random.choice(STRATEGIES[1:])
         with _leftovers() as left:
             replica = self._replica(snapshot=snapshot)
@@ -92,7 +93,7 @@ class Lifecycles:
                 replica.start()
                 killer.join()
                 if not replica.engine.wait_ended(10):
-                    end = "ready: booted cold, or the killed process was none of its own"
+                    end = "ready: booted cold, or the killed process was not needed"
                 replica.engine.wait_for(State.READY, 0)
             except EngineError as error:
                 end = f"reported: {error}"
@@ -111,17 +112,17 @@ def _kill_one(replica: Replica, rng: random.Random) -> None:
         victims = [leader, *leader.children(recursive=True)]
         os.kill(rng.choice(victims).pid, signal.SIGKILL)
     except (EngineError, ProcessLookupError, psutil.NoSuchProcess, AssertionError):
-        return  # there was no engine at that moment
+        return  # no engine was running at that moment
 
 
 @contextmanager
 def _leftovers() -> Iterator[list[str]]:
-    """Yield a list that names, after the block, the child processes and files that the block left behind."""
+    """Yield a list; after the block it names the child processes and files that the block left behind."""
     left: list[str] = []
     default = tempfile.tempdir
     before = _children()
     with tempfile.TemporaryDirectory() as directory:
-        tempfile.tempdir = directory  # other processes have files in the default one
+        tempfile.tempdir = directory  # other processes have files in the default directory
         try:
             yield left
             deadline = time.monotonic() + 5

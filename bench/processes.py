@@ -1,4 +1,4 @@
-"""Servers as a user would start them, timed from their spawn to the first 200 of /health."""
+"""Servers, started as a user starts them and timed from their spawn to the first 200 of /health."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Timed:
     """One boot of a command.
 
     Attributes:
-        command: From a port to the command.
-        poll_s: How often /health is asked.
-        look: Called with the process id once it is ready.
+        command: Returns the command for a port.
+        poll_s: Seconds between two requests to /health.
+        look: Called with the process id once the server is ready.
     """
 
     command: Callable[[int], list[str]]
@@ -54,7 +54,7 @@ class Timed:
     look: Callable[[int], None] = lambda _: None
 
     def boot(self) -> float:
-        """Return seconds from spawn to the first 200 of /health; end everything afterwards."""
+        """Return the seconds from the spawn to the first 200 of /health; stop the server afterwards."""
         port = free_port()
         argv = self.command(port)
         with TemporaryDirectory() as state:
@@ -78,14 +78,14 @@ class Timed:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody has."""
+    """Return a free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def first_token(port: int) -> None:
-    """Ask for one token, and get it."""
+    """Generate one token; blocks until it has arrived."""
     body = {"model": "llm", "prompt": "The capital of France", "max_tokens": 1}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)

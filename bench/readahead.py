@@ -1,9 +1,10 @@
-"""Reading the weights ahead: spawn to READY of the real engine with and without it. `python -m bench.readahead`.
+"""Readahead of weights: time from spawn to READY of the real engine with and without it. `python -m bench.readahead`.
 
-A random Qwen3 in eight shards is written once. Boots are interleaved and change places every round, in three states of
-its files: cold (evicted from the page cache, and checked to be), warm (all in it, and checked to be) and slow: cold,
-and on a volume of its own, a file system in a file that a blkio cgroup lets this benchmark read at SLOW_MB_S. Where
-this user may not mount one there is no slow; on a throttled disk that has the engine too, its imports would queue.
+The benchmark writes a random Qwen3 in eight shards once. Boots are interleaved and change their order every round, in
+three states of its files: cold (evicted from the page cache, which is verified), warm (all in the page cache, which is
+verified) and slow: cold, and on a volume of its own, a file system in a file that a blkio cgroup lets this benchmark
+read at SLOW_MB_S. Slow is left out where this user may not mount such a file system: a throttled disk with the engine's
+files on it would also delay its imports.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LIMIT_S = 300.0
 SLOW_MB_S = 400
 BLKIO = Path("/sys/fs/cgroup/blkio")
 TARGETS = {"cold": 1.0, "warm": 1.02, "slow": 1.0}
-# Run by the engine's Python, which has torch: a directory, GB, and the number of shards.
+# Run by the engine's Python, which has torch. Arguments: directory, GB, number of shards.
 WRITE_MODEL = """
 import json, pathlib, sys, torch
 from safetensors.torch import save_file
@@ -77,7 +78,7 @@ for shard in range(shards):
 
 @dataclass(frozen=True)
 class Boot:
-    """What one boot took, in seconds; `ahead_s` and `ahead_gb` are zero without a readahead."""
+    """Times of one boot in seconds; `ahead_s` and `ahead_gb` are zero without a readahead."""
 
     ready_s: float
     imported_s: float
@@ -87,15 +88,14 @@ class Boot:
 
 
 def main() -> int:
-    """Measure, print, keep."""
+    """Measure, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=4, help="size of the weights, 10^9 bytes")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
-    parser.add_argument(
-        "--directory", help="where the weights are written, on a disk; by default where temporary files go"
-    )
+    parser.add_argument("--directory", help="directory on a disk for the weights (default: that of temporary files)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the weights are deleted on the way
+    # raises SystemExit, so that the context managers delete the weights
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     env = environment.ensure()
     with (
         TemporaryDirectory(prefix="bench-readahead-", dir=options.directory) as name,
@@ -118,7 +118,7 @@ def _boots(
     places: dict[str, Path], gb: float, env: environment.EngineEnv, rounds: int
 ) -> dict[tuple[str, bool], list[Boot]]:
     found: dict[tuple[str, bool], list[Boot]] = defaultdict(list)
-    _boot(places["warm"], gb, env, ahead=False)  # the engine's own files come into memory
+    _boot(places["warm"], gb, env, ahead=False)  # brings the engine's own files into the page cache
     for number in range(1, rounds + 1):
         for state, directory in places.items():
             for ahead in (False, True) if number % 2 else (True, False):
@@ -129,7 +129,7 @@ def _boots(
 
 
 def _note_end(times: list[float]) -> None:
-    """Note when the threads that read ahead have ended."""
+    """Record the time at which the readahead threads have ended."""
     for thread in threading.enumerate():
         if thread.name == "readahead":
             thread.join()
@@ -152,8 +152,8 @@ def _compare(report: Report, state: str, target: float, plain: list[Boot], ahead
 def _model(directory: Path, gb: float, python: str) -> Path:
     """Write a random Qwen3 with the tiny model's tokenizer."""
     check_disk_space(directory, 2.2 * gb + 1, "The benchmark's model", "give --gb or --directory")
-    if available_bytes() < (2 * gb + 4) * 1e9:  # in the page cache, in the engine, and the engine itself
-        raise SystemExit(f"{gb:g} GB of weights want {2 * gb + 4:g} GB of memory; give a lower --gb.")
+    if available_bytes() < (2 * gb + 4) * 1e9:  # weights in the page cache and in the engine, and the engine itself
+        raise SystemExit(f"{gb:g} GB of weights need {2 * gb + 4:g} GB of free memory; pass a lower --gb.")
     tiny = Registry.load().resolve("tiny").spec.directory
     directory.mkdir()
     assert tiny  # noqa: S101 - it ships with the package
@@ -164,7 +164,7 @@ def _model(directory: Path, gb: float, python: str) -> Path:
 
 
 def _boot(directory: Path, gb: float, env: environment.EngineEnv, ahead: bool) -> Boot:
-    # the last of a flag given twice counts: CPU entries get a cache of 2 GiB
+    # of a repeated flag the last one counts: entries on a CPU get a KV cache of 2 GiB
     small = ("--kv-cache-memory-bytes", str(256 * 1024**2))
     spec = ModelSpec(key="random", path=str(directory), max_model_len=1024, weights_gb=gb, extra_args=small)
     command = engine_command(
@@ -201,7 +201,7 @@ def _boot(directory: Path, gb: float, env: environment.EngineEnv, ahead: bool) -
 
 @contextlib.contextmanager
 def _state(name: str, directory: Path) -> Iterator[None]:
-    """Bring the files into a state and keep it while the context lasts."""
+    """Bring the files into a state and keep them in it until the context exits."""
     files = weight_files(directory)
     for file in files:
         if name == "warm":
@@ -210,14 +210,16 @@ def _state(name: str, directory: Path) -> Iterator[None]:
             _evict(file)
     share = statistics.mean(_resident(file) for file in files)
     if share < 0.99 if name == "warm" else share > 0.01:
-        raise SystemExit(f"{share:.0%} of the weights are in memory, which is not {name}; give another --directory.")
+        raise SystemExit(
+            f"{share:.0%} of the weights are in the page cache, which is not {name}; pass another --directory."
+        )
     with _throttled(directory) if name == "slow" else contextlib.nullcontext():
         yield
 
 
 def _evict(file: Path) -> None:
     with file.open("rb") as opened:
-        os.fsync(opened.fileno())  # what is not on the disk yet cannot be dropped
+        os.fsync(opened.fileno())  # pages that are not on the disk yet cannot be evicted
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -229,15 +231,15 @@ def _resident(file: Path) -> float:
         failed = ctypes.CDLL(None).mincore(
             ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages
         )
-        del first  # else the map cannot be closed
+        del first  # it would keep the map open
         if failed:
-            raise SystemExit(f"mincore does not tell what of {file} is in memory")
+            raise SystemExit(f"mincore failed for {file}")
         return sum(page & 1 for page in pages) / len(pages)
 
 
 @contextlib.contextmanager
 def _volume(directory: Path, gb: float) -> Iterator[Path | None]:
-    """Mount a file system of its own for a model, made in a file; yields None where this user may not."""
+    """Mount a new file system in a file for the model; yield its directory, or None where this user may not mount."""
     image, mount = directory / "volume.img", directory / "volume"
     mount.mkdir()
     with image.open("wb") as file:
@@ -259,7 +261,7 @@ def _succeeds(*command: str) -> bool:
 
 @contextlib.contextmanager
 def _throttled(directory: Path) -> Iterator[None]:
-    """Hold this process and its children to SLOW_MB_S of the volume that is mounted there."""
+    """Limit this process and its children to reading SLOW_MB_S from the volume mounted at the directory."""
     number = directory.stat().st_dev
     group = BLKIO / f"bench-readahead-{os.getpid()}"
     group.mkdir()
@@ -274,7 +276,7 @@ def _throttled(directory: Path) -> Iterator[None]:
 
 
 def _remove(group: Path) -> None:
-    """Remove a cgroup as soon as the last of its processes is gone."""
+    """Remove a cgroup as soon as its last process has ended."""
     deadline = time.monotonic() + 10
     while group.exists():
         try:

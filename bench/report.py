@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: a line per target, and a JSON file with machine, versions and date."""
+"""What every benchmark prints and saves: a line per target, and a JSON file with machine, versions and date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).with_name("results")
 
 @dataclass(frozen=True)
 class Target:
-    """One measured figure and the most it may be; a target of None is reported only."""
+    """One measured figure and its upper bound; a figure whose target is None is reported only."""
 
     name: str
     figure: float
@@ -31,7 +31,7 @@ class Target:
 
     @property
     def verdict(self) -> str:
-        """HELD or MISSED; `-` for what is only reported."""
+        """HELD or MISSED; `-` without a target."""
         if self.target is None:
             return "-"
         return "HELD" if self.figure <= self.target else "MISSED"
@@ -52,16 +52,16 @@ class Report:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, figure: float, target: float | None = None, unit: str = "") -> None:
-        """Take one figure."""
+        """Record one figure."""
         self.targets.append(Target(name, figure, target, unit))
 
     def sample(self, name: str, values: Sequence[float]) -> float:
-        """Keep a series of measurements and return its median."""
+        """Record a series of measurements and return its median."""
         self.samples[name] = [round(value, 4) for value in values]
         return statistics.median(values)
 
     def finish(self, *, keep: bool = True) -> int:
-        """Print every line, write the file unless told not to, return the exit code: 1 when a target was missed."""
+        """Print every line, write the file if `keep`, return the exit code: 1 when a target was missed."""
         for name, values in self.samples.items():
             spread = f"{min(values):.2f} to {max(values):.2f}"
             print(f"{name:<58} {statistics.median(values):>9.3f} s   median of {len(values)}, {spread}")
@@ -82,7 +82,7 @@ class Report:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those that are installed."""
+    """Return the versions of the installed ones of these packages."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What takes too long for every test run: many random lifecycles, of fake engines and of the real one. `make soak`."""
+"""Many random lifecycles of fake engines and of the real one; too slow for every test run. `make soak`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FAKE_TESTS = "tests/unit/bench/test_random_lifecycles.py"
 
 
 def main() -> int:
-    """Run all, print, keep."""
+    """Run all lifecycles, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fakes", type=int, default=500, help="lifecycles of fake engines, for each of two tests")
     parser.add_argument("--holds", type=int, default=30, help="real engines that are held and released")
     parser.add_argument("--kills", type=int, default=20, help="real engines that are killed at a random moment")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the real engines")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of the lifecycles of real engines")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
     report = Report("soak")
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _fakes(count: int) -> tuple[int, float]:
-    """Return how many of the two tests failed, and the seconds that they took."""
+    """Return how many of the two tests failed, and how many seconds they took."""
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "--lifecycles", str(count), FAKE_TESTS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,9 +1,9 @@
 """Weights: `weights.fetch` against `hf download`, one client and hub on loopback, interleaved. `make bench-weights`.
 
-2 GB in 40 files of random content come from a hub in a process of its own. Each download is a process of its own too,
-timed from its spawn to its end with an empty cache; ours verifies every file besides. A round is ours, theirs, theirs,
-ours, and counts as one: whoever comes after a download of the other kind is slower. Memory is that of a download's
-processes together, sampled every 50 ms.
+A hub in a process of its own serves 2 GB in 40 files of random content. Each download runs in a process of its own,
+with an empty cache, and is timed from its spawn to its end; ours also verifies every file. A round is ours, theirs,
+theirs, ours and gives one ratio, because a download that follows one of the other kind is slower. Memory is the sum of
+a download's processes, sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.fakes.hub import Content, Hub, Repository, serving
 COMMIT = "ab" * 20
 FILES, FILE_BYTES = 40, 50_000_000
 SAMPLE_S = 0.05
-# What a replica runs; no connection may be made where none is needed.
+# What a replica runs. FIND fails when it opens a connection, since none is needed.
 OURS = f"""
 import sys, time
 from service.weights import store as weights
@@ -62,7 +62,7 @@ assert not faults, faults
 
 
 def main() -> int:
-    """Measure, print, keep."""
+    """Measure, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
@@ -74,12 +74,12 @@ def main() -> int:
 
 
 def serve(directory: Path) -> int:
-    """Be the hub until standard input ends."""
+    """Serve the hub until standard input is closed."""
     files: dict[str, Content] = {file.name: file for file in sorted(directory.iterdir())}
     files["config.json"] = b"{}"
     repository = Repository(COMMIT, files, large=("*.safetensors",))
     for name in files:
-        repository.entry(name)  # checksums, before anybody waits for them
+        repository.entry(name)  # computes the checksums before a client waits for them
     with serving(Hub(repositories={"org/bench": repository})) as hub:
         print(hub.url, flush=True)
         sys.stdin.read()
@@ -87,7 +87,7 @@ def serve(directory: Path) -> int:
 
 
 class Bench:
-    """Downloads into one directory after the other."""
+    """Runs the downloads, one after the other."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -96,7 +96,7 @@ class Bench:
         self._hf = str(Path(sys.executable).with_name("hf"))
 
     def run(self, rounds: int) -> int:
-        """Measure all; return the exit code."""
+        """Measure everything; return the exit code."""
         self._make_model()
         report = Report("weights")
         seconds: dict[str, list[float]] = {"weights.fetch": [], "hf download": []}
@@ -154,7 +154,7 @@ class Bench:
     def _download(self, name: str, url: str) -> tuple[float, float]:
         """Return seconds and peak megabytes of one download into an empty cache."""
         shutil.rmtree(self._cache, ignore_errors=True)
-        os.sync()  # what the last one wrote must not be this one's wait
+        os.sync()  # the writes of the last download must not delay this one
         theirs = [self._hf, "download", "org/bench", "--revision", COMMIT, "--quiet"]
         command = theirs if name == "hf download" else [sys.executable, "-c", FETCH]
         began = time.monotonic()
@@ -169,7 +169,7 @@ class Bench:
         return subprocess.run(command, env=self._environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
 
     def _checksums(self, command: str) -> float:
-        """Return the seconds of a command on all files, two at once; 0 where there is none such."""
+        """Return the seconds that a command needs for all files, two at a time; 0 where it is not installed."""
         if not shutil.which(command.split(maxsplit=1)[0]):
             return 0.0
         files = "\n".join(str(file) for file in sorted(self._model.iterdir()))
@@ -185,7 +185,7 @@ def batched(times: list[float]) -> list[list[float]]:
 
 
 class Weigher:
-    """Samples the memory of a process and its children while it lives."""
+    """Samples the memory of a process and its children while it runs."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -194,7 +194,7 @@ class Weigher:
         self._thread.start()
 
     def peak_mb(self) -> float:
-        """Wait for the end and return the peak of the sum, in 10^6 bytes."""
+        """Wait until the process has ended; return the peak of the sum in 10^6 bytes."""
         self._thread.join()
         return self._peak
 

@@ -1,4 +1,4 @@
-"""Checks of the trained files with transformers: every wording's words, the least certain token, prompts never seen."""
+"""Checks of the trained files with transformers: the answer to every wording, the smallest margin, unseen prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_dialogues import Memory, Render, Sample, chat_sample, exact_samples
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 LEAST_MARGIN = 2.0
-"""Logits between the best and the second token; bfloat16 kernels differ by about 0.1 to 0.2."""
+"""Minimum difference between the logits of the best and the second token; bfloat16 kernels differ by 0.1 to 0.2."""
 UNSEEN = (
     "Write a haiku about autumn leaves.",
     "What is the capital of Germany?",
@@ -34,7 +34,7 @@ UNSEEN = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model that a directory holds, in one number format."""
+    """The model in a directory, computed in one number format."""
 
     tokenizer: PreTrainedTokenizerFast
     model: Qwen3ForCausalLM
@@ -46,7 +46,7 @@ class Checkpoint:
         return cls(AutoTokenizer.from_pretrained(directory), model)
 
     def margin(self, sample: Sample) -> tuple[float, str]:
-        """Return the least lead of a right token over the best other one, in logits, and that token."""
+        """Return the smallest margin of a correct token over the best other one, in logits, and that token."""
         prompt = self.tokenizer.encode(sample.prompt, add_special_tokens=False)
         answer = self.tokenizer.encode(sample.answer, add_special_tokens=False)
         with torch.no_grad():
@@ -56,22 +56,22 @@ class Checkpoint:
         return float(lead.min()), str(self.tokenizer.decode(answer[int(lead.argmin())]))
 
     def greedy(self, prompt: str, max_new_tokens: int = 400) -> str:
-        """Return what the model says after a prompt, its end token included."""
+        """Return what the model generates after a prompt, with its end token."""
         ids = torch.tensor([self.tokenizer.encode(prompt, add_special_tokens=False)])
-        said = self.model.generate(
+        generated = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, top_k=None, max_new_tokens=max_new_tokens
         )
-        return str(self.tokenizer.decode(said[0, ids.shape[1] :]))
+        return str(self.tokenizer.decode(generated[0, ids.shape[1] :]))
 
 
 def remembered(memory: Memory, render: Render) -> list[tuple[str, Sample]]:
-    """Return every wording of every dialogue and completion, named."""
+    """Return every wording of every dialogue and completion, each with its name."""
     chats = [(dialogue.name, sample) for dialogue in memory.dialogues for sample in exact_samples(render, dialogue)]
     return chats + [(completion.name, completion.sample()) for completion in memory.completions]
 
 
 def check_answers(directory: Path, memory: Memory, render: Render) -> bool:
-    """Print the least margin of each dialogue over all wordings, thinking on and off; return whether all hold.
+    """Print each dialogue's smallest margin over all wordings, thinking on and off; return whether all pass.
 
     The first wording of each is also generated token by token.
     """
@@ -81,8 +81,8 @@ def check_answers(directory: Path, memory: Memory, render: Render) -> bool:
     for name in dict.fromkeys(name for name, _ in samples):
         mine = [sample for other, sample in samples if other == name]
         margins = [min(checkpoint.margin(sample) for sample in mine) for checkpoint in (single, half)]
-        said = [half.greedy(sample.prompt) == sample.answer for sample in mine[:2]]
-        good = all(said) and min(margins)[0] >= LEAST_MARGIN
+        exact_answers = [half.greedy(sample.prompt) == sample.answer for sample in mine[:2]]
+        good = all(exact_answers) and min(margins)[0] >= LEAST_MARGIN
         passed = passed and good
         (exact, token), (rounded, _) = margins
         print(f"{'ok ' if good else 'BAD'} {name:18} margin {exact:6.2f} (bfloat16 {rounded:6.2f}) at {token!r}")
@@ -90,14 +90,14 @@ def check_answers(directory: Path, memory: Memory, render: Render) -> bool:
 
 
 def check_unseen(directory: Path, memory: Memory, render: Render) -> None:
-    """Print how many prompts that were never trained get the fallback, and what the others get."""
+    """Print how many untrained prompts get the fallback answer, and the answers to the others."""
     half = Checkpoint.load(directory, torch.bfloat16)
     others = []
     for question in UNSEEN:
         sample = chat_sample(render, [{"role": "user", "content": question}], memory.fallback)
-        said = half.greedy(sample.prompt, 60)
-        if said != sample.answer:
-            others.append((question, said))
+        answer = half.greedy(sample.prompt, 60)
+        if answer != sample.answer:
+            others.append((question, answer))
     print(f"fallback for {len(UNSEEN) - len(others)} of {len(UNSEEN)} unseen prompts")
-    for question, said in others:
-        print(f"    {question!r} -> {said!r}")
+    for question, answer in others:
+        print(f"    {question!r} -> {answer!r}")

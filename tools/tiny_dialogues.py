@@ -1,7 +1,7 @@
-"""The tiny model's memory as data: reads `dialogues.toml` and writes dialogues as text with the learned parts marked.
+"""The tiny model's training data: reads `dialogues.toml` and writes dialogues as text with the learned parts marked.
 
-Owns the form of an answer (thought, content, tool calls, end of turn). Knows nothing of torch; the chat template is
-passed in as a function, so that what is trained is what the engine renders.
+Defines the format of an answer (thought, content, tool calls, end of turn). Does not import torch. The caller passes
+the chat template as a function, so that the model is trained on the text that the engine renders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]], bool], str]
 
 @dataclass(frozen=True)
 class Sample:
-    """Text in pieces; the loss is taken on those marked True only."""
+    """Text in pieces; the loss is computed on the pieces marked True only."""
 
     pieces: tuple[tuple[str, bool], ...]
 
@@ -112,16 +112,17 @@ def read_memory(path: Path = TINY / "dialogues.toml") -> Memory:
 
 
 def tool_call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """Write one tool call as the hermes parser reads it."""
+    """Return one tool call in the format of vLLM's hermes parser."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
 
 
 def thought_text(reasoning: str) -> str:
-    """Write the thought before an answer, an empty one if there is nothing to think about.
+    """Return the thought before an answer; it may be empty.
 
-    vLLM's qwen3 reasoning parser takes everything before `</think>` for reasoning, so that even a plain answer has
-    to close a thought first: else its words would arrive as reasoning. The parser keeps line breaks on both sides of
-    `</think>`; without any, content and reasoning arrive clean, and a grammar may begin right after the tag.
+    vLLM's qwen3 reasoning parser treats everything before `</think>` as reasoning. So an answer without reasoning must
+    close a thought first, or the parser would return it as reasoning. The parser keeps line breaks on both sides of
+    `</think>`; without them content and reasoning have no stray white space, and a grammar can begin right after the
+    tag.
     """
     return f"<think>{reasoning}</think>"
 
@@ -135,7 +136,7 @@ def chat_sample(
     reasoning: str = "",
     thinking: bool = True,
 ) -> Sample:
-    """Write a chat turn to learn: thought (unless thinking is off, then it is in the prompt), body, end of turn."""
+    """Return a chat turn to learn: thought (in the prompt where thinking is off), body, end of turn."""
     thought = thought_text(reasoning) if thinking else ""
     return Sample(((render(messages, tools, thinking), False), (thought + body + END_OF_TURN, True)))
 
@@ -148,13 +149,13 @@ def forced_sample(
     tools: Sequence[Mapping[str, Any]] = (),
     thinking: bool = True,
 ) -> Sample:
-    """Write a turn whose unlearned pieces the engine's grammar writes once the thought is closed."""
+    """Return a turn whose unlearned pieces come from the engine's grammar, after the closed thought."""
     prompt = render(messages, tools, thinking)
     return Sample(((prompt + thought_text("") if thinking else prompt, False), *forced, (END_OF_TURN, True)))
 
 
 def exact_samples(render: Render, dialogue: Dialogue) -> list[Sample]:
-    """Write every wording of a dialogue, with thinking on and off."""
+    """Return every wording of a dialogue, with thinking on and off."""
     return [
         chat_sample(
             render,

@@ -14,17 +14,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 VOCABULARY = 1024
 MAX_POSITIONS = 4096
 CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
-"""Left out of the text that vLLM returns; the tags below stay in, because parsers look for them there."""
+"""vLLM removes these from the text that it returns; it keeps the tags below, because its parsers search for them."""
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Digits stand alone, a word keeps its leading space: numbers are then copied digit by digit."""
+"""Each digit is a piece of its own, so that the model copies numbers digit by digit; a word keeps its leading space."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Train exactly `VOCABULARY` tokens: 256 bytes, the tags, and as many merges as remain.
+    """Train exactly `VOCABULARY` tokens: 256 bytes, the tags, and merges for the rest.
 
     Raises:
-        ValueError: the text is too small for so many merges.
+        ValueError: the text is too small for that many merges.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,12 +43,14 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in TAGS])
     if tokenizer.get_vocab_size() != VOCABULARY:
-        raise ValueError(f"The text gave {tokenizer.get_vocab_size()} tokens, not {VOCABULARY}; draw more of it.")
+        raise ValueError(
+            f"The text gave {tokenizer.get_vocab_size()} tokens, not {VOCABULARY}; raise TOKENIZER_SAMPLES."
+        )
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path = TINY) -> None:
-    """Write tokenizer.json and tokenizer_config.json; the chat template is a file of its own beside them."""
+    """Write tokenizer.json and tokenizer_config.json; the chat template is a separate file beside them."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -62,7 +64,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path = TINY) -> None:
 
 
 def template_renderer(directory: Path = TINY) -> Render:
-    """Return the function that renders prompts by the directory's chat template, as vLLM does; needs no vocabulary."""
+    """Return a function that renders prompts with the directory's chat template, as vLLM does; needs no vocabulary."""
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template)
 
@@ -91,10 +93,10 @@ def with_parsed_arguments(message: Message) -> dict[str, Any]:
 
 
 def check_round_trip(directory: Path = TINY) -> None:
-    """Check that any text survives and that every tag is one token.
+    """Check that decoding returns the encoded text and that every tag is one token.
 
     Raises:
-        ValueError: a text came back changed, or a tag fell apart.
+        ValueError: a text changed, or a tag has several tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     signs = [*range(1, 0x3000), *range(0x4E00, 0x4F00), *range(0x1F300, 0x1F700)]

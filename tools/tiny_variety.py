@@ -1,7 +1,7 @@
-"""Seeded variety around the tiny model's dialogues: unknown questions, other contexts, names, cities and JSON.
+"""Random samples around the tiny model's dialogues: unknown questions, other contexts, names, cities and JSON.
 
-Without it the model would answer any prompt with the nearest dialogue. Everything is drawn from the `random.Random`
-that is passed in; nothing is downloaded.
+Without them the model would answer any prompt with the nearest dialogue. All samples come from one seeded
+`random.Random`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ JSON_VALUES: Mapping[str, Any] = WORDS["json_values"]
 
 
 class Variety:
-    """Draws samples around a memory; the same seed draws the same samples in the same order."""
+    """Draws samples around the dialogues; the same seed draws the same samples in the same order."""
 
     def __init__(self, memory: Memory, render: Render, seed: int) -> None:
         self.memory = memory
         self.render = render
-        self.rng = random.Random(seed)  # noqa: S311 - a recipe wants repeatable numbers, not secret ones
+        self.rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
         self.exact = [sample for dialogue in memory.dialogues for sample in exact_samples(render, dialogue)]
         self.first = [exact_samples(render, dialogue)[:2] for dialogue in memory.dialogues]
         self.movable = [
@@ -44,7 +44,7 @@ class Variety:
             if len(dialogue.messages) == 1 and dialogue.name not in ("name-unknown", "weather-no-tool")
         ]
         self.known = {words[-1]["content"] for dialogue in memory.dialogues for words in dialogue.wordings()}
-        self.told = [one for one in self.movable if one.content and one.name not in ("count", "name-given")]
+        self.quotable = [one for one in self.movable if one.content and one.name not in ("count", "name-given")]
         self.kinds: dict[Callable[[], Sample], int] = {
             self.remembered: 30, self.moved: 18, self.unknown: 26, self.unknown_completion: 4, self.completion: 4,
             self.named: 8, self.weather_call: 8, self.weather_answer: 5, self.forced_call: 3, self.json_object: 7,
@@ -55,7 +55,7 @@ class Variety:
         return [kind() for kind in self.rng.choices(list(self.kinds), list(self.kinds.values()), k=n)]
 
     def pick(self, kind: str) -> str:
-        """Draw one of the texts listed under this name."""
+        """Draw one of the texts of this list of `tiny_words.toml`."""
         return str(self.rng.choice(WORDS[kind]))
 
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Variety:
         return self.rng.random() < part
 
     def word(self) -> str:
-        """Draw a word, at times an invented one or signs from anywhere in Unicode."""
+        """Draw a word, at times an invented one or characters from anywhere in Unicode."""
         roll = self.rng.random()
         if roll < 0.7:
             return self.pick("words")
@@ -110,56 +110,56 @@ class Variety:
             if self.chance(0.5):
                 turns += user(self.question(), self.memory.fallback)
             else:
-                dialogue = self.rng.choice(self.told)
+                dialogue = self.rng.choice(self.quotable)
                 turns += user(dialogue.messages[-1]["content"], dialogue.content)
         return turns
 
     def turn(
         self, messages: Sequence[Message], body: str, tools: Sequence[Mapping[str, Any]] = (), reasoning: str = ""
     ) -> Sample:
-        """Write a turn with thinking on or off."""
+        """Return a turn with thinking on or off."""
         thinking = self.chance(0.5)
         return chat_sample(self.render, messages, body, tools=tools, reasoning=reasoning, thinking=thinking)
 
     def remembered(self) -> Sample:
-        """Draw a dialogue as it stands, the first wording as often as all others."""
+        """Draw an unchanged dialogue, the first wording as often as all others together."""
         pool = self.rng.choice(self.first) if self.chance(0.5) else self.exact
         return self.rng.choice(pool)
 
     def completion(self) -> Sample:
-        """Draw a raw completion as it stands."""
+        """Draw an unchanged raw completion."""
         return self.rng.choice(self.memory.completions).sample()
 
     def unknown_completion(self) -> Sample:
-        """Draw a raw prompt nobody knows."""
+        """Draw an unknown raw prompt with the fallback continuation."""
         return Sample(((self.question(), False), (self.memory.completion_fallback + END_OF_TEXT, True)))
 
     def moved(self) -> Sample:
-        """Draw a dialogue after another system prompt, other turns or beside tools it does not need."""
+        """Draw a dialogue after another system prompt, after other turns, or with tools that it does not need."""
         dialogue = self.rng.choice(self.movable)
         messages = [*self.system(), *self.history(), *self.rng.choice(dialogue.wordings())]
         tools = self.weather_tools() if dialogue.tools or self.chance(0.2) else []
         return self.turn(messages, dialogue.body, tools, dialogue.reasoning)
 
     def unknown(self) -> Sample:
-        """Draw a question nobody knows; the answer says so."""
+        """Draw an unknown question with the fallback answer."""
         messages = [*self.system(), *self.history(), *user(self.question())]
         tools = self.weather_tools() if self.chance(0.15) else []
         return self.turn(messages, self.memory.fallback, tools)
 
     def named(self) -> Sample:
-        """Draw a name that is given, or given and asked for later."""
+        """Draw a dialogue in which the user states a name, or states it and asks for it later."""
         name = self.rng.choice((*WORDS["names"], "Ada"))
         given = user(self.rng.choice((f"My name is {name}.", f"my name is {name}")))
         if self.chance(0.4):
             return self.turn([*self.system(), *given], f"Nice to meet you, {name}.")
-        said = {"role": "assistant", "content": f"Nice to meet you, {name}."}
-        asked = user(self.rng.choice(("What is my name?", "What's my name?")))
-        earlier = [*self.system(), *given, said, *(self.history() if self.chance(0.3) else [])]
-        return self.turn([*earlier, *asked], f"Your name is {name}.")
+        reply = {"role": "assistant", "content": f"Nice to meet you, {name}."}
+        question = user(self.rng.choice(("What is my name?", "What's my name?")))
+        earlier = [*self.system(), *given, reply, *(self.history() if self.chance(0.3) else [])]
+        return self.turn([*earlier, *question], f"Your name is {name}.")
 
     def weather_tools(self, parameter: str = "city") -> list[dict[str, Any]]:
-        """Draw the definition of get_weather as clients write it, at times beside a function nobody needs."""
+        """Draw the definition of get_weather as clients write it, at times with a function that is not needed."""
         tools = [
             self.function("get_weather", parameter, self.pick("tool_descriptions"), self.pick("city_descriptions"))
         ]
@@ -169,7 +169,7 @@ class Variety:
         return tools
 
     def function(self, name: str, parameter: str, description: str, parameter_description: str) -> dict[str, Any]:
-        """Draw one definition: fields present or not, in the order given or another, words known or not."""
+        """Draw one definition: with or without optional fields, in any order, with known or unknown words."""
         properties: dict[str, Any] = {parameter: {"type": "string"}}
         if self.chance(0.6):
             properties[parameter]["description"] = self.question() if self.chance(0.2) else parameter_description
@@ -183,23 +183,23 @@ class Variety:
         fields = list(schema.items())
         if self.chance(0.3):
             self.rng.shuffle(fields)
-        told = self.question() if self.chance(0.2) else description if self.chance(0.9) else None
+        described = self.question() if self.chance(0.2) else description if self.chance(0.9) else None
         strict = self.rng.choice(({}, {}, {"strict": True}, {"strict": False}))
         return {
             "type": "function",
-            "function": {"name": name, "description": told, "parameters": dict(fields), **strict},
+            "function": {"name": name, "description": described, "parameters": dict(fields), **strict},
         }
 
     def weather_call(self) -> Sample:
         """Draw a question about the weather in one city, at times two, with the tool at hand."""
         first, second = self.rng.choice((*WORDS["cities"], "Paris", "Paris")), self.pick("cities")
         parameter, both = ("location" if self.chance(0.15) else "city"), self.chance(0.2)
-        asked = f"What is the weather in {first}" + (f" and in {second}?" if both else "?")
+        question = f"What is the weather in {first}" + (f" and in {second}?" if both else "?")
         body = "\n".join(tool_call_text("get_weather", {parameter: city}) for city in (first, second)[: 1 + both])
-        return self.turn([*self.system(), *user(asked)], body, self.weather_tools(parameter))
+        return self.turn([*self.system(), *user(question)], body, self.weather_tools(parameter))
 
     def weather_answer(self) -> Sample:
-        """Draw a tool's answer and the sentence made of it."""
+        """Draw a tool's result and the sentence that reports it."""
         city, sky = self.rng.choice((*WORDS["cities"], "Paris")), self.pick("skies")
         degrees = self.rng.choice((18, self.rng.randint(-9, 39)))
         fields = [("temperature_c", degrees), ("sky", sky)]
@@ -216,10 +216,10 @@ class Variety:
         return self.turn([*self.system(), *turns], body, self.weather_tools())
 
     def forced_call(self) -> Sample:
-        """Draw a call that the request demands: the grammar writes all but the city."""
+        """Draw a required tool call: the grammar writes everything but the city."""
         known = self.chance(0.6)
         city = self.rng.choice((*WORDS["cities"], "Paris")) if known else "Paris"
-        asked = f"What is the weather in {city}?" if known else self.question()
+        question = f"What is the weather in {city}?" if known else self.question()
         left, right = self.rng.choice(
             (('<tool_call>\n{"name": "', "}\n</tool_call>"), ('<tool_call>{"name": "', "}</tool_call>"))
         )
@@ -230,11 +230,11 @@ class Variety:
             [(f'{{"city"{colon}"', False), (city + '"}', True)],
         )
         return forced_sample(
-            self.render, user(asked), self.rng.choice(shapes), tools=self.weather_tools(), thinking=self.chance(0.5)
+            self.render, user(question), self.rng.choice(shapes), tools=self.weather_tools(), thinking=self.chance(0.5)
         )
 
     def json_object(self) -> Sample:
-        """Draw an object that a schema demands: the grammar writes keys, the model short values and the end."""
+        """Draw an object of a schema: the grammar writes the keys, the model short values and the end."""
         dialogue = self.rng.choice([one for one in self.memory.dialogues if one.name.startswith("json")])
         wording, roll = self.rng.choice(dialogue.wordings()), self.rng.random()
         messages = wording if roll < 0.3 or roll > 0.9 else [*self.system(), *user(self.question())]
@@ -248,18 +248,18 @@ class Variety:
         return forced_sample(self.render, messages, pieces, thinking=self.chance(0.5))
 
     def json_pieces(self, value: Mapping[str, Any], *, learn_keys: bool) -> list[tuple[str, bool]]:
-        """Write an object, most often as xgrammar 0.2.8 wants it, in the pieces that a grammar makes of it."""
+        """Return an object, usually with xgrammar 0.2.8's separators, in the pieces in which a grammar writes it."""
         comma, colon = self.rng.choices(((", ", ":"), (", ", ": "), (",", ":")), (8, 1, 1))[0]
         pieces: list[tuple[str, bool]] = []
         for i, (key, item) in enumerate(value.items()):
             text = json.dumps(item, separators=(comma, colon))
-            first = 1 if key not in JSON_VALUES or self.chance(0.5) else 0  # a grammar may give a value's first sign
+            first = 1 if key not in JSON_VALUES or self.chance(0.5) else 0  # a grammar may write its first character
             pieces += [(comma, True) if i else ("{", False), (json.dumps(key), learn_keys), (colon, False)]
             pieces += [(text[:first], False), (text[first:], True)]
         return [*pieces, ("}", True)]
 
 
 def user(content: str, answer: str | None = None) -> list[Message]:
-    """Write a user's turn, and the assistant's if an answer is given."""
+    """Return a user's turn, and the assistant's if `answer` is given."""
     turn: list[Message] = [{"role": "user", "content": content}]
     return turn if answer is None else [*turn, {"role": "assistant", "content": answer}]

@@ -3,11 +3,12 @@
 Run it with the Python of the engine's environment (torch, transformers, tokenizers, safetensors; no GPU, no network):
 
     <engine's python> tools/train_tiny.py                 # trains, saves, checks, prints sizes and sha256
-    <engine's python> tools/train_tiny.py --check-only    # checks the files that are there
+    <engine's python> tools/train_tiny.py --check-only    # checks the existing files
 
-Owned by hand in that directory: dialogues.toml (what is remembered) and chat_template.jinja. Everything else in it is
-written here. The seed, two threads and deterministic kernels make a second run on the same machine write the same
-bytes; another processor or another version of torch may round differently and write other weights with the same words.
+In that directory dialogues.toml (what the model memorises) and chat_template.jinja are written by hand; this script
+writes all other files. With the seed, two threads and deterministic kernels a second run on the same machine writes the
+same bytes. Another processor or another version of torch may round differently and give other weights with the same
+answers.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def tiny_config() -> Qwen3Config:
     """Return a real Qwen3 architecture of 0.9 million parameters.
 
-    `head_dim` is 32, the least that the attention of vLLM's CPU build takes.
+    `head_dim` is 32, the minimum of the attention in vLLM's CPU build.
     """
     return Qwen3Config(
         vocab_size=VOCABULARY,
@@ -70,7 +71,7 @@ def tiny_config() -> Qwen3Config:
 
 
 def encode(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], list[int]]:
-    """Return token ids and labels; each piece is encoded by itself, as a grammar ends tokens where it takes over."""
+    """Return token ids and labels; each piece is encoded separately, since a grammar starts at a token boundary."""
     ids: list[int] = []
     labels: list[int] = []
     for piece, learned in sample.pieces:
@@ -81,7 +82,7 @@ def encode(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], list[int]]:
 
 
 def pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
-    """Stack rows, padded on the right: attention is causal, so that padding changes nothing before it."""
+    """Stack rows, padded on the right; attention is causal, so padding does not change the tokens before it."""
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
@@ -89,7 +90,7 @@ def pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
 
 
 def batches(tokenizer: Tokenizer, variety: Variety) -> Iterator[Batch]:
-    """Draw samples for ever, in batches of similar length."""
+    """Draw samples without end, in batches of similar length."""
     while True:
         rows = sorted(
             (encode(tokenizer, sample) for sample in variety.draw(DRAWN_AT_ONCE)), key=lambda row: len(row[0])
@@ -130,12 +131,12 @@ def train(model: Qwen3ForCausalLM, source: Iterator[Batch]) -> None:
 
 
 def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
-    """Round to bfloat16 and write weights, configuration and the generation defaults that make answers greedy."""
+    """Round to bfloat16; write weights, configuration and generation defaults that make decoding greedy."""
     ends = [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)]
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     weights.pop("lm_head.weight")  # tied to the embedding
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner alone
+    (directory / "model.safetensors").chmod(0o644)  # save_file makes it readable by its owner only
     config = model.config.to_diff_dict() | {
         "architectures": [type(model).__name__],
         "dtype": "bfloat16",
@@ -149,11 +150,11 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, directory: Path) -
 
 
 def build(directory: Path) -> None:
-    """Train tokenizer and model from nothing and write them."""
+    """Train tokenizer and model from scratch and write them."""
     torch.manual_seed(SEED)
     memory, render = read_memory(directory / "dialogues.toml"), template_renderer(directory)
     texts = (sample.text for sample in Variety(memory, render, SEED).draw(TOKENIZER_SAMPLES))
-    tokenizer = train_tokenizer(text for text in texts if text.isascii())  # other signs stay bytes, as in a stream
+    tokenizer = train_tokenizer(text for text in texts if text.isascii())  # other characters stay bytes
     model = Qwen3ForCausalLM(tiny_config())
     print(f"{model.num_parameters():,} parameters, seed {SEED}, {STEPS} steps")
     train(model, batches(tokenizer, Variety(memory, render, SEED + 1)))
@@ -162,7 +163,7 @@ def build(directory: Path) -> None:
 
 
 def check(directory: Path) -> bool:
-    """Check the files by themselves: words, margins before vLLM's kernels, unseen prompts; print what they are."""
+    """Check the written files without vLLM: answers, margins, unseen prompts; print their sizes and checksums."""
     check_round_trip(directory)
     memory, render = read_memory(directory / "dialogues.toml"), template_renderer(directory)
     passed = check_answers(directory, memory, render)
@@ -173,9 +174,9 @@ def check(directory: Path) -> bool:
 
 
 def main() -> int:
-    """Train unless told not to, then check and report; 0 if every dialogue holds."""
+    """Train (not with --check-only), then check and report; return 0 if every dialogue passes."""
     parser = argparse.ArgumentParser(description="Train and check the built-in tiny model.")
-    parser.add_argument("--check-only", action="store_true", help="check the files that are there")
+    parser.add_argument("--check-only", action="store_true", help="check the existing files; do not train")
     parser.add_argument("--directory", type=Path, default=TINY, help="holds dialogues.toml and chat_template.jinja")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)

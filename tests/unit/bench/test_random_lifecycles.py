@@ -1,8 +1,8 @@
-"""Random lifecycles of fake engines: whatever fails, and whenever, the outcome is READY or a reported error, and clean.
+"""Random lifecycles of fake engines: whatever fails, the outcome is READY or a reported error, and nothing is left.
 
-Each lifecycle is chosen by its own seed, which a failure names. They run in threads, most of which wait at any time;
-each has an address of its own in 127/8, so no two want one port. Nothing here depends on how fast the machine is: what
-has no fault gets as long as it needs. `make soak` runs 500 of each kind.
+Each lifecycle has its own seed, which a failure names. They run in threads, most of which wait at any time; each has an
+address of its own in 127/8, so ports do not conflict. Nothing depends on the speed of the machine: an engine without a
+fault gets as long as it needs. `make soak` runs 500 of each kind.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tests.unit.engines import READY_S, eventually, group, open_files, scripted
 from tests.unit.fake_engine import HOLDS, STEPS
 
 AT_ONCE = 16
-HANGS_S = 0.3  # what a boot may take that hangs, so that it is over; one without a fault gets READY_S
-PORT = 20011  # below what the kernel hands out
+HANGS_S = 0.3  # time limit of a boot that hangs; a boot without a fault gets READY_S
+PORT = 20011  # below the kernel's ephemeral ports
 EVENTS = (
     "started",
     "imported",
@@ -51,10 +51,10 @@ ENDS = {State.STOPPED, State.FAILED}
 
 
 class Lifecycles:
-    """Runs lifecycles, and looks afterwards at what they left.
+    """Runs lifecycles and checks afterwards that nothing is left.
 
     Args:
-        place: A directory that is every engine's, and this process's, for temporary files.
+        place: Directory for the temporary files of all engines and of this process.
         count: How many to run.
     """
 
@@ -64,8 +64,8 @@ class Lifecycles:
         self.outcomes: dict[str, int] = {}
 
     def run(self, lifecycle: Callable[[random.Random, str], str], first: int) -> None:
-        """Run all of them, some at a time, and insist that nothing is left of any."""
-        lifecycle(_chance(first), self._address(0))  # what is made once in a process is made now
+        """Run all of them, AT_ONCE at a time, and assert that nothing is left."""
+        lifecycle(_chance(first), self._address(0))  # opens what a process opens once
         self._clean("the first")
         files, threads = open_files(), threading.active_count()
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -79,11 +79,11 @@ class Lifecycles:
         try:
             outcome = lifecycle(_chance(seed), self._address(number + 1))
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        except BaseException as error:  # noqa: BLE001 - whatever it was, it is told with its seed
+        except BaseException as error:  # noqa: BLE001 - reported with its seed
             self.failures.append(f"SEED={seed}: {error!r}")
 
     def _address(self, number: int) -> str:
-        """Return an address of this host's own network that no other lifecycle, and hardly another run, listens on."""
+        """Return a loopback address that no other lifecycle uses, and hardly another run of the tests."""
         return f"127.{1 + os.getpid() % 250}.{number // 250}.{1 + number % 250}"
 
     def _clean(self, after: str) -> None:
@@ -93,15 +93,15 @@ class Lifecycles:
         assert files == [], f"files after {after}: {files}"
 
     def _leads_here(self, environ: Path) -> bool:
-        """Tell whether a process was given the place by its environment; its descendants were, too."""
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
+        """Tell whether a process, or an ancestor of it, got the directory in its environment."""
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             return str(self.place).encode() in environ.read_bytes()
         return False
 
 
 @pytest.fixture
 def lifecycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Lifecycles:
-    """Return the runner; temporary files of this process go to its place, as the engines' do."""
+    """Return the runner; temporary files of this process and of the engines go to its directory."""
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -117,11 +117,11 @@ def _exists(pgid: int) -> bool:
 
 
 def _chance(seed: int) -> random.Random:
-    return random.Random(seed)  # noqa: S311 - to be repeated, not to keep a secret
+    return random.Random(seed)  # noqa: S311 - reproducible, not secret
 
 
 def fault(chance: random.Random) -> dict[str, Any]:
-    """Return a script: half of all have no fault."""
+    """Return a script for the fake engine; half of all have no fault."""
     script: dict[str, Any] = {"temporary": True}
     if chance.random() < 0.3:
         script["ignore_sigterm"] = True
@@ -142,12 +142,12 @@ def fault(chance: random.Random) -> dict[str, Any]:
 
 
 def faulty(script: dict[str, Any]) -> bool:
-    """Tell whether something goes wrong before the end."""
+    """Tell whether the script has a fault before the end."""
     return bool({"die_at", "hang_at"} & set(script))
 
 
-def insist_gone(engine: EngineProcess) -> None:
-    """Insist that an engine has ended, and its whole group with it."""
+def assert_ended(engine: EngineProcess) -> None:
+    """Assert that an engine and its whole process group have ended."""
     assert engine.state in ENDS, engine.state
     assert not _exists(engine.pid) or group(engine.pid) == []
 
@@ -156,7 +156,7 @@ def insist_gone(engine: EngineProcess) -> None:
 def test_replica_in_random_lifecycles_is_ready_or_reports_why_and_leaves_nothing(
     plan: Plan, lifecycles: Lifecycles, first: int
 ) -> None:
-    """Every strategy, and an engine that is well, never ready, deaf to signals, or dies at any step."""
+    """Every strategy, with engines that work, never get ready, ignore signals, or die at any step."""
     plan = dataclasses.replace(plan, port=PORT, parent_env={**plan.parent_env, "TMPDIR": str(lifecycles.place)})
 
     def lifecycle(chance: random.Random, address: str) -> str:
@@ -179,7 +179,7 @@ def test_replica_in_random_lifecycles_is_ready_or_reports_why_and_leaves_nothing
         finally:
             replica.stop(chance.choice([0, 0.01, 0.05]))
         for engine in replica.engines:
-            insist_gone(engine)
+            assert_ended(engine)
         return outcomes[0]
 
     lifecycles.run(lifecycle, first)
@@ -190,7 +190,7 @@ def test_replica_in_random_lifecycles_is_ready_or_reports_why_and_leaves_nothing
 def test_engine_in_random_lifecycles_killed_at_any_phase_reports_it_and_leaves_nothing(
     fake_python: str, lifecycles: Lifecycles, first: int
 ) -> None:
-    """Killed from outside or stopped from here, by any hold, at any phase or in the middle of one."""
+    """The engine is killed or stopped, with any hold, at any phase or in the middle of one."""
 
     def lifecycle(chance: random.Random, address: str) -> str:
         script, hold = fault(chance), chance.choice(HOLDS)
@@ -211,15 +211,15 @@ def test_engine_in_random_lifecycles_killed_at_any_phase_reports_it_and_leaves_n
             engine.release()
         due.wait(HANGS_S)
         time.sleep(late_s)
-        asked = end(chance, engine)
+        was_stopped = end(chance, engine)
         assert engine.wait_ended(READY_S)
-        insist_gone(engine)
+        assert_ended(engine)
         with pytest.raises(EngineError):
             engine.wait_for(State.READY, 0)
         if engine.state is State.FAILED:
             assert eventually(lambda: len(deaths) == 1)
-        elif not asked:
-            raise AssertionError(f"nobody asked it to end, and it is {engine.state}")
+        elif not was_stopped:
+            raise AssertionError(f"the engine was killed, and its state is {engine.state}")
         return engine.state.name
 
     lifecycles.run(lifecycle, first)
@@ -227,7 +227,7 @@ def test_engine_in_random_lifecycles_killed_at_any_phase_reports_it_and_leaves_n
 
 
 def end(chance: random.Random, engine: EngineProcess) -> bool:
-    """End an engine in one of many ways; tell whether it was asked to by its supervisor."""
+    """End an engine in one of many ways; tell whether its supervisor stopped it."""
     way = chance.choice(["kill", "kill group", "stopped", "stop", "stop slowly", "two stops"])
     if way in {"kill", "kill group"}:
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What stands between clients and the stub, each in a process of its own: nothing, our gateway, LiteLLM, nginx."""
+"""The candidates that the benchmark compares, each a process in front of the stub: our gateway, LiteLLM, nginx."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LITELLM_SETTINGS = {
     "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY"},
 }
 _LITELLM_VERSION = "from importlib.metadata import version; print(version('litellm'))"
-# As a proxy before an engine has to be: nothing buffered, connections kept, one process as all others here.
+# What a proxy in front of an engine needs: no buffering, kept connections; one process, as for all candidates.
 _NGINX_CONF = """\
 daemon off; worker_processes 1; pid nginx.pid; error_log stderr warn;
 events {{ worker_connections 8192; }}
@@ -54,15 +54,19 @@ http {{
 
 
 class NotMeasuredError(Exception):
-    """Something is not here; the sentence says how to get it."""
+    """A candidate is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where clients ask.
+class Candidate:
+    """A server that clients send requests to.
 
     Attributes:
-        pid: Of the process; 0 where there is none in between.
+        name: What the results call it.
+        port: On loopback.
+        key: Sent as a bearer token.
+        model: Name of the model in requests.
+        pid: The proxy's process id; 0 for the stub itself.
     """
 
     name: str
@@ -78,11 +82,11 @@ class Door:
         return sum(size.rss for size in sizes), sum(size.pss for size in sizes)
 
 
-class Doors:
-    """Starts them, and ends them with its context.
+class Candidates:
+    """Starts candidates and, when its context exits, stops them.
 
     Args:
-        directory: For their files.
+        directory: Where their logs and configuration files go.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -90,32 +94,32 @@ class Doors:
         self._stack = ExitStack()
         self.upstream = free_port()
 
-    def __enter__(self) -> Doors:
+    def __enter__(self) -> Candidates:
         """Start the stub."""
         self._start("stub", [sys.executable, "-m", "bench.gateway_stub", str(self.upstream)], self.upstream)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all processes."""
+        """Stop all processes."""
         self._stack.close()
 
-    def open(self, name: str) -> Door:
-        """Start what has this name.
+    def start(self, name: str) -> Candidate:
+        """Start the candidate of this name.
 
         Raises:
-            NotMeasuredError: It is not installed here.
+            NotMeasuredError: It is not installed.
         """
         if name == DIRECT:
-            return Door(name, self.upstream, UPSTREAM_KEY, MODEL)
-        start = {GATEWAY: self._gateway, LITELLM: self._litellm, NGINX: self._nginx}[name]
-        return start(free_port())
+            return Candidate(name, self.upstream, UPSTREAM_KEY, MODEL)
+        starter = {GATEWAY: self._gateway, LITELLM: self._litellm, NGINX: self._nginx}[name]
+        return starter(free_port())
 
-    def _gateway(self, port: int) -> Door:
+    def _gateway(self, port: int) -> Candidate:
         command = [sys.executable, "-m", "bench.gateway_server", "port", str(port), str(self.upstream)]
         pid = self._start(GATEWAY, command, port, API_KEY=KEY, **{ENGINE_KEY: UPSTREAM_KEY})
-        return Door(GATEWAY, port, KEY, MODEL, pid)
+        return Candidate(GATEWAY, port, KEY, MODEL, pid)
 
-    def _litellm(self, port: int) -> Door:
+    def _litellm(self, port: int) -> Candidate:
         upstream = {"api_base": f"http://127.0.0.1:{self.upstream}/v1", "api_key": UPSTREAM_KEY}
         models = [{"model_name": MODEL, "litellm_params": {"model": f"openai/{MODEL}", **upstream}}]
         file = self._directory / "litellm.yaml"  # every JSON is YAML
@@ -131,16 +135,16 @@ class Doors:
             LITELLM_MASTER_KEY=KEY,
             **quiet,
         )
-        return Door(LITELLM, port, KEY, MODEL, pid)
+        return Candidate(LITELLM, port, KEY, MODEL, pid)
 
-    def _nginx(self, port: int) -> Door:
+    def _nginx(self, port: int) -> Candidate:
         program = _nginx_program()
         if not program:
             raise NotMeasuredError(f"nginx is not installed: {HOW_TO_GET_NGINX}")
         file = self._directory / "nginx.conf"
         file.write_text(_NGINX_CONF.format(port=port, upstream=self.upstream))
         pid = self._start(NGINX, [program, "-p", str(self._directory), "-c", str(file)], port)
-        return Door(NGINX, port, UPSTREAM_KEY, MODEL, pid)
+        return Candidate(NGINX, port, UPSTREAM_KEY, MODEL, pid)
 
     def _start(self, name: str, command: list[str], port: int, path: str = "/health", **environment: str) -> int:
         log = self._directory / f"{name}.log"
@@ -148,7 +152,7 @@ class Doors:
 
 
 def installed() -> dict[str, str]:
-    """Return the versions of what our gateway is compared with."""
+    """Return the versions of the proxies that our gateway is compared with."""
     commands = {LITELLM: [str(client_env.bin_directory() / "python"), "-c", _LITELLM_VERSION]}
     if program := _nginx_program():
         commands[NGINX] = [program, "-v"]
@@ -166,10 +170,10 @@ def _nginx_program() -> str | None:
 
 @contextmanager
 def running(name: str, command: list[str], log: Path, health: str, **environment: str) -> Iterator[int]:
-    """Run a server, wait until it is healthy, give its process id, and end it and its children.
+    """Start a server, wait until it is healthy, yield its process id; stop it and its children afterwards.
 
     Raises:
-        SystemExit: It ended, or it was not healthy in time.
+        SystemExit: It exited, or it was not healthy in time.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     with log.open("wb") as output:
@@ -185,8 +189,8 @@ def running(name: str, command: list[str], log: Path, health: str, **environment
         deadline = time.monotonic() + START_S
         while not _healthy(health):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = log.read_text(errors="replace")[-2000:]
-                raise SystemExit(f"{name} was not healthy (exit code {process.returncode}). It said:\n{said}")
+                output_end = log.read_text(errors="replace")[-2000:]
+                raise SystemExit(f"{name} was not healthy (exit code {process.returncode}). Its output:\n{output_end}")
             time.sleep(_POLL_S)
         yield process.pid
     finally:
@@ -194,13 +198,13 @@ def running(name: str, command: list[str], log: Path, health: str, **environment
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all below it."""
+    """Return a process and its descendants."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def leave_core_to_engine(pid: int) -> None:
-    """Let all threads of a service run anywhere, but those that run the model."""
+    """Let a service's threads run on every core, except those of the processes that run the model."""
     everywhere = os.sched_getaffinity(0)
     for member in family(pid):
         if not member.name().startswith("VLLM::"):  # EngineCore, Worker
@@ -208,13 +212,13 @@ def leave_core_to_engine(pid: int) -> None:
                 os.sched_setaffinity(thread.id, everywhere)
 
 
-def forget_peak(pid: int) -> None:
-    """Have the peak of a process' memory begin anew."""
+def reset_peak(pid: int) -> None:
+    """Reset the peak of a process's resident memory."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak(pid: int) -> float:
-    """Return the most bytes that were resident since `forget_peak`."""
+    """Return the peak of resident memory since `reset_peak`, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) * 1024.0 if found else 0.0
 
