@@ -16,7 +16,7 @@ from service.errors import UnknownModelError, UsageError
 from service.gateway.app import Door
 from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
 from service.gateway.process_limits import expect_many_streams
-from service.image import carrying, light_image
+from service.image import light_image, with_settings
 from service.registry.models import Registry
 from service.registry.tiers import check_weights
 from service.settings import Settings
@@ -95,7 +95,7 @@ app = modal.App(DEPLOYMENT.app_name)
 
 
 @app.function(
-    image=carrying(light_image(), DEPLOYMENT.settings, {}),
+    image=with_settings(light_image(), DEPLOYMENT.settings, {}),
     secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
     **DEPLOYMENT.function_options(),
 )

@@ -1,7 +1,7 @@
 """The container images: the engine's, with CUDA's compiler, from the lock of machines with a GPU; and the light one.
 
-The deployer's settings are the last layer: every variant sees them, and a changed setting rebuilds nothing else. A
-models file of the user's and the lock file beside it are mounted, not built in.
+The deployer's settings are the last layer: every variant reads them, and a changed setting rebuilds no other layer. The
+user's models file and the lock file beside it are mounted when a container starts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MODELS_FILE = "service-models.toml"  # in the container's home
 _FIRST_HUB_WITHOUT_HF_TRANSFER = 1
 
 
-def image(settings: Settings, spec: ModelSpec) -> modal.Image:
-    """Return the image for these settings.
+def engine_image(settings: Settings, spec: ModelSpec) -> modal.Image:
+    """Return the image of the containers with a GPU.
 
     Raises:
         RegistryError: The model is a directory of this machine, which no container has.
@@ -38,7 +38,7 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
                 f"{named or 'M'}odel '{spec.key}' is the directory {path} of this machine, which no container has.",
                 hint="Give its entry a hub_id to deploy it.",
             )
-    built = (
+    image = (
         modal.Image.from_registry(BASE, add_python=PYTHON)
         .entrypoint([])
         .uv_pip_install(
@@ -49,12 +49,12 @@ def image(settings: Settings, spec: ModelSpec) -> modal.Image:
     )
     transfer = transfer_env(pinned("engine-cuda.lock", "huggingface-hub"))
     if "HF_HUB_ENABLE_HF_TRANSFER" in transfer:
-        built = built.uv_pip_install("hf_transfer==0.1.9")
-    return carrying(built, settings, transfer)
+        image = image.uv_pip_install("hf_transfer==0.1.9")
+    return with_settings(image, settings, transfer)
 
 
 def light_image() -> modal.Image:
-    """Build the light environment from its lock: the engine is not in it, so that it is there in seconds."""
+    """Return the image with the light environment alone: without the engine a container of it starts in seconds."""
     return modal.Image.debian_slim(python_version=PYTHON).uv_pip_install(
         requirements=[str(PINS / "light.lock")],
         extra_options="--require-hashes --no-deps",
@@ -62,23 +62,23 @@ def light_image() -> modal.Image:
     )
 
 
-def carrying(built: modal.Image, settings: Settings, environment: Mapping[str, str]) -> modal.Image:
-    """Add the settings, as the container is to read them, with further variables, and the user's models file."""
+def with_settings(image: modal.Image, settings: Settings, environment: Mapping[str, str]) -> modal.Image:
+    """Return the image with settings and `environment` as variables, and with the user's models file and its lock."""
     if not settings.models_file:
-        return built.env({**environment, **settings.to_env()})
-    carried = settings.model_copy(update={"models_file": f"~/{MODELS_FILE}"})
-    built = built.env({**environment, **carried.to_env()})
+        return image.env({**environment, **settings.to_env()})
+    in_container = settings.model_copy(update={"models_file": f"~/{MODELS_FILE}"})
+    image = image.env({**environment, **in_container.to_env()})
     for local, remote in (
         (Path(settings.models_file).expanduser(), MODELS_FILE),
         (lock_file(settings.models_file), lock_file(MODELS_FILE).name),
     ):
         if local.exists():
-            built = built.add_local_file(local, f"/root/{remote}")
-    return built
+            image = image.add_local_file(local, f"/root/{remote}")
+    return image
 
 
 def transfer_env(hub_version: str) -> dict[str, str]:
-    """Return the variable that makes this huggingface_hub download at full speed."""
+    """Return the variable with which this version of huggingface_hub downloads at full speed."""
     if int(hub_version.partition(".")[0]) < _FIRST_HUB_WITHOUT_HF_TRANSFER:
         return {"HF_HUB_ENABLE_HF_TRANSFER": "1"}
     return {"HF_XET_HIGH_PERFORMANCE": "1"}

@@ -15,10 +15,10 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
     """Return digest (64 hexadecimal digits) -> name of the keys in `API_KEY` and `API_KEYS`; empty when none is set.
 
     `API_KEY` is one key, named `default`; `API_KEYS` is `name=key` pairs separated by commas. A key may be given as
-    `sha256:<hex>`. A name may stand several times: while keys are rotated the old and the new one are both its own.
+    `sha256:<hex>`. A name may have several keys: the old and the new one while they are rotated.
 
     Raises:
-        UsageError: A pair lacks name or key, two names share a key, a digest is cut. The sentence never holds a key.
+        UsageError: A pair lacks name or key, two names share a key, a digest is incomplete. It never contains a key.
     """
     found: dict[str, str] = {}
     if key := environ.get("API_KEY", "").strip():

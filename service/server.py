@@ -16,10 +16,10 @@ import modal.experimental
 
 from service.engine.environment import versions
 from service.errors import EngineError, ServiceError, UsageError
-from service.image import image
+from service.image import engine_image
 from service.keys import digests
 from service.modal_app import selftest
-from service.modal_app.client import in_modal_command, missing_hub_token
+from service.modal_app.client import in_modal_command, why_hub_secret_missing
 from service.modal_app.deployment import Deployment
 from service.modal_app.engine_client import request
 from service.modal_app.prefetch import weights_lease
@@ -30,8 +30,8 @@ from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_cac
 
 try:
     DEPLOYMENT = Deployment.resolve()
-    if in_modal_command():  # a mere import asks nobody
-        DEPLOYMENT = DEPLOYMENT.with_hub_token(missing_hub_token)
+    if in_modal_command():  # a plain import opens no connection
+        DEPLOYMENT = DEPLOYMENT.with_hub_secret(why_hub_secret_missing)
 except ServiceError as error:
     raise SystemExit(error.to_terminal()) from None
 SETTINGS = DEPLOYMENT.settings
@@ -43,7 +43,7 @@ app = modal.App(DEPLOYMENT.app_name)
 
 
 @app.cls(
-    image=image(SETTINGS, DEPLOYMENT.spec),
+    image=engine_image(SETTINGS, DEPLOYMENT.spec),
     volumes={**VOLUMES},
     secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
     **DEPLOYMENT.class_options(),

@@ -1,6 +1,6 @@
-"""Modal volumes: the caches that outlive replicas, and where they are mounted.
+"""Modal's volumes: the caches that outlive replicas, and where they are mounted.
 
-In the container they are addressed as `~/.cache/...`, which is where the programs that fill them look by themselves.
+In the container their paths begin with `~/.cache/`, the default of the programs that fill them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ def volumes(prefix: str | None = None) -> dict[str | PurePosixPath, modal.Volume
 
 
 def records_directory() -> Path:
-    """Return where boots are recorded, in the container."""
-    return _here(VLLM_CACHE) / DIRECTORY
+    """Return the directory of the boot records in the container."""
+    return _in_container(VLLM_CACHE) / DIRECTORY
 
 
 def compile_caches() -> dict[str, Path]:
-    """Return where the volume of each store of compile caches is, in the container."""
-    return {replica_compile_caches.VLLM: _here(VLLM_CACHE), replica_compile_caches.FLASHINFER: _here(FLASHINFER_CACHE)}
+    """Return store of compile caches -> the directory of its volume in the container."""
+    return {
+        replica_compile_caches.VLLM: _in_container(VLLM_CACHE),
+        replica_compile_caches.FLASHINFER: _in_container(FLASHINFER_CACHE),
+    }
 
 
-def _here(mount: str) -> Path:
+def _in_container(mount: str) -> Path:
     return Path.home() / PurePosixPath(mount).relative_to("/root")

@@ -1,4 +1,4 @@
-"""What the command line and a deploy ask of Modal. Refused: anything that a deployed class does by itself."""
+"""What the command line and a deploy request from Modal: boot records, prefetches, whether a secret exists."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import modal
 
 from service.boots.records import DIRECTORY, BootRecord, parse
 from service.errors import ServiceError
-from service.modal_app.deployment import no_hub_token
+from service.modal_app.deployment import missing_hub_secret
 from service.modal_app.prefetch import application
 from service.volumes import HUB_CACHE, VLLM_CACHE, volume_name
 from service.weights.prefetch import PrefetchEvent, PrefetchRequest
 
-_AT_A_TIME = 16  # a file is two round trips; hundreds of them one after the other would take a minute
+_READERS = 16  # a file takes two round trips; hundreds of them one after the other would take a minute
 
 
 def boots_volume(volume_prefix: str | None) -> str:
@@ -67,7 +67,7 @@ def _lines(volume: modal.Volume) -> list[bytes]:
         except (modal.exception.NotFoundError, FileNotFoundError):  # a replica has just removed it, or a directory
             return b""
 
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, paths))
 
 
@@ -79,13 +79,13 @@ def in_modal_command() -> bool:
     return click.get_current_context(silent=True) is not None
 
 
-def missing_hub_token(secret: str) -> str | None:
-    """Return why Modal has no such secret with HF_TOKEN, in its words; None when it has, or cannot be asked. Blocks."""
+def why_hub_secret_missing(secret: str) -> str | None:
+    """Return Modal's reason why it has no such secret with HF_TOKEN; None when it has, or cannot be reached. Blocks."""
     try:
         modal.Secret.from_name(secret, required_keys=["HF_TOKEN"]).hydrate()
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
         return " ".join(str(error).split())
-    except (modal.exception.Error, OSError):  # what the deploy itself fails at, and then says
+    except (modal.exception.Error, OSError):  # the deploy itself then fails with the reason
         return None
     return None
 
@@ -99,7 +99,7 @@ def prefetch(request: PrefetchRequest, secret: str | None, volume_prefix: str | 
         volume_prefix: What the volume's name begins with.
 
     Raises:
-        ServiceError: There is no account or no such secret, Modal cannot be reached, or a model cannot be had.
+        ServiceError: There is no account or no such secret, Modal cannot be reached, or a model cannot be fetched.
         KeyboardInterrupt: It was interrupted; the function has been ended.
     """
     app, function = application(secret, volume_prefix)
@@ -134,7 +134,7 @@ def _translate_errors(secret: str | None, volume: str) -> Iterator[None]:
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
         said = " ".join(str(error).split())
         if secret and secret in said:
-            raise no_hub_token(secret, said) from error
+            raise missing_hub_secret(secret, said) from error
         raise ServiceError(f"Modal refused to run the prefetch: {said}.") from error
     except (modal.exception.Error, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a deploy is to be, from settings and registry alone: app name, GPU, secrets, keyword arguments of the class."""
+"""Resolves a deploy from settings and registry: app name, GPU, secrets, keyword arguments of the class."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
     from service.weights.locks import Lock
 
-STARTUP_MARGIN_S = 60  # so that a boot which takes too long is ended, and explained, by us before Modal does
+STARTUP_MARGIN_S = 60  # a boot that takes too long is ended here, with its reason, before Modal ends the container
 DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """The resolved wishes of the deployer. Identical on the deployer's machine and in the container."""
+    """What a deploy publishes. Identical on the deployer's machine and in the container.
+
+    Attributes:
+        settings: With what the model's entry decides filled in.
+        registry: With the commits of the lock files.
+        spec: The default model.
+        tier: The GPUs of a replica.
+    """
 
     settings: Settings
     registry: Registry
@@ -61,20 +68,20 @@ class Deployment:
         )
         return cls(resolved, registry, spec, tier)
 
-    def with_hub_token(self, missing: Callable[[str], str | None]) -> Deployment:
-        """Attach the secret with the hub's token where any entry is gated: each model of the registry is served here.
+    def with_hub_secret(self, why_missing: Callable[[str], str | None]) -> Deployment:
+        """Attach the secret with HF_TOKEN where any entry is gated: a deploy serves every model of the registry.
 
         Args:
-            missing: Returns why Modal has no such secret with HF_TOKEN; None when it has.
+            why_missing: Returns why Modal has no secret of this name with HF_TOKEN; None when it has one.
 
         Raises:
             ServiceError: It is missing, and the default model is gated or the user named the secret.
         """
-        needed = self.settings.hub_secret
-        secret = needed or (DEFAULT_HUB_SECRET if any(spec.gated for spec in self.registry.specs.values()) else None)
-        if secret and (why := missing(secret)):
-            if needed:
-                raise no_hub_token(secret, why)
+        required = self.settings.hub_secret
+        secret = required or (DEFAULT_HUB_SECRET if any(spec.gated for spec in self.registry.specs.values()) else None)
+        if secret and (why := why_missing(secret)):
+            if required:
+                raise missing_hub_secret(secret, why)
             secret = None
         return replace(self, settings=self.settings.model_copy(update={"hub_secret": secret}))
 
@@ -95,7 +102,7 @@ class Deployment:
 
     @property
     def fast_boot(self) -> bool:
-        """Whether replicas skip compilation and CUDA graphs. Under a GPU snapshot both are paid once, so there not."""
+        """Whether replicas skip compilation and CUDA graphs. A GPU snapshot holds both, so under it they do not."""
         return bool(self.settings.fast_boot)
 
     @property
@@ -109,7 +116,7 @@ class Deployment:
         return found
 
     def class_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `@app.cls` that are plain values."""
+        """Return the keyword arguments of `@app.cls` that are plain values; what is unset keeps Modal's default."""
         s = self.settings
         options: dict[str, Any] = {
             "gpu": self.tier.request,
@@ -126,7 +133,7 @@ class Deployment:
         return {name: value for name, value in options.items() if value}
 
 
-def no_hub_token(secret: str, why: str) -> ServiceError:
+def missing_hub_secret(secret: str, why: str) -> ServiceError:
     """Return the error of a gated model whose secret is missing; `why` is Modal's reason."""
     return ServiceError(
         f"A gated model needs Modal's secret '{secret}', which is missing or has no HF_TOKEN: {why}.",

@@ -118,7 +118,7 @@ def test_deployment_with_a_gated_entry_attaches_the_hubs_secret_where_it_exists(
     fields: dict[str, str], there: set[str], secrets: dict[str, list[str]]
 ) -> None:
     """Whatever the default model is: the app serves every model of the registry; the container has the same."""
-    here = resolve(**fields).with_hub_token(lambda name: None if name in there else "not found")
+    here = resolve(**fields).with_hub_secret(lambda name: None if name in there else "not found")
 
     assert here.secrets == Deployment.resolve(here.settings.to_env()).secrets == secrets
 
@@ -132,7 +132,7 @@ def test_deployment_without_the_hubs_secret_that_it_needs_names_the_command(
 ) -> None:
     """It is needed where the default model is gated, or the user has named it."""
     with pytest.raises(ServiceError) as caught:
-        resolve(**fields).with_hub_token(lambda name: f"Secret '{name}' not found")
+        resolve(**fields).with_hub_secret(lambda name: f"Secret '{name}' not found")
 
     assert f"Secret '{secret}' not found. Create it: modal secret create {secret} HF_TOKEN=<token>" in str(caught.value)
 
@@ -145,7 +145,7 @@ def test_deployment_of_a_registry_without_gated_models_asks_for_no_secret() -> N
     def missing(_: str) -> str:
         raise AssertionError("nothing of it is needed")
 
-    assert dataclasses.replace(deployment, registry=registry).with_hub_token(missing).secrets == {}
+    assert dataclasses.replace(deployment, registry=registry).with_hub_secret(missing).secrets == {}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_image_switches_on_the_transfer_that_the_pinned_client_honours(version: 
 def test_image_of_a_directory_of_this_machine_is_refused() -> None:
     """No container has it."""
     with pytest.raises(RegistryError, match=r"'mine' is the directory /models/mine of this machine.*hub_id"):
-        image.image(Settings(), ModelSpec(key="mine", path="/models/mine"))
+        image.engine_image(Settings(), ModelSpec(key="mine", path="/models/mine"))
 
 
 def test_image_takes_a_models_file_from_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_image_takes_a_models_file_from_the_home_directory(monkeypatch: pytest.M
 
     monkeypatch.setattr(modal.Image, "add_local_file", add)
     deployment = resolve(models_file="~/models.toml")
-    image.image(deployment.settings, deployment.spec)
+    image.engine_image(deployment.settings, deployment.spec)
 
     assert added == [str(tmp_path / "models.toml")]
 

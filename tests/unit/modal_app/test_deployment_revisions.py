@@ -109,11 +109,11 @@ def test_image_carries_the_lock_file(models: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(modal.Image, "add_local_file", add)
     lock = models.with_name("models.lock.toml")
     settings = Settings(models_file=str(models))
-    image.image(settings, deployment(models).spec)
+    image.engine_image(settings, deployment(models).spec)
     assert list(added) == ["/root/service-models.toml"]
 
     revisions.record(lock, {"org/mine": A})
-    image.image(settings, deployment(models).spec)
+    image.engine_image(settings, deployment(models).spec)
     assert added == {"/root/service-models.toml": str(models), "/root/service-models.lock.toml": str(lock)}
     assert revisions.lock_file("/root/service-models.toml") == Path("/root/service-models.lock.toml")
 
@@ -124,4 +124,4 @@ def test_image_of_an_adapter_of_this_machine_is_refused() -> None:
         {"key": "mine", "hub_id": "org/mine", "adapters": ({"name": "one", "path": "/adapters/one"},)}
     )
     with pytest.raises(RegistryError, match=r"Adapter 'one' of model 'mine' is the directory /adapters/one.*hub_id"):
-        image.image(Settings(), spec)
+        image.engine_image(Settings(), spec)

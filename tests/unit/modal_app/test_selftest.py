@@ -1,8 +1,9 @@
-"""The built-in test of `modal run`, with a service that the test plays; and one request to an engine by HTTP."""
+"""The self-test of `modal run` against a fake service; and one request to an engine over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -128,7 +129,7 @@ def test_selftest_with_a_proxy_token_streams_over_the_web(
     assert (method, path, headers["Modal-Key"], headers["Modal-Secret"]) == (
         *("POST", "/v1/chat/completions", "wk-t0p", "ws-t0p"),
     )
-    assert b'"stream": true' in body
+    assert json.loads(body)["stream"] is True
     out = capsys.readouterr().out
     assert "Arr!" in out
     assert "t0p" not in out
