@@ -19,8 +19,8 @@ from unittest import mock
 
 from service import keys
 from service.gateway import local_server
-from service.gateway.clients import load_keyring
-from service.gateway.local_pool import Engine, Machine
+from service.gateway.clients import load_clients
+from service.gateway.local_pool import EngineHandle, LocalScheduler
 from service.gateway.metrics import Metrics
 from service.local import serve as local_serve
 from service.ports import bound_port
@@ -48,18 +48,18 @@ def serve(port: int, upstream: int) -> None:
     """Serve until SIGTERM."""
     registry = Registry.load()
     spec = registry.resolve(MODEL).spec
-    machine = Machine(_nothing, _never, free_memory=lambda: 0, needs_memory=lambda _: 0, idle_s=86_400)
-    machine.pool(spec).adopt(Upstream(), upstream, os.environ[ENGINE_KEY])
-    keyring = load_keyring(os.environ, keys.digests(os.environ), registry, MODEL)
+    scheduler = LocalScheduler(_nothing, _never, free_memory=lambda: 0, needs_memory=lambda _: 0, idle_s=86_400)
+    scheduler.pool(spec).attach(Upstream(), upstream, os.environ[ENGINE_KEY])
+    clients = load_clients(os.environ, keys.digests(os.environ), registry, MODEL)
     with (
         bound_port("127.0.0.1", port) as address,
         local_serve.line_writer(Path(os.devnull)) as access,
     ):
-        door = local_server.door(
-            registry, spec, machine, keyring, Metrics(access), python=sys.executable, settings=Settings.load()
+        app = local_server.create_local_app(
+            registry, spec, scheduler, clients, Metrics(access), python=sys.executable, settings=Settings.load()
         )
-        listener = local_server.Listener(door, address, machine, on_open=_ready, on_drain=lambda: None)
-        listener.run((signal.SIGTERM,))
+        server = local_server.LocalServer(app, address, scheduler, on_open=_ready, on_drain=lambda: None)
+        server.run((signal.SIGTERM,))
 
 
 def up(engine: int) -> None:
@@ -79,7 +79,7 @@ def _ready() -> None:
     pass
 
 
-def _never(*_: object) -> Engine:
+def _never(*_: object) -> EngineHandle:
     raise AssertionError("the only engine already runs")
 
 

@@ -1,106 +1,89 @@
 """Wiring of the public gateway to Modal: `modal deploy -m service.gateway_app` publishes `serve` of app `vllm-gateway`.
 
-It has no GPU and starts none for a stranger. One container has all requests: limits of a key are counted, and the one
-wake of a pool is shared, in its process. Keys are read after a restore: the application of a snapshot has none.
+It has no GPU, and no request without a key starts one. One container has all requests: limits of a key are counted, and
+the one wake of a pool is shared, in its process. Keys are read after a restore, so that no snapshot contains them.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Mapping
 
 import modal
 
-from service.errors import UnknownModelError, UsageError
-from service.gateway.app import Door
-from service.gateway.modal_pool import PROXY_SECRET, modal_gateway, tier_for
-from service.gateway.process_limits import expect_many_streams
+from service import keys
+from service.errors import SettingsError, UsageError
+from service.gateway.app import Gateway, create_app
+from service.gateway.clients import load_clients
+from service.gateway.metrics import Metrics
+from service.gateway.modal_pool import PROXY_SECRET, Tiers
+from service.gateway.process_limits import raise_process_limits
+from service.gateway.router import ModelRouter
 from service.image import light_image, with_settings
+from service.modal_app.gateway_deployment import GatewayDeployment
 from service.registry.models import Registry
-from service.registry.tiers import check_weights
 from service.settings import Settings
-from service.weights import revisions
 
-APP = "vllm-gateway"
 MAX_INPUTS = 1000  # the most that Modal gives one container
-CPU, MEMORY_MB = 1.0, 1024
-SCALEDOWN_WINDOW_S = 300  # idle it costs next to nothing; the first client after it waits for a container
-STARTUP_TIMEOUT_S = 120
 
 
-@dataclass(frozen=True)
-class DoorDeployment:
-    """The resolved wishes of the deployer. Identical on the deployer's machine and in the container."""
+def create_modal_app(settings: Settings, registry: Registry, environ: Mapping[str, str]) -> Gateway:
+    """Return the gateway to the deployed tiers; keys and proxy token are read from `environ`, keys kept as digests.
 
-    settings: Settings
-    registry: Registry
+    Raises:
+        UsageError: No key is configured, or the proxy token is missing.
+    """
+    digests = keys.digests(environ)
+    if not digests:
+        raise UsageError(
+            f"Secret '{settings.keys_secret}' has neither API_KEY nor API_KEYS, and without a key anybody could wake "
+            "GPUs.",
+            hint=f"Put one in: modal secret create --force {settings.keys_secret} API_KEY=<key>.",
+        )
+    metrics = Metrics(_write_line)
+    tiers = Tiers(settings, _proxy_headers(settings, environ), metrics.count_wake)
+    clients = load_clients(environ, digests, registry, settings.model)
+    return create_app(ModelRouter(registry, settings.model, tiers.pool), clients, metrics, hold_s=settings.hold_s)
 
-    @classmethod
-    def resolve(cls) -> DoorDeployment:
-        """Read settings and registry.
 
-        What the settings say of replicas (`min_containers`, `max_inputs`, `snapshot`, …) is for the tiers' own deploys.
+def _proxy_headers(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that Modal's proxy needs in front of the tiers; none where the engines check keys."""
+    if settings.direct_auth == "keys":
+        return {}
+    try:
+        return {"Modal-Key": environ["MODAL_KEY"], "Modal-Secret": environ["MODAL_SECRET"]}
+    except KeyError as error:
+        raise SettingsError(
+            f"Secret '{PROXY_SECRET}' has no {error.args[0]}.",
+            hint="Make a token with 'modal workspace proxy-tokens create' and keep it: "
+            f"modal secret create {PROXY_SECRET} MODAL_KEY=wk-… MODAL_SECRET=ws-…",
+        ) from None
 
-        Raises:
-            UsageError: A setting, the models file or the default model is wrong, or that does not fit on its tier.
-        """
-        settings = Settings.load()
-        registry = revisions.registry(settings.models_file)
-        try:
-            choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
-        except UnknownModelError as error:
-            raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
-        check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
-        return cls(settings, registry)
 
-    @property
-    def app_name(self) -> str:
-        """Name of the app: beside an app that `SERVICE_APP` names, that name with `-gateway` behind it."""
-        return f"{self.settings.app}-gateway" if self.settings.app else APP
-
-    @property
-    def secrets(self) -> dict[str, list[str]]:
-        """Name -> required keys of the secrets that the container gets."""
-        # Of the keys' secret nothing is required: it has API_KEY or API_KEYS, and that is checked at the start.
-        found: dict[str, list[str]] = {self.settings.keys_secret: []}
-        if self.settings.direct_auth == "proxy":
-            found[PROXY_SECRET] = ["MODAL_KEY", "MODAL_SECRET"]
-        return found
-
-    def function_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `@app.function` that are plain values."""
-        options: dict[str, Any] = {
-            "cpu": CPU,
-            "memory": MEMORY_MB,
-            "max_containers": 1,
-            "scaledown_window": SCALEDOWN_WINDOW_S,
-            "startup_timeout": STARTUP_TIMEOUT_S,
-            "timeout": self.settings.request_timeout_s,
-            "region": self.settings.region,  # near its tiers
-            "enable_memory_snapshot": True,
-        }
-        return {name: value for name, value in options.items() if value is not None}
+def _write_line(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 try:
-    DEPLOYMENT = DoorDeployment.resolve()
+    DEPLOYMENT = GatewayDeployment.resolve()
 except UsageError as error:
     raise SystemExit(error.to_terminal()) from None
 
 if not modal.is_local():
-    expect_many_streams()  # in the container, and before its checkpoint: it takes 35 ms, which no wake should
+    raise_process_limits()  # in the container, and before its checkpoint: it takes 35 ms, which no wake should
 
 app = modal.App(DEPLOYMENT.app_name)
 
 
 @app.function(
     image=with_settings(light_image(), DEPLOYMENT.settings, {}),
-    secrets=[modal.Secret.from_name(name, required_keys=keys) for name, keys in DEPLOYMENT.secrets.items()],
+    secrets=[modal.Secret.from_name(name, required_keys=required) for name, required in DEPLOYMENT.secrets.items()],
     **DEPLOYMENT.function_options(),
 )
 @modal.concurrent(max_inputs=MAX_INPUTS)
 @modal.asgi_app()
-def serve() -> Door:
+def serve() -> Gateway:
     """Return the gateway as an ASGI application."""
-    return modal_gateway(DEPLOYMENT.settings, DEPLOYMENT.registry, os.environ)
+    return create_modal_app(DEPLOYMENT.settings, DEPLOYMENT.registry, os.environ)

@@ -1,19 +1,19 @@
-"""Errors that a request ends with; `http_contract` has their shapes."""
+"""Errors that a request is answered with; `http_contract` has their shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from service.in_engine.vllm_service import http_contract
-from service.in_engine.vllm_service.http_contract import Route
+from service.in_engine.vllm_service.http_contract import ApiRoute
 
 
-class Refusal(Exception):  # noqa: N818 - it is an answer, and most are the client's doing
-    """A request that ends here, with a status and a sentence for its client; never a secret or content in it.
+class APIError(Exception):
+    """Ends a request with a status and a message for its client; the message holds no secret and no content.
 
     Args:
         status: HTTP status.
-        message: What, the actual value, what was expected, the next step.
+        message: What happened, the actual value, what was expected, the next step.
         kind: OpenAI's `type` of the error.
         code: OpenAI's `code`, a word that programs can test.
         param: The field of the body that is at fault.
@@ -46,25 +46,25 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, and most are the clie
         return http_contract.error_fields(self.message, self.kind, self.code, self.param)
 
 
-def find_route(method: str, path: str) -> Route:
+def find_route(method: str, path: str) -> ApiRoute:
     """Return the route of a request.
 
     Raises:
-        Refusal: 404 or 405, there is none.
+        APIError: 404 or 405: there is none.
     """
     routes = http_contract.routes_at(path)
     if not routes:
-        raise Refusal(404, http_contract.no_route(path), kind="not_found_error")
+        raise APIError(404, http_contract.no_route(path), kind="not_found_error")
     route = routes.get(method) or (routes.get("GET") if method == "HEAD" else None)
     if route is None or (method == "HEAD" and route.model_from and not route.is_own_without_model):
         allowed = ", ".join(sorted(routes))
-        raise Refusal(405, http_contract.not_allowed(method, path, routes), headers={"Allow": allowed})
+        raise APIError(405, http_contract.not_allowed(method, path, routes), headers={"Allow": allowed})
     return route
 
 
-def unauthorized() -> Refusal:
-    """Return the answer to a request without a valid key."""
-    return Refusal(
+def unauthorized() -> APIError:
+    """Return the error of a request without a valid key."""
+    return APIError(
         401,
         "A valid API key is needed: send 'Authorization: Bearer <key>' (or 'x-api-key: <key>').",
         kind="authentication_error",
@@ -73,7 +73,7 @@ def unauthorized() -> Refusal:
     )
 
 
-def unavailable(message: str, code: str, retry_after_s: float) -> Refusal:
-    """Return the answer to a request that cannot be served now: 503, and when to come again."""
+def unavailable(message: str, code: str, retry_after_s: float) -> APIError:
+    """Return the error of a request that cannot be served now: 503, with the time after which to retry."""
     headers = {"Retry-After": str(round(retry_after_s))}
-    return Refusal(503, message, kind="server_error", code=code, headers=headers)
+    return APIError(503, message, kind="server_error", code=code, headers=headers)

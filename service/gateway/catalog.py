@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from service.gateway.metrics import Metrics
 from service.gateway.pool import Pool, State
-from service.gateway.router import Directory
+from service.gateway.router import ModelRouter
 from service.in_engine.vllm_service import http_contract
 from service.in_engine.vllm_service.http_contract import HEALTHY, JSON
 from service.registry.models import DEFAULT_ALIAS
@@ -41,7 +41,7 @@ class Catalog:
         metrics: What `/metrics` shows.
     """
 
-    def __init__(self, router: Directory, metrics: Metrics) -> None:
+    def __init__(self, router: ModelRouter, metrics: Metrics) -> None:
         self._router, self._metrics = router, metrics
 
     def routes(self) -> list[Route]:
@@ -70,13 +70,13 @@ class Catalog:
         return Response(openapi(), media_type=JSON)
 
 
-async def list_models(router: Directory) -> bytes:
+async def list_models(router: ModelRouter) -> bytes:
     """Return the answer of `GET /v1/models`: a list in OpenAI's shape, with further fields an entry.
 
     `state` is `cold`, `waking`, `ready` or `not_deployed`; `dollars_per_hour` is one replica's, null on this machine.
     """
-    pools = router.own()
-    states = await asyncio.gather(*(pool.observe() for pool in pools))
+    pools = router.default_pools()
+    states = await asyncio.gather(*(pool.probe() for pool in pools))
     entries = [_entry(DEFAULT_ALIAS, pools[0], states[0])]
     for pool, state in zip(pools, states, strict=True):
         key = pool.spec.key
@@ -95,13 +95,13 @@ def _entry(name: str, pool: Pool, state: State) -> dict[str, object]:
         "root": spec.hub_id or spec.key,
         "parent": None,
         "max_model_len": spec.max_model_len,
-        "gpu": pool.place,
+        "gpu": pool.location,
         "dollars_per_hour": pool.dollars_per_hour,
         "state": state,
     }
 
 
-def docs(router: Directory) -> bytes:
+def docs(router: ModelRouter) -> bytes:
     """Return a page for people."""
     routes = "".join(
         f"<tr><td><code>{route.method} {route.path}</code><td>{html.escape(route.summary)}" for route in _routes()
@@ -127,7 +127,7 @@ def openapi() -> bytes:
     ).encode()
 
 
-def _operation(route: http_contract.Route) -> dict[str, object]:
+def _operation(route: http_contract.ApiRoute) -> dict[str, object]:
     json_body = {"content": {JSON: {"schema": {"type": "object"}}}}
     operation: dict[str, object] = {"summary": route.summary, "responses": {"200": {"description": "OK"}}}
     if route.model_from == "body":
@@ -140,6 +140,6 @@ def _operation(route: http_contract.Route) -> dict[str, object]:
     return operation if route.needs_key else operation | {"security": []}
 
 
-def _routes() -> Iterator[http_contract.Route]:
+def _routes() -> Iterator[http_contract.ApiRoute]:
     for methods in http_contract.ROUTES.values():
         yield from methods.values()

@@ -1,4 +1,4 @@
-"""Who may come in, for which models, how often and how many at once."""
+"""API clients: their keys, the models they may use, and their limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import UnknownModelError, UsageError, did_you_mean
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.in_engine.vllm_service import http_contract
 from service.keys import digest
 from service.registry.models import Registry
 from service.validation import explain
 
-ANONYMOUS = "anonymous"  # whom requests are counted under where no key is asked for
+ANONYMOUS = "anonymous"  # the name that requests are counted under where none needs a key
 _MINUTE_S = 60.0
 
 
 class KeyLimits(BaseModel):
-    """What `API_LIMITS` says of one name; what is left out is unlimited."""
+    """The limits of one name in `API_LIMITS`; a limit that is left out does not apply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -32,12 +32,12 @@ class KeyLimits(BaseModel):
     concurrency: int | None = Field(None, ge=1)
 
 
-class Client:
-    """The holder of a key: its name, its limits, and what it is using of them.
+class ApiClient:
+    """An API client: its name, its limits, and how much of them it is using.
 
     Args:
-        name: What it is called in metrics and access lines.
-        limits: What it may.
+        name: Its name in metrics and request log.
+        limits: How much it may use.
         models: Keys of the models it may use; None: all.
         clock: Seconds, for tests.
     """
@@ -52,15 +52,15 @@ class Client:
         self.name, self.models = name, models
         self._limits = limits or KeyLimits()
         self._clock = clock
-        self._began: deque[float] = deque()  # of the last minute
+        self._began: deque[float] = deque()  # start times of the last minute's requests
         self._running = 0
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request for as long as it runs.
+        """Count a request while it runs.
 
         Raises:
-            Refusal: 429; `Retry-After` says when the next one may come.
+            APIError: 429; `Retry-After` says when the next request may come.
         """
         self._check_concurrency()
         self._check_rate()
@@ -70,16 +70,16 @@ class Client:
         finally:
             self._running -= 1
 
-    def check_model(self, key: str, asked: str) -> None:
-        """Refuse a model that this key is not for.
+    def check_model(self, key: str, requested: str) -> None:
+        """Refuse a model that this client may not use.
 
         Raises:
-            Refusal: 403.
+            APIError: 403.
         """
         if self.models is not None and key not in self.models:
-            raise Refusal(
+            raise APIError(
                 403,
-                f"The key '{self.name}' may not use model '{asked}'; it may use {', '.join(sorted(self.models))}.",
+                f"The key '{self.name}' may not use model '{requested}'; it may use {', '.join(sorted(self.models))}.",
                 kind="permission_error",
                 code="model_not_allowed",
                 param="model",
@@ -88,7 +88,9 @@ class Client:
     def _check_concurrency(self) -> None:
         most = self._limits.concurrency
         if most is not None and self._running >= most:
-            raise _too_many(f"The key '{self.name}' has {self._running} requests running, of {most} at once.", 1)
+            raise _too_many(
+                f"The key '{self.name}' has {self._running} requests running, and its limit is {most} at once.", 1
+            )
 
     def _check_rate(self) -> None:
         most = self._limits.requests_per_minute
@@ -99,17 +101,17 @@ class Client:
             self._began.popleft()
         if len(self._began) >= most:
             wait_s = max(1, round(self._began[0] + _MINUTE_S - now + 0.5))
-            raise _too_many(f"The key '{self.name}' had {most} requests in a minute, which is its limit.", wait_s)
+            raise _too_many(f"The key '{self.name}' made {most} requests within a minute, which is its limit.", wait_s)
         self._began.append(now)
 
 
-class Keyring:
-    """All keys, as digests.
+class ClientRegistry:
+    """All API clients, by the digests of their keys.
 
     Args:
-        digests: SHA-256 in hexadecimal -> name, as `keys.digests` returns it; empty: nobody is asked for a key.
+        digests: SHA-256 in hexadecimal -> name, as `keys.digests` returns it; empty: requests need no key.
         limits: By name.
-        models: Keys of models by name, for those who may not use all.
+        models: Keys of models by name, for the clients that may not use all.
         clock: Seconds, for tests.
     """
 
@@ -122,19 +124,19 @@ class Keyring:
     ) -> None:
         limits, models = limits or {}, models or {}
         clients = {
-            name: Client(name, limits.get(name), models.get(name), clock) for name in {*digests.values(), ANONYMOUS}
+            name: ApiClient(name, limits.get(name), models.get(name), clock) for name in {*digests.values(), ANONYMOUS}
         }
         self._clients = [(digest, clients[name]) for digest, name in digests.items()]
         self._anonymous = None if digests else clients[ANONYMOUS]
 
-    def find(self, headers: Iterable[tuple[bytes, bytes]]) -> Client | None:
-        """Return whose key the headers carry, or None. Takes as long whichever key it is, and for none of them."""
+    def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> ApiClient | None:
+        """Return the client whose key the headers carry, or None. Takes the same time for every key, valid or not."""
         if self._anonymous:
             return self._anonymous
-        shown = digest(http_contract.key_of(headers))
+        given = digest(http_contract.key_of(headers))
         found = None
         for known, client in self._clients:
-            if hmac.compare_digest(shown, known):
+            if hmac.compare_digest(given, known):
                 found = client
         return found
 
@@ -143,7 +145,7 @@ def load_limits(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, K
     """Read `API_LIMITS`: a JSON object, name of a key -> its limits.
 
     Raises:
-        UsageError: It is no such object, or names a key that is not there.
+        UsageError: It is no such object, or names a key that does not exist.
     """
     text = environ.get("API_LIMITS", "").strip()
     if not text:
@@ -164,17 +166,19 @@ def load_limits(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, K
     for name in found:
         if name not in known:
             raise UsageError(
-                f"API_LIMITS limits '{name}', and no key has that name.{did_you_mean(name, known)} "
+                f"API_LIMITS has limits for '{name}', and no key has that name.{did_you_mean(name, known)} "
                 f"Keys: {', '.join(sorted(known)) or 'none'} (API_KEY is 'default')."
             )
     return found
 
 
-def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registry: Registry, default: str) -> Keyring:
-    """Return the keyring that the environment describes.
+def load_clients(
+    environ: Mapping[str, str], digests: Mapping[str, str], registry: Registry, default: str
+) -> ClientRegistry:
+    """Return the API clients that the environment describes.
 
     Raises:
-        UsageError: `API_LIMITS` is wrong, or allows a model that no entry answers to.
+        UsageError: `API_LIMITS` is wrong, or names a model that the registry does not have.
     """
     limits = load_limits(environ, digests.values())
     models = {
@@ -182,7 +186,7 @@ def load_keyring(environ: Mapping[str, str], digests: Mapping[str, str], registr
         for name, limit in limits.items()
         if limit.models is not None
     }
-    return Keyring(digests, limits, models)
+    return ClientRegistry(digests, limits, models)
 
 
 def _model(name: str, model: str, registry: Registry, default: str) -> str:
@@ -192,14 +196,14 @@ def _model(name: str, model: str, registry: Registry, default: str) -> str:
         raise UsageError(f"API_LIMITS of '{name}': {error}") from error
     if choice.gpu:
         raise UsageError(
-            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, on whatever GPU. "
+            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, whatever their GPU. "
             f"Write '{choice.spec.key}'."
         )
     return choice.spec.key
 
 
-def _too_many(message: str, wait_s: int) -> Refusal:
-    return Refusal(
+def _too_many(message: str, wait_s: int) -> APIError:
+    return APIError(
         429,
         f"{message} Try again in {wait_s} s.",
         kind="rate_limit_error",

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from service.gateway.api_errors import Refusal
-from service.gateway.request_fields import Asked
+from service.gateway.api_errors import APIError
+from service.gateway.request_fields import RequestFields
 
 NESTING = 64  # of a schema, as in vLLM
 _TAG_NESTING = NESTING + 16
@@ -47,13 +47,13 @@ class Constraint:
     param: str
 
 
-def constraints(asked: Asked) -> Iterator[Constraint]:
+def constraints(asked: RequestFields) -> Iterator[Constraint]:
     """Yield what a request wants compiled, each within its bounds.
 
     Raises:
-        Refusal: 400: it is over a bound, or cannot be what its name says.
+        APIError: 400: it is over a bound, or cannot be what its name says.
     """
-    for name, raw in asked.shapes.items():
+    for name, raw in asked.constraints.items():
         try:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError):
@@ -61,9 +61,9 @@ def constraints(asked: Asked) -> Iterator[Constraint]:
         yield from _tools(value, asked.forces_tool) if name == "tools" else _READERS[name](value)
 
 
-def refusal(param: str, fault: str) -> Refusal:
+def refusal(param: str, fault: str) -> APIError:
     """Return the answer to a constraint that cannot be served."""
-    return Refusal(
+    return APIError(
         400,
         f"{param} {fault}. Correct it; it was not sent to the model.",
         code="invalid_grammar",

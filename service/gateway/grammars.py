@@ -1,4 +1,4 @@
-"""Structured outputs are compiled at the door: one that crashes xgrammar or takes it too long never reaches an engine.
+"""Structured outputs are compiled at the gateway: one that crashes xgrammar or takes it too long reaches no engine.
 
 Where the engine's library is not at hand, only the bounds of `constraints` hold. What does not compile is the engine's
 to refuse.
@@ -11,10 +11,10 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from service.gateway.api_errors import Refusal, unavailable
+from service.gateway.api_errors import APIError, unavailable
 from service.gateway.compiler import COMPILE_S, IDLE_S, START_S, Compiler, NoCompilerError, SilentCompilerError
 from service.gateway.constraints import Constraint, constraints, refusal
-from service.gateway.request_fields import Asked
+from service.gateway.request_fields import RequestFields
 
 REMEMBERED = 1024
 WAITING = 64  # different grammars at a time
@@ -61,15 +61,15 @@ class Grammars:
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._jobs: dict[bytes, asyncio.Task[_Verdict]] = {}
 
-    async def check(self, asked: Asked) -> None:
+    async def check(self, asked: RequestFields) -> None:
         """Let a request through, or say why its output's form cannot be served.
 
         Raises:
-            Refusal: 400 `invalid_grammar`: it is over a bound, or costs too much. 503: it could not be found out.
+            APIError: 400 `invalid_grammar`: it is over a bound, or costs too much. 503: it could not be found out.
         """
-        if not asked.shapes:
+        if not asked.constraints:
             return
-        parts = [part for name, raw in asked.shapes.items() for part in (name.encode(), raw)]
+        parts = [part for name, raw in asked.constraints.items() for part in (name.encode(), raw)]
         key = _digest(*parts, b"forced" * asked.forces_tool)
         verdict = self._recall(key)
         if verdict is None:
@@ -88,7 +88,7 @@ class Grammars:
         if self._compiler:
             await self._compiler.close()
 
-    async def _judge(self, asked: Asked) -> _Verdict:
+    async def _judge(self, asked: RequestFields) -> _Verdict:
         lasting = True
         for constraint in constraints(asked):
             verdict = await self._judge_one(constraint) if self._compiler else _Verdict()
@@ -141,7 +141,7 @@ class Grammars:
                 self._verdicts.popitem(last=False)
 
 
-def _later(why: str) -> Refusal:
+def _later(why: str) -> APIError:
     return unavailable(f"{why}. Send the request again in {_BUSY_S} s.", "grammars_busy", _BUSY_S)
 
 

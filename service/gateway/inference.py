@@ -1,4 +1,4 @@
-"""A request for a model: its body is read, its model found, its limits counted; then it is relayed."""
+"""The routes that an engine answers: reads a request's body, finds its model, checks its limits, and forwards it."""
 
 from __future__ import annotations
 
@@ -9,95 +9,101 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from service.gateway import request_fields
-from service.gateway.api_errors import Refusal
-from service.gateway.clients import Client
+from service.gateway.api_errors import APIError
+from service.gateway.clients import ApiClient
 from service.gateway.grammars import Grammars
-from service.gateway.metrics import Account
-from service.gateway.proxy import HEARTBEAT_S, Message, Receive, Relay, Send
-from service.gateway.request_fields import Asked
-from service.gateway.router import Directory, Target
-from service.gateway.upstream import Order
+from service.gateway.metrics import RequestLog
+from service.gateway.proxy import COMMENT_INTERVAL_S, Message, ProxiedRequest, Receive, Send
+from service.gateway.request_fields import RequestFields
+from service.gateway.router import ModelRouter, Route
+from service.gateway.upstream import UpstreamRequest
 from service.in_engine.vllm_service import http_contract
-from service.in_engine.vllm_service.http_contract import Route
+from service.in_engine.vllm_service.http_contract import ApiRoute
 
 _PIECE_S = 30.0
 _QUERY = {"stream", "starting_after"}  # of GET /v1/responses/<id>
-_TUNED: dict[str, str | float] = {"temperature": 0.3, "tool_choice": "auto"}  # what `-local` stands for
+_LOCAL_DEFAULTS: dict[str, str | float] = {"temperature": 0.3, "tool_choice": "auto"}  # of names that end in `-local`
 
 
 class Inference:
-    """All routes that reach an engine.
+    """Answers these routes.
 
     Args:
-        directory: Which pool a name stands for.
-        grammars: Compiles what an output is to be like.
+        router: Finds the pool of a model.
+        grammars: Checks structured outputs.
         hold_s: How long a request that is no stream waits for a pool.
-        heartbeat_s: Seconds between the comments of a waiting stream.
+        comment_interval_s: Seconds between the comments of a waiting stream.
     """
 
     def __init__(
-        self, directory: Directory, grammars: Grammars, hold_s: float, heartbeat_s: float = HEARTBEAT_S
+        self,
+        router: ModelRouter,
+        grammars: Grammars,
+        hold_s: float,
+        comment_interval_s: float = COMMENT_INTERVAL_S,
     ) -> None:
-        self._directory, self._grammars = directory, grammars
-        self._hold_s, self._heartbeat_s = hold_s, heartbeat_s
+        self._router, self._grammars = router, grammars
+        self._hold_s, self._comment_interval_s = hold_s, comment_interval_s
 
     async def serve(
-        self, route: Route, scope: Message, receive: Receive, send: Send, *, client: Client, account: Account
+        self, api_route: ApiRoute, scope: Message, receive: Receive, send: Send, *, client: ApiClient, log: RequestLog
     ) -> None:
-        """Answer one request. The state of `scope` has the connections to the engines, as `http`.
+        """Answer one request. The lifespan put the connections to the engines into the state of `scope`, as `http`.
 
         Raises:
-            Refusal: Nothing has been sent yet, and the client is to have this answer.
+            APIError: Nothing has been sent yet, and the client must get this answer.
             ConnectionError: The answer broke off; the client's connection must end.
         """
         with client.request():
-            body = await _body(route.body_limit, scope, receive, account)
-            async with _while_client_stays(receive, account):
-                target, order = await self._order(route, scope, body, client, account)
+            body = await _read_body(api_route.body_limit, scope, receive, log)
+            async with _while_client_stays(receive, log):
+                route, request = await self._route(api_route, scope, body, client, log)
                 del body
-                relay = Relay(
+                proxied = ProxiedRequest(
                     scope["state"]["http"],
-                    target.pool,
-                    order,
-                    account,
+                    route.pool,
+                    request,
+                    log,
                     send,
                     hold_s=self._hold_s,
-                    heartbeat_s=self._heartbeat_s,
+                    comment_interval_s=self._comment_interval_s,
                 )
-                await relay.run()
+                await proxied.run()
 
-    async def _order(
-        self, route: Route, scope: Message, body: bytes | bytearray, client: Client, account: Account
-    ) -> tuple[Target, Order]:
+    async def _route(
+        self, api_route: ApiRoute, scope: Message, body: bytes | bytearray, client: ApiClient, log: RequestLog
+    ) -> tuple[Route, UpstreamRequest]:
         path, query = scope["path"], dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        asked = request_fields.read(body) if route.model_from == "body" else None
-        target = self._directory.find(asked.model if asked else query.get("model"))
-        account.model, account.pool = target.pool.spec.key, target.pool.place
-        client.check_model(target.pool.spec.key, (asked and asked.model) or target.name)
-        target.pool.check(target.name)
-        passed = {name: value for name, value in query.items() if name in _QUERY and not asked}
-        order = Order(scope["method"], path, passed, scope["headers"], body, b"", streams=False)
-        if not asked and target.pool.address() is None:  # it asks for what an engine holds
-            raise Refusal(
-                404, f"Model '{account.model}' has no engine now, so there is nothing of it to be had at {path}."
+        fields = request_fields.parse_fields(body) if api_route.model_from == "body" else None
+        route = self._router.find(fields.model if fields else query.get("model"))
+        log.model, log.pool = route.pool.spec.key, route.pool.location
+        client.check_model(route.pool.spec.key, (fields and fields.model) or route.name)
+        route.pool.check(route.name)
+        passed = {name: value for name, value in query.items() if name in _QUERY and not fields}
+        request = UpstreamRequest(scope["method"], path, passed, scope["headers"], body, b"", streams=False)
+        if not fields and route.pool.endpoint() is None:  # it asks for something that only a running engine has
+            raise APIError(
+                404,
+                f"No engine of model '{log.model}' is running, and {path} reads what a running engine holds in memory. "
+                f"Send a request to '{log.model}' first; what an earlier engine held is lost.",
             )
-        if asked:
+        if fields:
             request_fields.check_lists(path, body)
-            await self._grammars.check(asked)
-            order.streams = account.stream = bool(asked.stream) and route.streams
-            if changes := _changes(asked, target):
-                order.body, order.suffix = request_fields.rewritten(body, changes)
-        return target, order
+            await self._grammars.check(fields)
+            request.streams = log.stream = bool(fields.stream) and api_route.streams
+            if overrides := _overrides(fields, route):
+                request.body, request.suffix = request_fields.with_overrides(body, overrides)
+        return route, request
 
 
-def _changes(asked: Asked, target: Target) -> dict[str, str | float]:
-    changes: dict[str, str | float] = {} if target.known else {"model": target.name}
-    if target.tuned and asked.has_tools:
-        changes |= {name: value for name, value in _TUNED.items() if not asked.sets(name)}
-    return changes
+def _overrides(fields: RequestFields, route: Route) -> dict[str, str | float]:
+    overrides: dict[str, str | float] = {} if route.is_exact_name else {"model": route.name}
+    if route.local_defaults and fields.has_tools:
+        overrides |= {name: value for name, value in _LOCAL_DEFAULTS.items() if not fields.sets(name)}
+    return overrides
 
 
-async def _body(limit: int, scope: Message, receive: Receive, account: Account) -> bytes | bytearray:
+async def _read_body(limit: int, scope: Message, receive: Receive, log: RequestLog) -> bytes | bytearray:
     """Read a body of a bounded size, into one buffer."""
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     length = int(declared) if declared.isdigit() else limit + 1
@@ -106,51 +112,55 @@ async def _body(limit: int, scope: Message, receive: Receive, account: Account) 
     message = await receive()
     body: bytes | bytearray = message.get("body", b"")
     if message.get("more_body"):
-        body = bytearray(body)  # it grows with what comes: what a client declares costs nothing
+        body = bytearray(body)  # grows with what arrives: the length that a client declares reserves no memory
         while message.get("more_body"):
-            message = await _more(receive)
+            message = await _receive_more(receive)
             body += message.get("body", b"")
             if len(body) > limit:
                 raise _too_large(limit)
     if message["type"] == "http.disconnect":
-        account.left = True
-        raise Refusal(499, "The client left before its body was here.", code="client_left")
-    account.bytes_in = len(body)
+        log.client_left = True
+        raise APIError(499, "The client left before its whole body had arrived.", code="client_left")
+    log.bytes_in = len(body)
     return body
 
 
-async def _more(receive: Receive) -> Message:
+async def _receive_more(receive: Receive) -> Message:
     try:
         async with asyncio.timeout(_PIECE_S):
             return await receive()
     except TimeoutError:
-        raise Refusal(408, f"Nothing more of the body came for {_PIECE_S:.0f} s.", code="body_too_slow") from None
+        raise APIError(
+            408,
+            f"No further part of the body arrived for {_PIECE_S:.0f} s. Send the whole request again.",
+            code="body_too_slow",
+        ) from None
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, http_contract.too_large(limit), code="body_too_large")
+def _too_large(limit: int) -> APIError:
+    return APIError(413, http_contract.too_large(limit), code="body_too_large")
 
 
 @asynccontextmanager
-async def _while_client_stays(receive: Receive, account: Account) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client leaves; it is over then, without an error."""
+async def _while_client_stays(receive: Receive, log: RequestLog) -> AsyncIterator[None]:
+    """Cancel the work inside when the client leaves; the request then ends without an error."""
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - a coroutine of a server runs in one
     watching = asyncio.ensure_future(_disconnected(receive))
 
     def leave(_: asyncio.Future[Any]) -> None:
         if not watching.cancelled():
-            account.left = True
+            log.client_left = True
             task.cancel()
 
     watching.add_done_callback(leave)
     try:
         yield
     except asyncio.CancelledError:
-        if not account.left:
+        if not log.client_left:
             raise
         task.uncancel()
-        account.status = account.status or 499
+        log.status = log.status or 499
     finally:
         watching.remove_done_callback(leave)
         watching.cancel()

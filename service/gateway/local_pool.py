@@ -1,57 +1,63 @@
-"""Pools on this machine: an engine starts with its model's first request, ends when idle, and makes room for others."""
+"""Pools on this machine: an engine starts with its model's first request, ends when idle, and is evicted for others."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
+import aiohttp
+
 from service.errors import EngineError
-from service.gateway.pool import Address, OnWake, Pool, WakeError, ignore_wake
+from service.gateway.eviction import RunningEngine, eviction_for
+from service.gateway.pool import Endpoint, OnWake, Pool, WakeError, ignore_wake
 from service.gateway.threads import in_thread
 from service.keys import digest
 from service.ports import free_port
 from service.registry.gpus import Gpu
 from service.registry.models import ModelSpec
 
-PLACE = "this machine"
+LOCATION = "this machine"
 _POLL_S = 0.05
-_ANSWERS_S, _TOLD_S = 5.0, 1.0  # the second: until its death is told, with the reason
+_RECHECK_S = 1.0  # memory that other programs free is not reported
+_ANSWER_S, _DEATH_REPORT_S = 5.0, 1.0  # the second: until an engine's death is reported, with its reason
+_log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What a pool needs of a `service.replica.lifecycle.Replica`. All block."""
+class EngineHandle(Protocol):
+    """What a pool needs of a `service.replica.lifecycle.Replica`. All methods block."""
 
     def prepare(self) -> None:
         """Fetch the weights."""
 
     def start(self, digests: Mapping[str, str]) -> None:
-        """Bring the engine to readiness."""
+        """Make the engine ready."""
 
     def stop(self, grace_s: float | None = None) -> None:
-        """End it, at whatever point it is."""
+        """End it, whatever state it is in."""
 
 
-Make = Callable[[ModelSpec, int, tuple[int, ...], Callable[[EngineError], None]], Engine]
+Make = Callable[[ModelSpec, int, tuple[int, ...], Callable[[EngineError], None]], EngineHandle]
 
 
-class Machine:
-    """The engines that run here.
+class LocalScheduler:
+    """Starts, evicts and ends the engines of this machine.
 
     Args:
         fetch: Fetches a model's weights where they are not here yet; blocks.
-        make: Returns an engine for a model, a port, GPUs, and what is to be told of its death; blocks.
+        make: Returns an engine for a model, a port, GPUs, and a callback for its death; blocks.
         free_memory: Returns bytes that may be used.
         needs_memory: Returns bytes that a model's engine takes.
         gpus: Numbers of the GPUs; none: engines run on the processor.
         n_gpu: Returns how many of them a model takes.
-        idle_s: How long an engine without requests goes on.
+        idle_s: The idle timeout of an engine.
         on_wake: Called after each wake of a pool.
-        say: Called with a sentence for people.
     """
 
     def __init__(
@@ -65,19 +71,19 @@ class Machine:
         n_gpu: Callable[[ModelSpec], int] = lambda _: 1,
         idle_s: float = 900.0,
         on_wake: OnWake = ignore_wake,
-        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.fetch, self.make, self.on_wake, self.say = fetch, make, on_wake, say
+        self.fetch, self.make, self.on_wake = fetch, make, on_wake
         self._free_memory, self._needs_memory = free_memory, needs_memory
         self._gpus, self._n_gpu, self._idle_s = gpus, n_gpu, idle_s
         self._pools: dict[str, LocalPool] = {}
-        self.starting = asyncio.Lock()  # one at a time: each takes the room that it was promised
-        self._retiring: asyncio.Task[None] | None = None
-        self.ending: set[Engine] = set()
+        self.starting = asyncio.Lock()  # one engine at a time: each takes the memory that was free when it was chosen
+        self._idle_timeout: asyncio.Task[None] | None = None
+        self.room_changed = asyncio.Event()
+        self.stopping: set[EngineHandle] = set()
         self.closed = False
 
     def pool(self, spec: ModelSpec, gpu: Gpu | None = None) -> LocalPool:
-        """Return the pool of a model; whatever GPU is asked for, it is this machine's."""
+        """Return the pool of a model; it uses this machine's GPUs, whatever GPU the request names."""
         del gpu
         if (pool := self._pools.get(spec.key)) is None:
             pool = self._pools[spec.key] = LocalPool(spec, self)
@@ -88,87 +94,91 @@ class Machine:
         """The pools that have an engine, least recently used first."""
         return sorted((pool for pool in self._pools.values() if pool.engine), key=lambda pool: pool.used_at)
 
-    async def make_room(self, pool: LocalPool) -> tuple[int, ...] | None:
-        """Return the GPUs that a pool's engine gets, once idle engines have made room; None: busy ones are in the way.
-
-        Least recently used ones end first, and none does in vain. What nothing is in the way of may always try.
-        """
-        others = [other for other in self.live if other is not pool]
-        if not self._fits(pool.spec, others, ended=[]):
-            idle = [other for other in others if not other.in_use]
-            if len(idle) < len(others) and not self._fits(pool.spec, others, ended=idle):
+    async def evict_for(self, pool: LocalPool) -> tuple[int, ...] | None:
+        """Stop idle engines until a pool's engine fits, and return its GPUs; None: engines in use are in the way."""
+        promised = 0
+        while True:
+            others = [other for other in self.live if other is not pool]
+            running = [RunningEngine(other.spec.key, self._held_by(other), not other.in_use) for other in others]
+            needed, free = self._needed_by(pool), self._free_beside(others)
+            evicted = eviction_for(needed, free, running)
+            if evicted is None and promised:  # the system may report less memory than the stopped engines were to free
+                evicted = eviction_for(needed, promised, running)
+            if evicted is None:
                 return None
-            for other in idle:
-                if self._fits(pool.spec, others, ended=[]):
-                    break
-                if other.in_use:
-                    return None
-                self.say(f"{other.spec.key} is stopped to make room for {pool.spec.key}.")
-                await other.stop()
-                others.remove(other)
-        return tuple(self._free_gpus(others)[: self._n_gpu(pool.spec)])
+            if not evicted:
+                return tuple(self._free_gpus(others)[: self._n_gpu(pool.spec)])
+            other = self._pools[evicted[0]]
+            promised = max(promised, free) + self._held_by(other)
+            _log.info("%s is stopped to make room for %s.", other.spec.key, pool.spec.key)
+            await other.stop()
 
-    def _fits(self, spec: ModelSpec, others: list[LocalPool], ended: list[LocalPool]) -> bool:
-        """Tell whether a model fits beside the others, when some of them have ended."""
-        if not others or len(ended) == len(others):
-            return True
-        if self._gpus:
-            return len(self._free_gpus([other for other in others if other not in ended])) >= self._n_gpu(spec)
-        freed = sum(self._needs_memory(other.spec) for other in ended)
-        return self._free_memory() + freed >= self._needs_memory(spec)
+    def _needed_by(self, pool: LocalPool) -> int:
+        return self._n_gpu(pool.spec) if self._gpus else self._needs_memory(pool.spec)
+
+    def _held_by(self, pool: LocalPool) -> int:
+        return len(pool.gpus) if self._gpus else self._needs_memory(pool.spec)
+
+    def _free_beside(self, others: list[LocalPool]) -> int:
+        return len(self._free_gpus(others)) if self._gpus else self._free_memory()
 
     def _free_gpus(self, others: list[LocalPool]) -> list[int]:
         taken = {gpu for other in others for gpu in other.gpus}
         return [gpu for gpu in self._gpus if gpu not in taken]
 
-    def begin(self) -> None:
-        """Begin to end engines that are idle; needs a running loop."""
-        self._retiring = asyncio.create_task(self._retire(), name="retire idle engines")
+    def notify_room(self) -> None:
+        """Let the pools that wait for room look again: an engine has ended or is idle now."""
+        self.room_changed.set()
+        self.room_changed = asyncio.Event()
 
-    async def _retire(self) -> None:
+    def begin(self) -> None:
+        """Begin to stop engines at their idle timeout; needs a running loop."""
+        self._idle_timeout = asyncio.create_task(self._stop_idle_engines(), name="stop idle engines")
+
+    async def _stop_idle_engines(self) -> None:
         while True:
             for pool in self.live:
                 if not pool.in_use and (idle_s := pool.idle_s) >= self._idle_s:
-                    self.say(
-                        f"{pool.spec.key} is stopped after {idle_s:.0f} s without a request; the next one wakes it."
+                    _log.info(
+                        "%s is stopped after %.0f s without a request; the next one wakes it.", pool.spec.key, idle_s
                     )
                     await pool.stop()
             await asyncio.sleep(min(1.0, self._idle_s / 4))
 
     async def close(self, grace_s: float | None = None) -> None:
-        """End all engines, ready, starting or ending already, with the same grace; nothing starts any more."""
+        """End all engines, ready, starting or stopping, with the same grace period; no engine starts any more."""
         self.closed = True
-        if self._retiring:
-            self._retiring.cancel()
+        if self._idle_timeout:
+            self._idle_timeout.cancel()
         stops = [pool.stop(grace_s) for pool in self._pools.values()]
         await asyncio.gather(*(pool.close() for pool in self._pools.values()), *stops)
 
     def kill(self) -> None:
-        """End at once what `close` is waiting for."""
-        for engine in self.ending:
+        """End at once the engines that `close` is waiting for."""
+        for engine in self.stopping:
             threading.Thread(target=engine.stop, args=(0,), name="gateway-kill", daemon=True).start()
 
 
 class LocalPool(Pool):
-    """One engine at most, on a port and with a key of its own.
+    """At most one engine, on a port and with a key of its own.
 
     Args:
         spec: The model.
-        machine: What it shares with the others.
+        scheduler: Knows the other engines of this machine.
 
     Attributes:
-        engine: Its engine, ready or on its way.
+        engine: Its engine, ready or starting.
         gpus: Numbers of the GPUs that the engine has.
     """
 
-    def __init__(self, spec: ModelSpec, machine: Machine) -> None:
-        super().__init__(spec, PLACE, on_wake=machine.on_wake)
-        self._machine = machine
-        self.engine: Engine | None = None
-        self._address: Address | None = None
-        self._last: Address | None = None
-        self._stopping = asyncio.Event()
-        self._stopping.set()
+    def __init__(self, spec: ModelSpec, scheduler: LocalScheduler) -> None:
+        super().__init__(spec, LOCATION, on_wake=scheduler.on_wake)
+        self._scheduler = scheduler
+        self.engine: EngineHandle | None = None
+        self._endpoint: Endpoint | None = None
+        self._last: Endpoint | None = None
+        self._stopped = asyncio.Event()
+        self._stopped.set()
         self.gpus: tuple[int, ...] = ()
 
     @property
@@ -176,120 +186,131 @@ class LocalPool(Pool):
         """How long it has had no request; 0 while it starts."""
         return time.monotonic() - self.used_at if not self.in_use and self.state != "waking" else 0.0
 
-    def address(self) -> Address | None:
+    @contextmanager
+    def track_request(self, *, keep_alive: bool = True) -> Iterator[None]:
+        """Count a request, and report it when the engine is idle afterwards."""
+        with super().track_request(keep_alive=keep_alive):
+            yield
+        if not self.in_use:
+            self._scheduler.notify_room()
+
+    def endpoint(self) -> Endpoint | None:
         """Return where its engine listens."""
-        return self._address
+        return self._endpoint
 
-    def lost(self) -> None:
-        """Have the next request find out whether the engine still answers; its death may be told a moment later."""
-        self._address = None
+    def mark_unreachable(self) -> None:
+        """Have the next request check whether the engine still answers; its death may be reported a moment later."""
+        self._endpoint = None
 
-    def adopt(self, engine: Engine, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
+    def attach(self, engine: EngineHandle, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
         """Take an engine that is ready already."""
         self.engine, self.gpus = engine, gpus
-        self._ready_at(_address(port, key))
+        self._mark_ready(_endpoint(port, key))
 
-    async def wake(self) -> Address:
-        """Fetch the weights, make room, start the engine."""
-        await self._stopping.wait()
-        if self._machine.closed:
-            raise WakeError("The service is being stopped.")
+    async def wake(self) -> Endpoint:
+        """Fetch the weights, evict other engines if necessary, and start the engine."""
+        await self._stopped.wait()
+        if self._scheduler.closed:
+            raise WakeError("The service is shutting down.")
         if self.engine and self._last and await self._still_serves(self.engine, self._last):
-            return self._ready_at(self._last)
+            return self._mark_ready(self._last)
         try:
-            await in_thread(lambda: self._machine.fetch(self.spec))
+            await in_thread(lambda: self._scheduler.fetch(self.spec))
             while True:
-                async with self._machine.starting:
-                    gpus = await self._machine.make_room(self)
+                changed = self._scheduler.room_changed  # taken before the check, so that no change is missed
+                async with self._scheduler.starting:
+                    gpus = await self._scheduler.evict_for(self)
                     if gpus is not None:
-                        return self._ready_at(await self._start(gpus))
-                await asyncio.sleep(_POLL_S)  # others may start meanwhile
+                        return self._mark_ready(await self._start(gpus))
+                with contextlib.suppress(TimeoutError):  # outside the lock: other engines may start meanwhile
+                    await asyncio.wait_for(changed.wait(), _RECHECK_S)
         except Exception as error:
             self.engine = None
-            self._machine.say(f"{self.spec.key} did not start: {error}")
+            self._scheduler.notify_room()
+            _log.warning("%s did not start: %s", self.spec.key, error)
             raise WakeError(str(error) or type(error).__name__) from error
 
-    async def _start(self, gpus: tuple[int, ...]) -> Address:
+    async def _start(self, gpus: tuple[int, ...]) -> Endpoint:
         self.gpus, port, key = gpus, free_port(), new_key()
         loop = asyncio.get_running_loop()
 
         def died(error: EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._died, engine, error)
+                loop.call_soon_threadsafe(self._on_death, engine, error)
 
-        engine = await in_thread(lambda: self._machine.make(self.spec, port, gpus, died))
+        engine = await in_thread(lambda: self._scheduler.make(self.spec, port, gpus, died))
         self.engine = engine
         await in_thread(engine.prepare)
         await in_thread(lambda: engine.start({digest(key.encode()): "gateway"}))
-        return _address(port, key)
+        return _endpoint(port, key)
 
-    def _ready_at(self, address: Address) -> Address:
-        self._address = self._last = address
+    def _mark_ready(self, endpoint: Endpoint) -> Endpoint:
+        self._endpoint = self._last = endpoint
         self.used_at = time.monotonic()
-        return address
+        return endpoint
 
-    async def _still_serves(self, engine: Engine, address: Address) -> bool:
-        """Tell whether an engine that was lost is there after all; one that is not is ended.
+    async def _still_serves(self, engine: EngineHandle, endpoint: Endpoint) -> bool:
+        """Tell whether an engine that could not be reached is there after all; if not, end it.
 
-        One that is only slow is: whether it hangs is for others to find out.
+        An engine that only answers slowly is there: its watchdog finds out whether it hangs.
         """
-        asking = asyncio.ensure_future(_answers(address))
-        while self.engine is engine and not asking.done():
-            await asyncio.wait((asking,), timeout=_POLL_S)
-        if self.engine is engine and await asking:
+        probe = asyncio.ensure_future(_answers(endpoint))
+        while self.engine is engine and not probe.done():
+            await asyncio.wait((probe,), timeout=_POLL_S)
+        if self.engine is engine and await probe:
             return True
-        asking.cancel()
+        probe.cancel()
         if self.engine is engine:
-            self._machine.say(f"The engine of {self.spec.key} does not answer; another one is started.")
+            _log.warning("The engine of %s does not answer; another one is started.", self.spec.key)
             await in_thread(lambda: engine.stop(0))
         self.engine = None
         return False
 
-    def _died(self, engine: Engine, error: EngineError) -> None:
+    def _on_death(self, engine: EngineHandle, error: EngineError) -> None:
         if engine is not self.engine:
             return
-        self.engine = self._address = None
-        self._machine.say(f"The engine of {self.spec.key} died; the next request starts another. {error}")
+        self.engine = self._endpoint = None
+        self._scheduler.notify_room()
+        _log.warning("The engine of %s died; the next request starts another. %s", self.spec.key, error)
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """End its engine, or wait for the end that is under way; a request that comes meanwhile wakes another then."""
-        engine, self.engine, self._address = self.engine, None, None
+        """End its engine, or wait until it has ended; a request that comes meanwhile then wakes another."""
+        engine, self.engine, self._endpoint = self.engine, None, None
         if engine is None:
-            await self._stopping.wait()
+            await self._stopped.wait()
             return
-        self._stopping.clear()
-        self._machine.ending.add(engine)
+        self._stopped.clear()
+        self._scheduler.stopping.add(engine)
 
-        def ended(_: object) -> None:
-            self._machine.ending.discard(engine)
-            self._stopping.set()
+        def stopped(_: object) -> None:
+            self._scheduler.stopping.discard(engine)
+            self._stopped.set()
+            self._scheduler.notify_room()
 
-        ending = asyncio.ensure_future(in_thread(lambda: engine.stop(grace_s)))
-        ending.add_done_callback(ended)
-        await asyncio.shield(ending)
+        stopping = asyncio.ensure_future(in_thread(lambda: engine.stop(grace_s)))
+        stopping.add_done_callback(stopped)
+        await asyncio.shield(stopping)
 
 
 def new_key() -> str:
-    """Return a key that only this process and one engine know: others on this machine cannot pass by the door."""
+    """Return a key that only this process and one engine know: no other user of this machine reaches the engine."""
     return secrets.token_urlsafe(32)
 
 
-async def _answers(address: Address) -> bool:
-    """Tell whether anybody answers there, or takes his time; nobody does where a connection is refused or broken."""
-    import aiohttp  # noqa: PLC0415 - slow to import, and the first engine is on its way before it is needed
-
+async def _answers(endpoint: Endpoint) -> bool:
+    """Tell whether an engine answers there, or is only slow; false where the connection is refused or breaks off."""
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWERS_S)) as http,
-            http.get(f"{address.url}/health"),
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWER_S)) as http,
+            http.get(f"{endpoint.url}/health"),
         ):
             return True
     except TimeoutError:
         return True
     except (aiohttp.ClientError, OSError):
-        await asyncio.sleep(_TOLD_S)
+        await asyncio.sleep(_DEATH_REPORT_S)
         return False
 
 
-def _address(port: int, key: str) -> Address:
-    return Address(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"})
+def _endpoint(port: int, key: str) -> Endpoint:
+    return Endpoint(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"})

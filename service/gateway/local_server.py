@@ -1,4 +1,4 @@
-"""The door on this machine: a server in the foreground, and how it ends. Imports what takes half a second to import."""
+"""The gateway on this machine: a server in the foreground, and its shutdown."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.engine.shutdown import LOCAL_SHUTDOWN
-from service.gateway.app import Door, gateway
-from service.gateway.clients import Keyring
+from service.gateway.app import Gateway, create_app
+from service.gateway.clients import ClientRegistry
 from service.gateway.grammars import Grammars
-from service.gateway.local_pool import Machine
+from service.gateway.local_pool import LocalScheduler
 from service.gateway.metrics import Metrics
-from service.gateway.process_limits import for_many_streams
-from service.gateway.router import Directory
+from service.gateway.process_limits import raised_process_limits
+from service.gateway.router import ModelRouter
 from service.in_engine.vllm_service.http_contract import BODY_LIMIT
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
@@ -29,59 +29,59 @@ _BACKLOG = 2048
 HEAD_LIMIT = 128 * 1024
 
 
-def door(
+def create_local_app(
     registry: Registry,
     first: ModelSpec,
-    machine: Machine,
-    keyring: Keyring,
+    scheduler: LocalScheduler,
+    clients: ClientRegistry,
     metrics: Metrics,
     *,
     python: str,
     settings: Settings,
-) -> Door:
-    """Return the door to this machine's engines.
+) -> Gateway:
+    """Return the gateway to this machine's engines.
 
     Args:
         registry: The models.
-        first: What `llm` stands for.
-        machine: The engines.
-        keyring: Who may come in.
-        metrics: Counts requests.
+        first: The model of requests for `llm`.
+        scheduler: The engines.
+        clients: Whom it serves.
+        metrics: Counts and logs requests.
         python: Interpreter of the environment that has the engine's libraries.
         settings: How long requests are held.
     """
-    directory = Directory(registry, first.key, machine.pool)
-    return gateway(directory, keyring, metrics, hold_s=settings.hold_s, grammars=Grammars(python))
+    router = ModelRouter(registry, first.key, scheduler.pool)
+    return create_app(router, clients, metrics, hold_s=settings.hold_s, grammars=Grammars(python))
 
 
-class Listener:
-    """Serves until it is told to end.
+class LocalServer:
+    """Serves until a signal, or `end`.
 
     Args:
-        door: The application.
-        address: A socket that is bound, and that nobody listens on yet.
-        machine: The engines behind the door.
-        on_open: Called when the door takes requests.
-        on_drain: Called when the end begins.
+        app: The gateway.
+        address: A bound socket, which does not listen yet.
+        scheduler: The engines behind the gateway.
+        on_open: Called when the gateway accepts requests.
+        on_drain: Called when the drain begins.
     """
 
     def __init__(
         self,
-        door: Door,
+        app: Gateway,
         address: socket.socket,
-        machine: Machine,
+        scheduler: LocalScheduler,
         *,
         on_open: Callable[[], None],
         on_drain: Callable[[], None],
     ) -> None:
         config = uvicorn.Config(
-            door,
+            app,
             http=_Protocol,
             lifespan="on",
             ws="none",
             access_log=False,
             log_config=None,
-            log_level="critical",  # the door logs what fails in it; an answer that breaks off is no news here
+            log_level="critical",  # the gateway logs its own failures, and every answer that breaks off
             proxy_headers=False,
             server_header=False,
             date_header=False,
@@ -89,19 +89,19 @@ class Listener:
             timeout_graceful_shutdown=LOCAL_SHUTDOWN.gateway_s,
         )
         self._server = _Server(config, on_open)
-        self._address, self._machine, self._on_drain = address, machine, on_drain
+        self._address, self._scheduler, self._on_drain = address, scheduler, on_drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._given_up = False
+        self._must_end = False
 
     def run(self, signals: tuple[signal.Signals, ...]) -> None:
         """Serve; the first of the signals drains, the second ends everything at once. Blocks; in the main thread."""
-        with for_many_streams(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with raised_process_limits(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(signals))
 
     def end(self) -> None:
-        """Give up at once, from any thread: an engine that all depends on is dead."""
-        self._given_up = True
+        """End at once, from any thread: the engine that the service was started for has died."""
+        self._must_end = True
         if self._loop:
             with contextlib.suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._end, 0.0)
@@ -110,14 +110,14 @@ class Listener:
         self._loop = loop = asyncio.get_running_loop()
         for number in signals:
             loop.add_signal_handler(number, self._signalled)
-        self._machine.begin()
+        self._scheduler.begin()
         self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else old connections keep the port
-        if self._given_up:
+        if self._must_end:
             self._end(0.0)
         try:
             await self._server.serve([self._address])
         finally:
-            await (self._ending or self._machine.close(0))
+            await (self._ending or self._scheduler.close(0))
             for number in signals:
                 loop.remove_signal_handler(number)
 
@@ -127,14 +127,14 @@ class Listener:
             self._end(None)
         else:
             self._server.force_exit = True
-            self._machine.kill()
+            self._scheduler.kill()
 
     def _end(self, grace_s: float | None) -> None:
         if not self._ending:
-            self._ending = asyncio.ensure_future(self._machine.close(grace_s))
-            self._ending.add_done_callback(lambda _: self._close())  # until then it says to whoever comes that it ends
+            self._ending = asyncio.ensure_future(self._scheduler.close(grace_s))
+            self._ending.add_done_callback(lambda _: self._stop_server())  # until then it answers new requests with 503
 
-    def _close(self) -> None:
+    def _stop_server(self) -> None:
         self._server.should_exit = True
 
 
@@ -144,25 +144,25 @@ class _Protocol(HttpToolsProtocol):
     _head = 0
 
     def data_received(self, data: bytes) -> None:
-        """Close the connection of a head that has no end."""
+        """Close the connection when a head exceeds the limit."""
         self._head += len(data)
         super().data_received(data)
         if self._head > HEAD_LIMIT:
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """Stop counting: what follows is the body."""
+        """Stop counting: the body follows."""
         self._head = -BODY_LIMIT - HEAD_LIMIT
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Count anew."""
+        """Start counting the next head."""
         self._head = 0
         super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to its owner, and says when it listens."""
+    """Leaves signals to `LocalServer`, and reports when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_open: Callable[[], None]) -> None:
         super().__init__(config)

@@ -1,6 +1,6 @@
-"""A pool: the replicas of one model behind one address, which can be asleep and be woken. What all kinds share.
+"""A pool: the replicas of one model behind one endpoint, which may be cold and can be woken. What all kinds share.
 
-Many clients of a cold pool cause one wake, and go on in the order in which they came.
+Many requests for a cold pool cause one wake, and continue in the order in which they came.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.gateway.api_errors import Refusal, unavailable
+from service.gateway.api_errors import APIError, unavailable
 from service.registry.models import ModelSpec
 
 State = Literal["cold", "waking", "ready", "not_deployed"]
 OnWake = Callable[[str, bool], None]  # takes a model's key and whether its pool is ready
-FAILED_FOR_S = 5.0  # whoever retries at once after a failed wake is told of that one: each costs a boot
+FAILED_FOR_S = 5.0  # a request this soon after a failed wake gets that failure again: each wake costs a boot
 
 
 def ignore_wake(_key: str, _is_ready: bool) -> None:
@@ -26,11 +26,11 @@ def ignore_wake(_key: str, _is_ready: bool) -> None:
 
 
 class WakeError(Exception):
-    """The pool did not wake; the sentence says why, and holds no secret."""
+    """The pool did not wake; the message says why, and holds no secret."""
 
 
 @dataclass(frozen=True)
-class Address:
+class Endpoint:
     """Where a ready pool takes requests.
 
     Attributes:
@@ -43,7 +43,7 @@ class Address:
     url: str
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
-    passes_key: bool = False
+    forwards_client_key: bool = False
 
 
 class Pool(ABC):
@@ -51,80 +51,80 @@ class Pool(ABC):
 
     Args:
         spec: The model.
-        place: Where it runs, for people: `H100`, `this machine`.
+        location: Where it runs, for people: `H100`, `this machine`.
         dollars_per_hour: Price of one replica; None: it has none.
         on_wake: Called after each wake.
     """
 
     def __init__(
-        self, spec: ModelSpec, place: str, dollars_per_hour: float | None = None, on_wake: OnWake = ignore_wake
+        self, spec: ModelSpec, location: str, dollars_per_hour: float | None = None, on_wake: OnWake = ignore_wake
     ) -> None:
-        self.spec, self.place, self.dollars_per_hour, self._on_wake = spec, place, dollars_per_hour, on_wake
+        self.spec, self.location, self.dollars_per_hour, self._on_wake = spec, location, dollars_per_hour, on_wake
         self.in_use = 0
         self.used_at = time.monotonic()
         self.answering = 0
         self.answered_at: float | None = None
-        self.wake_s: float | None = None  # what the last one took
-        self._waking: asyncio.Task[Address] | None = None
+        self.wake_s: float | None = None  # how long the last wake took
+        self._waking: asyncio.Task[Endpoint] | None = None
         self._woken_at = 0.0
         self._failure: tuple[float, str] | None = None
 
     @property
     def state(self) -> State:
-        """What is known of it without asking anybody."""
+        """What is known without a request to Modal or an engine."""
         if self._waking:
             return "waking"
-        return "cold" if self.address() is None else "ready"
+        return "cold" if self.endpoint() is None else "ready"
 
     @property
     def waking_s(self) -> float:
-        """How long the wake under way has taken so far."""
+        """How long the running wake has taken so far."""
         return time.monotonic() - self._woken_at if self._waking else 0.0
 
     @abstractmethod
-    def address(self) -> Address | None:
-        """Return where it takes requests; None when it is not known to be ready."""
+    def endpoint(self) -> Endpoint | None:
+        """Return where it takes requests; None unless it is known to be ready."""
 
     @abstractmethod
-    async def wake(self) -> Address:
-        """Bring it to readiness, however long that takes.
+    async def wake(self) -> Endpoint:
+        """Make it ready, however long that takes.
 
         Raises:
             WakeError: It will not become ready.
-            Refusal: It cannot be asked to.
+            APIError: It cannot be woken.
         """
 
-    def check(self, name: str) -> None:  # noqa: B027 - most pools take whatever reaches them
-        """Refuse what can never be served here, before anything wakes.
+    def check(self, name: str) -> None:  # noqa: B027 - most pools serve every name
+        """Refuse a model that can never be served here, before anything wakes.
 
         Args:
-            name: The model or adapter that is asked for, without a GPU.
+            name: The requested model or adapter, without a GPU.
 
         Raises:
-            Refusal: 400; asking again is in vain.
+            APIError: 400; a retry cannot help.
         """
 
-    def lost(self) -> None:  # noqa: B027 - a pool that learns of its end otherwise needs none
-        """Take note that it did not answer: the next request finds out whether it is there."""
+    def mark_unreachable(self) -> None:  # noqa: B027 - a pool that learns of its end in another way needs nothing here
+        """Record that a request could not reach it: the next request checks whether it is there."""
 
-    async def observe(self) -> State:
-        """Return its state, asking whoever knows; wakes nothing."""
+    async def probe(self) -> State:
+        """Find out its state and return it; wakes nothing."""
         return self.state
 
     @contextmanager
-    def use(self, *, looks: bool = False) -> Iterator[None]:
-        """Count a request, from before the wake to the end of its answer; one that only `looks` keeps nothing awake."""
+    def track_request(self, *, keep_alive: bool = True) -> Iterator[None]:
+        """Count a request, from before the wake to the end of its answer; `keep_alive` restarts the idle timeout."""
         self.in_use += 1
         try:
             yield
         finally:
             self.in_use -= 1
-            if not looks:
+            if keep_alive:
                 self.used_at = time.monotonic()
 
     @contextmanager
-    def answers(self) -> Iterator[None]:
-        """Take note that it answers, for as long as that lasts."""
+    def track_response(self) -> Iterator[None]:
+        """Record that it is answering, while the context lasts."""
         self.answering += 1
         self.answered_at = time.monotonic()
         try:
@@ -133,40 +133,40 @@ class Pool(ABC):
             self.answering -= 1
             self.answered_at = time.monotonic()
 
-    async def ready(self) -> Address:
-        """Return where it takes requests, once it does: at once, or after the one wake that all wait for.
+    async def ready(self) -> Endpoint:
+        """Return where it takes requests, at once or after the one wake that all requests wait for.
 
-        Cancelling this leaves the wake to the others.
+        Cancelling this call does not cancel the wake.
 
         Raises:
-            Refusal: 503, with the reason why it did not wake.
+            APIError: 503, with the reason why it did not wake.
         """
-        if address := self.address():
-            return address
-        waking = self._waking or self._begin()
+        if endpoint := self.endpoint():
+            return endpoint
+        waking = self._waking or self._start_wake()
         try:
             return await asyncio.shield(waking)
         except WakeError as error:
-            raise self._refusal(str(error)) from error
+            raise self._api_error(str(error)) from error
         except asyncio.CancelledError:
-            if not waking.cancelled():  # it is the client that left
+            if not waking.cancelled():  # the client left
                 raise
-            raise self._refusal("The service is being stopped.") from None
+            raise self._api_error("The service is shutting down.") from None
 
     @property
     def retry_after_s(self) -> int:
-        """When it is worth asking again: what is left of a wake as long as the last one, 1 to 30 s."""
+        """When a retry makes sense: what is left of a wake as long as the last one, 1 to 30 s."""
         left = (self.wake_s or 30.0) - self.waking_s
         return round(min(max(left, 1.0), 30.0))
 
-    def _begin(self) -> asyncio.Task[Address]:
+    def _start_wake(self) -> asyncio.Task[Endpoint]:
         self._check_failure()
         self._woken_at = time.monotonic()
         self._waking = asyncio.create_task(self.wake(), name=f"wake {self.spec.key}")
-        self._waking.add_done_callback(self._ended)
+        self._waking.add_done_callback(self._on_wake_end)
         return self._waking
 
-    def _ended(self, task: asyncio.Task[Address]) -> None:
+    def _on_wake_end(self, task: asyncio.Task[Endpoint]) -> None:
         self._waking = None
         if task.cancelled():
             return
@@ -179,15 +179,15 @@ class Pool(ABC):
 
     def _check_failure(self) -> None:
         if self._failure and time.monotonic() - self._failure[0] < FAILED_FOR_S:
-            raise self._refusal(self._failure[1])
+            raise self._api_error(self._failure[1])
         self._failure = None
 
-    def _refusal(self, reason: str) -> Refusal:
-        sentence = f"Model '{self.spec.key}' on {self.place} did not start. {reason}"
+    def _api_error(self, reason: str) -> APIError:
+        sentence = f"Model '{self.spec.key}' on {self.location} did not start. {reason}"
         return unavailable(sentence, "model_failed", FAILED_FOR_S)
 
     async def close(self) -> None:
-        """Wake nothing any more; a wake under way is given up."""
+        """Cancel the running wake."""
         if self._waking:
             self._waking.cancel()
             await asyncio.gather(self._waking, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What a process needs that holds thousands of streams: descriptors, and few looks through what stays anyway."""
+"""Limits of a process that holds thousands of streams: more file descriptors, and rarer garbage collection."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-DESCRIPTORS = 65_536  # two a stream, to the client and to the engine; shells give 1,024
-_YOUNG = 50_000  # objects until a look at the new ones: a request makes some hundred, and the default is 700
+DESCRIPTORS = 65_536  # two a stream, to the client and to the engine; the default of shells is 1,024
+_YOUNG = 50_000  # new objects until a collection: a request makes some hundred, and the default is 700
 _MIDDLE, _OLD = 20, 100
 
 
-def expect_many_streams() -> None:
-    """Raise the limit of descriptors as far as it may be raised, and collect garbage rarely, as long as it lives."""
+def raise_process_limits() -> None:
+    """Raise the limit of file descriptors as far as allowed, and collect garbage rarely, until the process ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     gc.collect()
-    gc.freeze()  # modules and models: they stay until the end
+    gc.freeze()  # modules and models, which live until the end
     gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
 
 
 @contextmanager
-def for_many_streams() -> Iterator[None]:
-    """Expect them for a while: limit and collection are put back."""
+def raised_process_limits() -> Iterator[None]:
+    """Raise the limits within a context, and restore them afterwards."""
     limits, thresholds = resource.getrlimit(resource.RLIMIT_NOFILE), gc.get_threshold()
-    expect_many_streams()
+    raise_process_limits()
     try:
         yield
     finally:

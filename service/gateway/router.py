@@ -1,4 +1,4 @@
-"""Which pool a name stands for. Refused: names that nothing answers to, with the nearest ones."""
+"""Finds the pool of a model name. An unknown name is refused with the nearest known ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import UnknownModelError
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.gateway.pool import Pool
 from service.registry.gpus import Gpu
 from service.registry.models import DEFAULT_ALIAS, ModelChoice, ModelSpec, Registry
@@ -16,72 +16,72 @@ _REMEMBERED = 4096  # names, in all the ways to write them
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a name stands for.
+class Route:
+    """Where the requests for a model name go.
 
     Attributes:
-        pool: Where its requests go.
-        name: What the engine is to be told.
-        known: The engine knows the very name that was asked for.
-        tuned: The name ended in `-local`: defaults for tools are filled in.
+        pool: The pool that serves them.
+        name: The model or adapter name that the engine is sent.
+        is_exact_name: The engine knows the requested name as it is.
+        local_defaults: The name ended in `-local`: requests with tools get its defaults.
     """
 
     pool: Pool
     name: str
-    known: bool
-    tuned: bool
+    is_exact_name: bool
+    local_defaults: bool
 
 
-class Directory:
-    """All names of all models.
+class ModelRouter:
+    """The routes of all model names.
 
     Args:
         registry: The models.
-        default: Name of the model that `llm`, or no name, stands for.
-        pool: Returns the pool of a model on a GPU, None for the entry's own; always the same one for the same two.
+        default: Name of the model that requests for `llm`, or without a name, get.
+        pool: Returns the pool of a model on a GPU, None for the entry's own; the same one for the same arguments.
     """
 
     def __init__(self, registry: Registry, default: str, pool: Callable[[ModelSpec, Gpu | None], Pool]) -> None:
         self.registry, self.default = registry, default
         self._pool = pool
-        self._found: dict[str, Target] = {}
+        self._routes: dict[str, Route] = {}
 
-    def find(self, name: str | None) -> Target:
-        """Return what a name stands for.
+    def find(self, name: str | None) -> Route:
+        """Return the route of a name.
 
         Raises:
-            Refusal: 404 `model_not_found`, with the nearest names.
+            APIError: 404 `model_not_found`, with the nearest names.
         """
-        asked = name or DEFAULT_ALIAS
-        if (target := self._found.get(asked)) is None:
-            target = self._look_up(asked)
-            if len(self._found) < _REMEMBERED:
-                self._found[asked] = target
-        return target
+        requested = name or DEFAULT_ALIAS
+        if (route := self._routes.get(requested)) is None:
+            route = self._resolve(requested)
+            if len(self._routes) < _REMEMBERED:
+                self._routes[requested] = route
+        return route
 
-    def own(self) -> Sequence[Pool]:
-        """Return the pool that each model's bare name means, the default model's first."""
+    def default_pools(self) -> Sequence[Pool]:
+        """Return the pool of each model's name without a GPU, the default model's first."""
         pools = [self._pool(spec, None) for spec in self.registry.specs.values()]
         default = self.find(None).pool
         return [default, *(pool for pool in pools if pool is not default)]
 
-    def _look_up(self, asked: str) -> Target:
-        choice, bare = self._choose(asked)
+    def _resolve(self, requested: str) -> Route:
+        choice, bare = self._choose(requested)
         spec = choice.spec
         names = (*spec.names, *(adapter.name for adapter in spec.adapters))
         adapter = next((part.name for part in spec.adapters if part.name.lower() == choice.name), None)
         pool = self._pool(spec, choice.gpu)
-        return Target(pool, adapter or spec.key, known=asked in names, tuned=bare != asked)
+        return Route(pool, adapter or spec.key, is_exact_name=requested in names, local_defaults=bare != requested)
 
-    def _choose(self, asked: str) -> tuple[ModelChoice, str]:
-        """Return model and GPU, and the name less `-local`."""
+    def _choose(self, requested: str) -> tuple[ModelChoice, str]:
+        """Return model and GPU, and the name without `-local`."""
         try:
-            return self.registry.resolve(asked, self.default), asked
+            return self.registry.resolve(requested, self.default), requested
         except UnknownModelError as error:
-            bare = asked[: -len(LOCAL_SUFFIX)] if asked.lower().endswith(LOCAL_SUFFIX) else ""
+            bare = requested[: -len(LOCAL_SUFFIX)] if requested.lower().endswith(LOCAL_SUFFIX) else ""
             try:
                 if bare:
                     return self.registry.resolve(bare, self.default), bare
             except UnknownModelError:
                 pass
-            raise Refusal(404, str(error), kind="not_found_error", code="model_not_found", param="model") from error
+            raise APIError(404, str(error), kind="not_found_error", code="model_not_found", param="model") from error

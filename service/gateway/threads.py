@@ -1,4 +1,4 @@
-"""Blocking work beside the loop, in threads that a process may leave behind when it ends."""
+"""Blocking work beside the event loop, in daemon threads: they do not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Do blocking work in a thread of its own, which does not keep the process from ending as a pool's would."""
+    """Do blocking work in a daemon thread of its own; threads of an executor would keep the process from ending."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -29,7 +29,7 @@ async def in_thread(work: Callable[[], T]) -> T:
         failure: BaseException | None = None
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+        except BaseException as error:  # noqa: BLE001 - it is raised in the caller
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(finish, result, failure)

@@ -1,4 +1,4 @@
-"""How requests reach engines: what is sent, over which connections, and whether it may be sent again."""
+"""Requests to engines: what is sent, over which connections, and whether it may be sent again."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from types import SimpleNamespace
 
 import aiohttp
 
-_PIECE = 256 * 1024  # of a large body, written as the engine takes it
+_PIECE = 256 * 1024  # bytes of a large body that are written at a time
 _CONNECT_S = 10.0
 _KEPT_S = 4.0  # vLLM closes a connection after 5 s without a request
 
 
 @dataclass
-class Order:
-    """A request as it is to reach an engine.
+class UpstreamRequest:
+    """A request as an engine gets it.
 
     Attributes:
         method: HTTP method.
         path: Path.
-        query: What of the client's query an engine may see: on Modal a query chooses the container.
-        headers: The client's, as they came.
-        body: The client's bytes, or most of them; let go of once the engine has them.
-        suffix: What stands at their end instead of the rest.
+        query: The part of the client's query that an engine may see: on Modal a query chooses the container.
+        headers: The client's, unchanged.
+        body: The client's bytes, or most of them; released once the engine has them.
+        suffix: Replaces the rest of the body.
         streams: The client asked for server-sent events.
     """
 
@@ -36,10 +36,10 @@ class Order:
     streams: bool
 
 
-def session() -> aiohttp.ClientSession:
-    """Return the connections to all engines: as many as clients need, none decoded, none timed out."""
+def open_session() -> aiohttp.ClientSession:
+    """Return connections to the engines, without a limit of their number, a timeout of answers or decompression."""
     tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(_reused)
+    tracing.on_connection_reuseconn.append(_mark_reused)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S, ttl_dns_cache=60),
         trace_configs=[tracing],
@@ -50,31 +50,31 @@ def session() -> aiohttp.ClientSession:
     )
 
 
-class Sent:
-    """How a request was sent: whether sending it again may be a second time."""
+class Attempt:
+    """One attempt to send a request."""
 
     reused = False
 
-    def in_vain(self, error: Exception) -> bool:
-        """Tell whether no engine has read it: there was none, or the connection had been closed before."""
+    def is_safe_to_retry(self, error: Exception) -> bool:
+        """Tell whether no engine has read the request: none was there, or the reused connection was closed before."""
         if isinstance(error, aiohttp.ClientConnectorError):
             return True
         answered = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str | None)
         return self.reused and isinstance(error, aiohttp.ClientConnectionError | ConnectionError) and not answered
 
 
-async def _reused(_: object, context: SimpleNamespace, __: object) -> None:
-    if isinstance(context.trace_request_ctx, Sent):
+async def _mark_reused(_: object, context: SimpleNamespace, __: object) -> None:
+    if isinstance(context.trace_request_ctx, Attempt):
         context.trace_request_ctx.reused = True
 
 
-def data_of(order: Order) -> bytes | AsyncIterator[bytes | memoryview] | None:
-    """Return the body to send; a large one in pieces, as the engine takes them."""
-    if order.method == "GET":
+def request_body(request: UpstreamRequest) -> bytes | AsyncIterator[bytes | memoryview] | None:
+    """Return the body to send; a large one in pieces, sent as fast as the engine reads them."""
+    if request.method == "GET":
         return None
-    if len(order.body) <= _PIECE:
-        return bytes(order.body) + order.suffix if order.suffix else bytes(order.body)
-    return _pieces(order.body, order.suffix)
+    if len(request.body) <= _PIECE:
+        return bytes(request.body) + request.suffix if request.suffix else bytes(request.body)
+    return _pieces(request.body, request.suffix)
 
 
 async def _pieces(body: bytes | bytearray | memoryview, suffix: bytes) -> AsyncIterator[bytes | memoryview]:

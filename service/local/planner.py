@@ -13,7 +13,7 @@ from service.engine.args import cpu_memory_bytes
 from service.engine.installer import InstallProgress
 from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
-from service.gateway.local_pool import Machine
+from service.gateway.local_pool import LocalScheduler
 from service.gateway.pool import OnWake
 from service.hardware import available_bytes, check_gpu_count, check_memory, probe
 from service.in_engine.vllm_service.events import Event
@@ -137,13 +137,13 @@ class LocalPlanner:
         """Return a replica of a model that was requested."""
         return Replica(self.plan(spec, port, gpus), say=_log.info, on_line=log_output_of(spec), on_death=on_death)
 
-    def scheduler(self, on_wake: OnWake) -> Machine:
+    def scheduler(self, on_wake: OnWake) -> LocalScheduler:
         """Return the scheduler of this machine's engines, of which none runs yet.
 
         Args:
             on_wake: Called after each wake of a pool.
         """
-        return Machine(
+        return LocalScheduler(
             self.fetch,
             self.replica,
             free_memory=available_bytes,
@@ -152,7 +152,6 @@ class LocalPlanner:
             n_gpu=self.n_gpu,
             idle_s=self.settings.scaledown_window,
             on_wake=on_wake,
-            say=_log.info,
         )
 
     def _settled(self, spec: ModelSpec) -> ModelSpec:

@@ -20,8 +20,8 @@ from service import keys
 from service.boots import records
 from service.errors import EngineError, UnauthenticatedBindError
 from service.gateway import local_server
-from service.gateway.clients import Keyring, load_keyring
-from service.gateway.local_pool import Machine, new_key
+from service.gateway.clients import ClientRegistry, load_clients
+from service.gateway.local_pool import LocalScheduler, new_key
 from service.gateway.metrics import Metrics
 from service.in_engine.vllm_service.events import Event
 from service.local.planner import LocalPlanner, ProgressReporter, log_output_of
@@ -71,7 +71,7 @@ def serve(
     with _signals_interrupt(), bound_port(host, settings.port) as address, claim_port(settings.port):
         planner = LocalPlanner(settings, reporter, environ)
         spec = planner.resolve(model)
-        run = _Run(planner, spec, load_keyring(environ, digests, planner.registry, spec.key))
+        run = _Run(planner, spec, load_clients(environ, digests, planner.registry, spec.key))
         base_url = _base_url(host, settings.port)
         run.serve(address, lambda seconds: on_ready(Ready(spec, base_url, seconds, asks_for_key=bool(digests))))
 
@@ -92,10 +92,10 @@ class _Run:
     It keeps what the thread that sees the engine's death and the gateway's thread both use.
     """
 
-    def __init__(self, planner: LocalPlanner, spec: ModelSpec, keyring: Keyring) -> None:
-        self._planner, self._spec, self._keyring = planner, spec, keyring
+    def __init__(self, planner: LocalPlanner, spec: ModelSpec, clients: ClientRegistry) -> None:
+        self._planner, self._spec, self._clients = planner, spec, clients
         self._death: EngineError | None = None
-        self._listener: local_server.Listener | None = None
+        self._server: local_server.LocalServer | None = None
 
     def serve(self, address: socket.socket, on_open: Callable[[float], None]) -> None:
         """Boot the engine, open the gateway, and stay until the end."""
@@ -114,7 +114,7 @@ class _Run:
             with line_writer(access_file(planner.settings.port)) as access:
                 metrics = Metrics(access)
                 scheduler = planner.scheduler(metrics.count_wake)
-                scheduler.pool(self._spec).adopt(replica, port, key, gpus)
+                scheduler.pool(self._spec).attach(replica, port, key, gpus)
                 self._listen(scheduler, metrics, address, plan.python, lambda: on_open(replica.ready_after_s or 0.0))
         finally:
             replica.stop(0)
@@ -122,26 +122,31 @@ class _Run:
             raise self._death
 
     def _listen(
-        self, scheduler: Machine, metrics: Metrics, address: socket.socket, python: str, on_open: Callable[[], None]
+        self,
+        scheduler: LocalScheduler,
+        metrics: Metrics,
+        address: socket.socket,
+        python: str,
+        on_open: Callable[[], None],
     ) -> None:
         planner = self._planner
-        door = local_server.door(
-            planner.registry, self._spec, scheduler, self._keyring, metrics, python=python, settings=planner.settings
+        app = local_server.create_local_app(
+            planner.registry, self._spec, scheduler, self._clients, metrics, python=python, settings=planner.settings
         )
-        self._listener = local_server.Listener(
-            door,
+        self._server = local_server.LocalServer(
+            app,
             address,
             scheduler,
             on_open=on_open,
             on_drain=lambda: planner.reporter.phase(Event.DRAINING),
         )
         if not self._death:
-            self._listener.run(_SIGNALS)
+            self._server.run(_SIGNALS)
 
     def _engine_died(self, error: EngineError) -> None:
         self._death = error
-        if self._listener:
-            self._listener.end()
+        if self._server:
+            self._server.end()
 
 
 def _base_url(host: str, port: int) -> str:

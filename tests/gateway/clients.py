@@ -175,8 +175,8 @@ class LiteLLM:
     def __enter__(self) -> Self:
         """Write the configuration, start the proxy and wait until it listens."""
         write = [sys.executable, "-m", "service.cli.main", "litellm", "--url", "os.environ/VLLM_API_BASE", "--local"]
-        own = environment(SERVICE_MODELS_FILE=self._models)
-        subprocess.run([*write, "--output", str(self._file)], cwd=REPOSITORY, env=own, check=True)
+        default_pools = environment(SERVICE_MODELS_FILE=self._models)
+        subprocess.run([*write, "--output", str(self._file)], cwd=REPOSITORY, env=default_pools, check=True)
         began = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Bodies as the door hands them on, read by vLLM's own request models behind the reader that its server has."""
+"""Bodies as the gateway forwards them, parsed by vLLM's own request models and its server's JSON parser."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def every_body() -> list[tuple[str, bytes]]:
         for given in ('"model":"old","temperature":1.5,', '"mod\\u0065l":"old","temper\\u0061ture":0,', ""):
             body = bytearray(f"{{{given}{json.dumps(fields)[1:]} \r\n".encode())
             changes = {name: CHANGES[name] for name in CHANGES if name != "tool_choice" or "tools" in fields}
-            first, second = request_fields.rewritten(body, changes)
+            first, second = request_fields.with_overrides(body, changes)
             found.append((path, bytes(first) + second))
     return found
 
 
-def test_fields_that_the_door_sets_win_on_every_route(read: Any) -> None:
+def test_fields_that_the_gateway_sets_win_on_every_route(read: Any) -> None:
     """The last of a name counts, from the socket to the request model."""
     for (path, body), (status, answer) in zip(every_body(), read["answers"], strict=True):
         assert status == 200, (path, answer)

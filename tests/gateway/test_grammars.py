@@ -22,7 +22,7 @@ import pytest
 
 from service.engine import environment
 from service.gateway import request_fields
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.gateway.compiler import COMPILE_S, PROGRAM
 from service.gateway.grammars import Grammars
 
@@ -160,16 +160,16 @@ class Running:
         """Run something to its end."""
         return self._runner.run(work)
 
-    def check(self, outputs: Outputs) -> Refusal | None:
+    def check(self, outputs: Outputs) -> APIError | None:
         """Return what a structured output is refused with."""
         try:
-            return self.run(self._grammars.check(request_fields.read(body(outputs))))
-        except Refusal as refusal:
+            return self.run(self._grammars.check(request_fields.parse_fields(body(outputs))))
+        except APIError as refusal:
             return refusal
 
 
 @pytest.fixture(scope="module")
-def door(engine_python: str) -> Iterator[Running]:
+def gateway(engine_python: str) -> Iterator[Running]:
     """Grammars with the engine's library; nothing is left of them."""
     OTHERS[:] = compilers()
     with asyncio.Runner() as runner:
@@ -180,54 +180,54 @@ def door(engine_python: str) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_structured_output_that_engines_serve_passes(door: Running, name: str) -> None:
+def test_structured_output_that_engines_serve_passes(gateway: Running, name: str) -> None:
     """Large, nested and recursive ones among them, and some that look worse than they are."""
-    assert door.check(SERVED[name]) is None
+    assert gateway.check(SERVED[name]) is None
 
 
 @pytest.mark.parametrize("name", OTHERS_TO_JUDGE)
-def test_structured_output_that_xgrammar_cannot_compile_is_left_to_the_engine(door: Running, name: str) -> None:
+def test_structured_output_that_xgrammar_cannot_compile_is_left_to_the_engine(gateway: Running, name: str) -> None:
     """Plain vLLM serves some of them by another backend, so that none is refused in front of it."""
-    assert door.check(OTHERS_TO_JUDGE[name]) is None
+    assert gateway.check(OTHERS_TO_JUDGE[name]) is None
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_structured_output_that_would_hold_up_an_engine_is_refused_within_its_time(door: Running, name: str) -> None:
+def test_structured_output_that_would_hold_up_an_engine_is_refused_within_its_time(gateway: Running, name: str) -> None:
     """One such request has an engine compile for minutes, or stand still before every token of everybody."""
     outputs, words = COSTLY[name]
     begun = time.monotonic()
-    refusal = door.check(outputs)
+    refusal = gateway.check(outputs)
 
     assert refusal is not None
     assert (refusal.status, refusal.code) == (400, "invalid_grammar")
     assert words in refusal.message
     assert time.monotonic() - begun < 4 * COMPILE_S
     again = time.thread_time()
-    assert door.check(outputs) is not None
+    assert gateway.check(outputs) is not None
     assert time.thread_time() - again < 0.1
-    assert door.check(SERVED["object"] | {"x": name}) is None
+    assert gateway.check(SERVED["object"] | {"x": name}) is None
 
 
-def test_structured_output_asked_for_again_costs_microseconds(door: Running) -> None:
+def test_structured_output_asked_for_again_costs_microseconds(gateway: Running) -> None:
     """A client sends the same schema with every request."""
-    door.check(SERVED["1000 properties"])
-    asked = request_fields.read(body(SERVED["1000 properties"]))
+    gateway.check(SERVED["1000 properties"])
+    asked = request_fields.parse_fields(body(SERVED["1000 properties"]))
 
     async def again() -> float:
         begun = time.perf_counter()
         for _ in range(1000):
-            await door._grammars.check(asked)
+            await gateway._grammars.check(asked)
         return time.perf_counter() - begun
 
-    assert door.run(again()) / 1000 < 0.0005
+    assert gateway.run(again()) / 1000 < 0.0005
 
 
-def test_one_process_is_enough_for_all_of_them(door: Running) -> None:
+def test_one_process_is_enough_for_all_of_them(gateway: Running) -> None:
     """Even what crashes, hangs or eats memory takes only a fork with it."""
-    door.check({"regex": "x{1,3}"})
+    gateway.check({"regex": "x{1,3}"})
     (before,) = (process for process in compilers() if process not in OTHERS)
     for outputs, _ in COSTLY.values():
-        door.check({**outputs, "another": 1})
+        gateway.check({**outputs, "another": 1})
     (after,) = (process for process in compilers() if process not in OTHERS)
 
     assert before.pid == after.pid
@@ -247,11 +247,11 @@ def test_job_that_crashes_the_compiler_is_refused_and_remembered(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("service.gateway.compiler.PROGRAM", broken)
             for _ in range(2):
-                with pytest.raises(Refusal) as caught:
-                    await grammars.check(request_fields.read(body({"regex": name})))
+                with pytest.raises(APIError) as caught:
+                    await grammars.check(request_fields.parse_fields(body({"regex": name})))
                 assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
                 assert f"crashes the compiler ({signal_})" in caught.value.message
-            await grammars.check(request_fields.read(body({"regex": "fine"})))
+            await grammars.check(request_fields.parse_fields(body({"regex": "fine"})))
         await grammars.close()
 
     asyncio.run(run())
@@ -264,14 +264,14 @@ def test_job_that_outlasts_everything_ends_and_the_next_job_works(
 
     async def run() -> None:
         grammars = Grammars(engine_python, compile_s=1)
-        await grammars.check(request_fields.read(body({"regex": "a"})))
+        await grammars.check(request_fields.parse_fields(body({"regex": "a"})))
         (process,) = own_compilers()
         process.suspend()
-        with pytest.raises(Refusal) as caught:
-            await grammars.check(request_fields.read(body({"regex": "b"})))
+        with pytest.raises(APIError) as caught:
+            await grammars.check(request_fields.parse_fields(body({"regex": "b"})))
         assert caught.value.status == 503
         assert not process.is_running()
-        await grammars.check(request_fields.read(body({"regex": "b"})))
+        await grammars.check(request_fields.parse_fields(body({"regex": "b"})))
         await grammars.close()
 
     asyncio.run(run())
@@ -286,11 +286,11 @@ def test_time_is_the_processors_not_the_clocks(
 
     async def run() -> None:
         grammars = Grammars(engine_python, compile_s=2)
-        with pytest.raises(Refusal) as caught:
-            await grammars.check(request_fields.read(body(COSTLY["150 properties, counted"][0])))
+        with pytest.raises(APIError) as caught:
+            await grammars.check(request_fields.parse_fields(body(COSTLY["150 properties, counted"][0])))
         assert "takes more than 2 s" in caught.value.message
         (process,) = own_compilers()
-        await grammars.check(request_fields.read(body({"regex": "a"})))
+        await grammars.check(request_fields.parse_fields(body({"regex": "a"})))
         assert process.is_running()
         await grammars.close()
 
@@ -308,9 +308,9 @@ from service.gateway import request_fields
 from service.gateway.grammars import Grammars
 async def run():
     grammars = Grammars({engine_python!r})
-    await grammars.check(request_fields.read(b'{{"structured_outputs":{{"regex":"x"}}}}'))
+    await grammars.check(request_fields.parse_fields(b'{{"structured_outputs":{{"regex":"x"}}}}'))
     print("ready", flush=True)
-    await grammars.check(request_fields.read({body(outputs)!r}))
+    await grammars.check(request_fields.parse_fields({body(outputs)!r}))
     await asyncio.sleep(600)
 asyncio.run(run())
 """
@@ -330,7 +330,7 @@ asyncio.run(run())
     assert not alive
 
 
-def test_what_vllm_serves_is_served(door: Running, engine_python: str) -> None:
+def test_what_vllm_serves_is_served(gateway: Running, engine_python: str) -> None:
     """Nothing is refused that vLLM's own validation lets pass with its default, `auto`, but for what is costly."""
     samples = [*SERVED.values(), *OTHERS_TO_JUDGE.values(), *odd_schemas()]
     program = """
@@ -363,7 +363,7 @@ print(json.dumps([backend(outputs) for outputs in json.load(sys.stdin)]))
 
     assert {"xgrammar", "guidance", "outlines", None} == set(backends)
     for outputs, backend in zip(samples, backends, strict=True):
-        assert backend is None or door.check(outputs) is None, (backend, outputs)
+        assert backend is None or gateway.check(outputs) is None, (backend, outputs)
 
 
 def odd_schemas() -> Iterator[Outputs]:

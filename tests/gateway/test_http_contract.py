@@ -17,9 +17,9 @@ from vllm_service.guard import Guard
 
 import service.in_engine.vllm_service.http_contract as gateways_contract
 from service.gateway.catalog import openapi
-from service.gateway.clients import Keyring
+from service.gateway.clients import ClientRegistry
 from tests.engine.routes import KNOWN
-from tests.gateway.upstream import house, serving
+from tests.gateway.upstream import serve_gateway, serving
 
 KEYS = {hashlib.sha256(b"a-key").hexdigest(): "alice"}
 ALICE = {"Authorization": "Bearer a-key"}
@@ -50,13 +50,13 @@ def test_contract_route_added_there_is_served_through_gateway_and_guard(
     asked = path.format(thing="x-1")
 
     async def run() -> None:
-        async with guarded() as url, house(Keyring(KEYS), url=url) as gateway:
+        async with guarded() as url, serve_gateway(ClientRegistry(KEYS), url=url) as gateway:
             async with gateway.post(BODY, asked, headers=ALICE) as answer:
                 assert answer.status == 404
             async with gateway.http.post(url + asked, json=BODY) as answer:
                 assert answer.status == 404
             for module in (gateways_contract, guards_contract):  # one file, imported under two names
-                route = module.Route("POST", path, "New", model_from="body", body_limit=1024)
+                route = module.ApiRoute("POST", path, "New", model_from="body", body_limit=1024)
                 monkeypatch.setitem(module.ROUTES, path, {"POST": route})
             async with gateway.post(BODY, asked, headers=ALICE) as answer:
                 assert (answer.status, await answer.json()) == (200, {"path": asked, "model": "tiny"})

@@ -1,8 +1,9 @@
-"""Engines on one machine: started by the first request, ended when idle, ended to make room for others."""
+"""Engines on one machine: started by the first request, stopped at the idle timeout, evicted for others."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,8 +11,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from service.errors import EngineError, MemoryTooSmallError
-from service.gateway.api_errors import Refusal
-from service.gateway.local_pool import LocalPool, Machine
+from service.gateway.api_errors import APIError
+from service.gateway.local_pool import LocalPool, LocalScheduler
 from service.registry.models import ModelSpec
 from tests.gateway.upstream import eventually
 
@@ -23,7 +24,7 @@ SPECS = {
 
 
 class Engine:
-    """What a replica looks like from a pool: it blocks, it can be ended at any point, it can die."""
+    """A replica as a pool sees it: its methods block, it can be ended in any state, it can die."""
 
     def __init__(self, spec: ModelSpec, port: int, gpus: tuple[int, ...], died: Callable[[EngineError], None]) -> None:
         self.spec, self.port, self.gpus, self.died = spec, port, gpus, died
@@ -38,10 +39,10 @@ class Engine:
         """Do nothing."""
 
     def start(self, digests: Mapping[str, str]) -> None:
-        """Start when the test lets it."""
+        """Start once the test allows it."""
         self.may_start.wait(5)
         if self.stops:
-            raise EngineError("The engine was stopped while somebody waited for it.")
+            raise EngineError("The engine was stopped before it was ready.")
         self.digests, self.running = digests, True
 
     def stop(self, grace_s: float | None = None) -> None:
@@ -52,22 +53,21 @@ class Engine:
         self.running = False
 
 
-class House:
-    """A machine of ten gigabytes, or of two GPUs."""
+class FakeMachine:
+    """A machine with ten gigabytes, or with GPUs."""
 
     def __init__(self, gpus: tuple[int, ...] = (), idle_s: float = 900.0) -> None:
         self.engines: list[Engine] = []
-        self.said: list[str] = []
         self.hold = False
+        self.taken = 0  # by other programs
         self.refuses: MemoryTooSmallError | None = None
-        self.machine = Machine(
+        self.scheduler = LocalScheduler(
             self._fetch,
             self._make,
-            free_memory=lambda: 10 * GB - sum(4 * GB for engine in self.engines if engine.running),
+            free_memory=lambda: 10 * GB - self.taken - sum(4 * GB for engine in self.engines if engine.running),
             needs_memory=lambda spec: int((spec.weights_gb or 0) * GB),
             gpus=gpus,
             idle_s=idle_s,
-            say=self.said.append,
         )
 
     def _fetch(self, _: ModelSpec) -> None:
@@ -83,7 +83,7 @@ class House:
 
     def pool(self, name: str) -> LocalPool:
         """Return the pool of a model."""
-        return self.machine.pool(SPECS[name])
+        return self.scheduler.pool(SPECS[name])
 
     @property
     def running(self) -> list[str]:
@@ -91,221 +91,263 @@ class House:
         return [engine.spec.key for engine in self.engines if engine.running]
 
 
-def test_pool_wakes_once_for_all_with_a_key_of_its_own() -> None:
-    """Nobody on this machine passes by the door: the engine wants a key that only the door has."""
+def test_local_pool_wakes_once_for_all_requests_with_a_key_of_its_own() -> None:
+    """Only the gateway has the engine's key, so that no other user of this machine reaches the engine."""
 
     async def run() -> None:
-        house = House()
-        addresses = await asyncio.gather(*(house.pool("a").ready() for _ in range(20)))
-        (engine,) = house.engines
-        assert {address.url for address in addresses} == {f"http://127.0.0.1:{engine.port}"}
-        assert addresses[0].headers["Authorization"].startswith("Bearer ")
+        machine = FakeMachine()
+        endpoints = await asyncio.gather(*(machine.pool("a").ready() for _ in range(20)))
+        (engine,) = machine.engines
+        assert {endpoint.url for endpoint in endpoints} == {f"http://127.0.0.1:{engine.port}"}
+        assert endpoints[0].headers["Authorization"].startswith("Bearer ")
         assert len(engine.digests) == 1
-        assert house.pool("a").state == "ready"
-        await house.machine.close(0)
-        assert house.running == []
+        assert machine.pool("a").state == "ready"
+        await machine.scheduler.close(0)
+        assert machine.running == []
 
     asyncio.run(run())
 
 
-def test_pool_least_recently_used_makes_room() -> None:
-    """Memory for two: the third ends the one that was not used for longest."""
+def test_local_pool_least_recently_used_is_evicted(caplog: pytest.LogCaptureFixture) -> None:
+    """Memory for two: the third evicts the one that has not been used for the longest time."""
+    caplog.set_level(logging.INFO, "service.gateway")
 
     async def run() -> None:
-        house = House()
+        machine = FakeMachine()
         for name in ("a", "b", "a"):
-            with house.pool(name).use():
-                await house.pool(name).ready()
-        await house.pool("c").ready()
-        assert house.running == ["a", "c"]
-        assert house.said == ["b is stopped to make room for c."]
-        assert house.pool("b").state == "cold"
-        await house.machine.close(0)
+            with machine.pool(name).track_request():
+                await machine.pool(name).ready()
+        await machine.pool("c").ready()
+        assert machine.running == ["a", "c"]
+        assert caplog.messages == ["b is stopped to make room for c."]
+        assert machine.pool("b").state == "cold"
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_waits_for_a_busy_one_and_never_ends_it() -> None:
-    """A stream is not cut for somebody else's model."""
+def test_local_pool_waits_for_a_busy_pool_and_never_evicts_it() -> None:
+    """No running request is broken off for another model."""
 
     async def run() -> None:
-        house = House()
-        with house.pool("a").use(), house.pool("b").use():
-            await house.pool("a").ready()
-            await house.pool("b").ready()
-            waiting = asyncio.ensure_future(house.pool("c").ready())
+        machine = FakeMachine()
+        with machine.pool("a").track_request(), machine.pool("b").track_request():
+            await machine.pool("a").ready()
+            await machine.pool("b").ready()
+            waiting = asyncio.ensure_future(machine.pool("c").ready())
             await asyncio.sleep(0.2)
-            assert house.running == ["a", "b"]
-            assert house.pool("c").state == "waking"
+            assert machine.running == ["a", "b"]
+            assert machine.pool("c").state == "waking"
         await waiting
-        assert len(house.running) == 2
-        assert "c" in house.running
-        await house.machine.close(0)
+        assert len(machine.running) == 2
+        assert "c" in machine.running
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_that_waits_for_a_busy_one_ends_nobody_in_vain_and_keeps_nobody_waiting() -> None:
-    """A model for two GPUs, of which one is busy, ends no idle one yet; a third model starts meanwhile."""
+def test_local_pool_waiting_for_busy_pool_evicts_nothing() -> None:
+    """A model for three GPUs, of which one is busy, evicts no idle one yet; another model starts meanwhile."""
 
     async def run() -> None:
-        house = House(gpus=(0, 1, 2))
-        house.machine._n_gpu = lambda spec: 3 if spec.key == "c" else 1
-        await house.pool("b").ready()
-        with house.pool("a").use():
-            await house.pool("a").ready()
-            waiting = asyncio.ensure_future(house.pool("c").ready())
+        machine = FakeMachine(gpus=(0, 1, 2))
+        machine.scheduler._n_gpu = lambda spec: 3 if spec.key == "c" else 1
+        await machine.pool("b").ready()
+        with machine.pool("a").track_request():
+            await machine.pool("a").ready()
+            waiting = asyncio.ensure_future(machine.pool("c").ready())
             await asyncio.sleep(0.2)
-            assert house.running == ["b", "a"]
-            await house.pool("d").ready()
-            assert house.running == ["b", "a", "d"]
+            assert machine.running == ["b", "a"]
+            await machine.pool("d").ready()
+            assert machine.running == ["b", "a", "d"]
         await waiting
-        assert house.running == ["c"]
-        await house.machine.close(0)
+        assert machine.running == ["c"]
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_in_use_again_is_not_ended_for_having_been_idle() -> None:
-    """Two are idle; while the first one ends, a request comes for the second."""
+def test_local_pool_in_use_again_is_not_stopped_for_having_been_idle() -> None:
+    """Two are idle; while the first one stops, a request comes for the second."""
 
     async def run() -> None:
-        house = House(idle_s=0.3)
+        machine = FakeMachine(idle_s=0.3)
         for name in ("a", "b"):
-            await house.pool(name).ready()
-        house.engines[0].stop_s = 1.0
-        house.machine.begin()
-        await eventually(lambda: bool(house.engines[0].stops))
-        with house.pool("b").use():
+            await machine.pool(name).ready()
+        machine.engines[0].stop_s = 1.0
+        machine.scheduler.begin()
+        await eventually(lambda: bool(machine.engines[0].stops))
+        with machine.pool("b").track_request():
             await asyncio.sleep(1.5)
-            assert house.running == ["b"]
-        await house.machine.close(0)
+            assert machine.running == ["b"]
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_machine_closed_waits_for_an_end_that_is_under_way() -> None:
-    """An engine that was being ended for another reason is ended when the machine is closed."""
+def test_scheduler_close_waits_for_an_engine_that_is_stopping() -> None:
+    """An engine that was being stopped for another reason has ended when `close` returns."""
 
     async def run() -> None:
-        house = House()
-        await house.pool("a").ready()
-        house.engines[0].stop_s = 0.5
-        ending = asyncio.ensure_future(house.pool("a").stop())
+        machine = FakeMachine()
+        await machine.pool("a").ready()
+        machine.engines[0].stop_s = 0.5
+        ending = asyncio.ensure_future(machine.pool("a").stop())
         await asyncio.sleep(0.1)
         ending.cancel()
-        await house.machine.close(None)
-        assert house.running == []
+        await machine.scheduler.close(None)
+        assert machine.running == []
 
     asyncio.run(run())
 
 
-def test_pool_lost_by_one_client_keeps_the_engine_that_still_listens() -> None:
-    """One broken connection is no reason to end everybody's streams."""
+def test_local_pool_marked_unreachable_keeps_an_engine_that_still_listens() -> None:
+    """One broken connection must not end the streams of other clients."""
 
     async def run() -> None:
-        house = House()
-        first = await house.pool("a").ready()
+        machine = FakeMachine()
+        first = await machine.pool("a").ready()
 
         async def healthy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
             writer.close()
 
-        server = await asyncio.start_server(healthy, "127.0.0.1", house.engines[0].port)
+        server = await asyncio.start_server(healthy, "127.0.0.1", machine.engines[0].port)
         async with server:
-            house.pool("a").lost()
-            assert await house.pool("a").ready() == first
-            assert len(house.engines) == 1
-        house.pool("a").lost()
-        await house.pool("a").ready()
-        assert len(house.engines) == 2
-        await house.machine.close(0)
+            machine.pool("a").mark_unreachable()
+            assert await machine.pool("a").ready() == first
+            assert len(machine.engines) == 1
+        machine.pool("a").mark_unreachable()
+        await machine.pool("a").ready()
+        assert len(machine.engines) == 2
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_on_gpus_takes_its_own() -> None:
-    """An engine takes a whole GPU; the third model ends the first one's and takes that."""
+def test_local_pool_on_gpus_takes_its_own() -> None:
+    """An engine takes a whole GPU; the third model evicts the first one and takes its GPU."""
 
     async def run() -> None:
-        house = House(gpus=(0, 1))
+        machine = FakeMachine(gpus=(0, 1))
         for name in ("a", "b", "c"):
-            await house.pool(name).ready()
-        assert [engine.gpus for engine in house.engines] == [(0,), (1,), (0,)]
-        assert house.running == ["b", "c"]
-        await house.machine.close(0)
+            await machine.pool(name).ready()
+        assert [engine.gpus for engine in machine.engines] == [(0,), (1,), (0,)]
+        assert machine.running == ["b", "c"]
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_idle_is_ended_and_woken_by_the_next_request() -> None:
-    """Not while a request runs, however long that takes."""
+def test_local_pool_idle_is_stopped_and_woken_by_the_next_request(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not stopped while a request runs, however long that takes."""
+    caplog.set_level(logging.INFO, "service.gateway")
 
     async def run() -> None:
-        house = House(idle_s=0.2)
-        house.machine.begin()
-        with house.pool("a").use():
-            await house.pool("a").ready()
+        machine = FakeMachine(idle_s=0.2)
+        machine.scheduler.begin()
+        with machine.pool("a").track_request():
+            await machine.pool("a").ready()
             await asyncio.sleep(0.5)
-            assert house.running == ["a"]
-        await eventually(lambda: house.running == [])
-        assert "without a request" in house.said[0]
-        await house.pool("a").ready()
-        assert house.running == ["a"]
-        await house.machine.close(0)
+            assert machine.running == ["a"]
+        await eventually(lambda: machine.running == [])
+        assert "without a request" in caplog.messages[0]
+        await machine.pool("a").ready()
+        assert machine.running == ["a"]
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_whose_engine_dies_starts_another_with_the_next_request() -> None:
-    """What killed it is said; an engine that was given up cannot end its successor."""
+def test_local_pool_whose_engine_dies_starts_another_with_the_next_request(caplog: pytest.LogCaptureFixture) -> None:
+    """The reason of the death is logged; a late report of it does not end the next engine."""
 
     async def run() -> None:
-        house = House()
-        await house.pool("a").ready()
-        first = house.engines[0]
+        machine = FakeMachine()
+        await machine.pool("a").ready()
+        first = machine.engines[0]
         first.running = False
         threading.Thread(target=first.died, args=(EngineError("killed by SIGKILL"),)).start()
-        await eventually(lambda: house.pool("a").state == "cold")
-        assert "killed by SIGKILL" in house.said[0]
-        await house.pool("a").ready()
+        await eventually(lambda: machine.pool("a").state == "cold")
+        assert "killed by SIGKILL" in caplog.messages[0]
+        await machine.pool("a").ready()
         first.died(EngineError("late"))
         await asyncio.sleep(0.05)
-        assert house.pool("a").state == "ready"
-        await house.machine.close(0)
+        assert machine.pool("a").state == "ready"
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_that_cannot_start_says_why() -> None:
-    """What this machine refuses is told to whoever asked."""
+def test_local_pool_that_cannot_start_answers_with_the_reason() -> None:
+    """The client gets the reason why this machine refuses the model."""
 
     async def run() -> None:
-        house = House()
-        house.refuses = MemoryTooSmallError("The weights of 'a' are 500 GB.")
-        with pytest.raises(Refusal, match="500 GB") as caught:
-            await house.pool("a").ready()
+        machine = FakeMachine()
+        machine.refuses = MemoryTooSmallError("The weights of 'a' are 500 GB.")
+        with pytest.raises(APIError, match="500 GB") as caught:
+            await machine.pool("a").ready()
         assert caught.value.status == 503
-        assert house.pool("a").state == "cold"
-        await house.machine.close(0)
+        assert machine.pool("a").state == "cold"
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
 
-def test_pool_closed_while_it_starts_ends_its_engine_and_tells_who_waits() -> None:
-    """Ctrl-C during a boot on demand leaves nothing."""
+def test_local_pool_closed_while_it_starts_ends_its_engine_and_answers_waiting_requests() -> None:
+    """Ctrl-C during a boot on demand leaves no engine behind."""
 
     async def run() -> None:
-        house = House()
-        house.hold = True
-        waiting = asyncio.ensure_future(house.pool("a").ready())
-        await eventually(lambda: bool(house.engines))
+        machine = FakeMachine()
+        machine.hold = True
+        waiting = asyncio.ensure_future(machine.pool("a").ready())
+        await eventually(lambda: bool(machine.engines))
         await asyncio.sleep(0.05)
-        await house.machine.close(None)
-        with pytest.raises(Refusal, match="being stopped"):
+        await machine.scheduler.close(None)
+        with pytest.raises(APIError, match="shutting down"):
             await waiting
-        assert house.engines[0].stops
-        assert house.running == []
+        assert machine.engines[0].stops
+        assert machine.running == []
+
+    asyncio.run(run())
+
+
+def test_local_pool_waiting_for_busy_pool_starts_as_soon_as_that_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the busy pool's request is an event, which the waiting pool does not have to poll for."""
+    monkeypatch.setattr("service.gateway.local_pool._RECHECK_S", 60.0)
+
+    async def run() -> None:
+        machine = FakeMachine(gpus=(0,))
+        with machine.pool("a").track_request():
+            await machine.pool("a").ready()
+            waiting = asyncio.ensure_future(machine.pool("b").ready())
+            await asyncio.sleep(0.1)
+            assert machine.running == ["a"]
+        async with asyncio.timeout(2):
+            await waiting
+        assert machine.running == ["b"]
+        await machine.scheduler.close(0)
+
+    asyncio.run(run())
+
+
+def test_local_pool_waiting_for_memory_starts_once_another_program_frees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reports that, so the pool looks again from time to time."""
+    monkeypatch.setattr("service.gateway.local_pool._RECHECK_S", 0.05)
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.taken = 4 * GB
+        with machine.pool("a").track_request():
+            await machine.pool("a").ready()
+            waiting = asyncio.ensure_future(machine.pool("b").ready())
+            await asyncio.sleep(0.2)
+            assert machine.running == ["a"]
+            machine.taken = 0
+            async with asyncio.timeout(2):
+                await waiting
+            assert machine.running == ["a", "b"]
+        await machine.scheduler.close(0)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""From a client to an engine and back: bytes, ends, breaks, and what is left of all that."""
+"""Requests forwarded to an engine and answers forwarded to the client: bytes, ends, failures, and leaks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import socket
 import aiohttp
 import pytest
 
-from service.gateway.upstream import session
-from tests.gateway.upstream import STREAM, Engine, Request, answers, chunk, eventually, house, streams
+from service.gateway.upstream import open_session
+from tests.gateway.upstream import STREAM, Engine, Request, answers, chunk, eventually, serve_gateway, streams
 
 EVENT = b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9"}}]}\n\n'
 ASK = {"model": "tiny", "messages": []}
 STREAMED = ASK | {"stream": True}
 
 
-def test_relay_answer_passes_as_it_is() -> None:
-    """Status, body, the client's headers but its key, the pool's key and query, one request id throughout."""
+def test_proxy_passes_an_answer_unchanged() -> None:
+    """Status, body, the client's headers without its key, the pool's key and query, one request id throughout."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
+        async with Engine(answers).serving() as engine, serve_gateway(url=engine.url) as gateway:
             headers = {"Authorization": "Bearer of-the-client", "X-Request-Id": "abc", "X-Mine": "1", "Modal-Key": "x"}
-            async with door.post(ASK, headers=headers) as answer:
+            async with gateway.post(ASK, headers=headers) as answer:
                 assert (answer.status, answer.headers["x-request-id"]) == (200, "abc")
                 assert (await answer.json())["usage"]["prompt_tokens"] == 3
             (request,) = engine.requests
@@ -38,7 +38,7 @@ def test_relay_answer_passes_as_it_is() -> None:
     asyncio.run(run())
 
 
-def test_relay_stream_with_cut_characters_passes_unchanged() -> None:
+def test_proxy_stream_with_cut_characters_passes_unchanged() -> None:
     """A chunk that ends inside a character is not decoded, and not waited on for the rest."""
     cut = EVENT.index(b"\xc3") + 1
     pieces = [EVENT[:cut], EVENT[cut:], b"data: [DONE]\n\n"]
@@ -54,8 +54,8 @@ def test_relay_stream_with_cut_characters_passes_unchanged() -> None:
                 writer.write(chunk(piece))
                 await writer.drain()
 
-        async with Engine(behave).serving() as engine, house(url=engine.url) as door:
-            async with door.post(STREAMED) as answer:
+        async with Engine(behave).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            async with gateway.post(STREAMED) as answer:
                 assert answer.content_type == "text/event-stream"
                 assert "x-engine-pid" not in answer.headers
                 got = []
@@ -67,14 +67,14 @@ def test_relay_stream_with_cut_characters_passes_unchanged() -> None:
     asyncio.run(run())
 
 
-def test_relay_large_body_reaches_the_engine_whole() -> None:
+def test_proxy_large_body_reaches_the_engine_whole() -> None:
     """Ten megabytes of an image, in a body whose model is a name that the engine does not know."""
     image = "data:image/png;base64," + "A" * 10_000_000
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
+        async with Engine(answers).serving() as engine, serve_gateway(url=engine.url) as gateway:
             body = io.BytesIO(json.dumps({"model": "TINY-h200", "image": image}).encode())
-            async with door.http.post(f"{door.url}/v1/chat/completions", data=body) as answer:
+            async with gateway.http.post(f"{gateway.url}/v1/chat/completions", data=body) as answer:
                 assert answer.status == 200
             sent = json.loads(engine.requests[0].body)
             assert sent == {"model": "tiny", "image": image}
@@ -82,7 +82,7 @@ def test_relay_large_body_reaches_the_engine_whole() -> None:
     asyncio.run(run())
 
 
-def test_relay_client_that_leaves_stops_the_generation() -> None:
+def test_proxy_client_that_leaves_stops_the_generation() -> None:
     """The engine's connection is closed, during a stream and before its first byte."""
 
     async def silent(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -90,16 +90,16 @@ def test_relay_client_that_leaves_stops_the_generation() -> None:
         await request.gone.wait()
 
     async def run(behaviour: object, body: object) -> None:
-        async with Engine(behaviour).serving() as engine, house(url=engine.url) as door:  # type: ignore[arg-type]
-            asking = asyncio.ensure_future(_take_one(door.post(body)))
+        async with Engine(behaviour).serving() as engine, serve_gateway(url=engine.url) as gateway:  # type: ignore[arg-type]
+            asking = asyncio.ensure_future(_take_one(gateway.post(body)))
             await eventually(lambda: len(engine.requests) == 1)
             await asyncio.sleep(0.05)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             async with asyncio.timeout(5):
                 await engine.requests[0].gone.wait()
-            await eventually(lambda: len(door.lines) == 1)
-            assert json.loads(door.lines[0])["client_left"]
+            await eventually(lambda: len(gateway.lines) == 1)
+            assert json.loads(gateway.lines[0])["client_left"]
 
     asyncio.run(run(streams(EVENT, ends=False), STREAMED))
     asyncio.run(run(silent, ASK))
@@ -112,19 +112,19 @@ async def _take_one(context: object) -> None:
             await asyncio.sleep(60)
 
 
-def test_relay_thousand_clients_that_leave_at_random_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No task, no socket and no generation is left, whenever they went."""
+def test_proxy_leaks_nothing_when_a_thousand_clients_leave_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task, no socket and no generation is left, at whatever moment they leave."""
     sessions: list[aiohttp.ClientSession] = []
 
     def recorded_session() -> aiohttp.ClientSession:
-        sessions.append(session())
+        sessions.append(open_session())
         return sessions[-1]
 
-    monkeypatch.setattr("service.gateway.app.session", recorded_session)
+    monkeypatch.setattr("service.gateway.app.open_session", recorded_session)
 
     async def run() -> None:
         behaviour = streams(*[EVENT] * 20, pause_s=0.02)
-        async with Engine(behaviour).serving() as engine, house(url=engine.url) as door:
+        async with Engine(behaviour).serving() as engine, serve_gateway(url=engine.url) as gateway:
             chance = random.Random(7)  # noqa: S311 - it decides when a client leaves
             before = len(asyncio.all_tasks())
 
@@ -132,7 +132,7 @@ def test_relay_thousand_clients_that_leave_at_random_leave_nothing(monkeypatch: 
                 writer = None
                 try:
                     async with asyncio.timeout(chance.uniform(0.001, 0.4)):
-                        host, port = door.url.removeprefix("http://").split(":")
+                        host, port = gateway.url.removeprefix("http://").split(":")
                         reader, writer = await asyncio.open_connection(host, int(port))
                         body = json.dumps(STREAMED if number % 3 else ASK).encode()
                         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -149,8 +149,8 @@ def test_relay_thousand_clients_that_leave_at_random_leave_nothing(monkeypatch: 
                 await asyncio.gather(*(one(number) for number in range(first, first + 100)))
             assert len(engine.requests) > 100
             await eventually(lambda: engine.running == 0)
-            await eventually(lambda: door.pools["tiny"].in_use == 0)
-            await door.http.close()
+            await eventually(lambda: gateway.pools["tiny"].in_use == 0)
+            await gateway.http.close()
             # an engine's connection that is kept for the next request is a task of the stub's own
             await eventually(lambda: len(asyncio.all_tasks()) <= before + _kept(sessions[0]))
             assert _kept(sessions[0]) <= 100
@@ -158,43 +158,43 @@ def test_relay_thousand_clients_that_leave_at_random_leave_nothing(monkeypatch: 
     asyncio.run(run())
 
 
-def _kept(session: aiohttp.ClientSession) -> int:
-    assert session.connector
-    return sum(len(kept) for kept in session.connector._conns.values())
+def _kept(open_session: aiohttp.ClientSession) -> int:
+    assert open_session.connector
+    return sum(len(kept) for kept in open_session.connector._conns.values())
 
 
-def test_relay_pool_that_dies_under_streams_ends_each_with_an_error_and_the_next_request_is_served() -> None:
-    """Fifty streams end with an event that says so; a new replica answers whoever comes then."""
+def test_proxy_ends_each_stream_with_an_error_when_the_pool_dies_and_serves_the_next_request() -> None:
+    """Fifty streams end with an error event; a new replica answers the next request."""
 
     async def run() -> None:
         async with (
             Engine(streams(EVENT, ends=False)).serving() as first,
             Engine(answers).serving() as second,
-            house(url=first.url) as door,
+            serve_gateway(url=first.url) as gateway,
         ):
 
             async def one() -> bytes:
-                async with door.post(STREAMED) as answer:
+                async with gateway.post(STREAMED) as answer:
                     return await answer.content.read()
 
             clients = [asyncio.ensure_future(one()) for _ in range(50)]
             await eventually(lambda: first.running == 50)
             await asyncio.sleep(0.1)
-            door.pools["tiny"].url = second.url
+            gateway.pools["tiny"].url = second.url
             await first.die()
             for text in await asyncio.gather(*clients):
                 assert text.startswith(EVENT)
                 error = json.loads(text.removeprefix(EVENT).split(b"\n")[0].removeprefix(b"data: "))["error"]
                 assert (error["code"], error["status"]) == ("engine_lost", 502)
                 assert text.endswith(b"data: [DONE]\n\n")
-            async with door.post(ASK) as answer:
+            async with gateway.post(ASK) as answer:
                 assert answer.status == 200
-            assert door.pools["tiny"].wakes == 2
+            assert gateway.pools["tiny"].wakes == 2
 
     asyncio.run(run())
 
 
-def test_relay_answer_that_breaks_off_inside_a_line_ends_the_line_first() -> None:
+def test_proxy_answer_that_breaks_off_inside_a_line_ends_the_line_first() -> None:
     """What was cut is not joined with the error that follows."""
 
     async def breaks(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -205,15 +205,15 @@ def test_relay_answer_that_breaks_off_inside_a_line_ends_the_line_first() -> Non
         writer.transport.abort()
 
     async def run() -> None:
-        async with Engine(breaks).serving() as engine, house(url=engine.url) as door:
-            async with door.post(STREAMED) as answer:
+        async with Engine(breaks).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            async with gateway.post(STREAMED) as answer:
                 text = await answer.content.read()
             assert text.startswith(EVENT[:10] + b'\n\ndata: {"error"')
 
     asyncio.run(run())
 
 
-def test_relay_body_that_breaks_off_breaks_off_for_the_client() -> None:
+def test_proxy_body_that_breaks_off_breaks_off_for_the_client() -> None:
     """Half an answer must not look like a whole one."""
 
     async def breaks(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -224,15 +224,15 @@ def test_relay_body_that_breaks_off_breaks_off_for_the_client() -> None:
         writer.transport.abort()
 
     async def run() -> None:
-        async with Engine(breaks).serving() as engine, house(url=engine.url) as door:
+        async with Engine(breaks).serving() as engine, serve_gateway(url=engine.url) as gateway:
             with pytest.raises(aiohttp.ClientError):
-                async with door.post(ASK) as answer:
+                async with gateway.post(ASK) as answer:
                     await answer.read()
 
     asyncio.run(run())
 
 
-def test_relay_connection_that_the_engine_closed_meanwhile_is_replaced() -> None:
+def test_proxy_connection_that_the_engine_closed_meanwhile_is_replaced() -> None:
     """An engine that was restarted is asked again before anybody is told."""
 
     async def closes(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -244,16 +244,16 @@ def test_relay_connection_that_the_engine_closed_meanwhile_is_replaced() -> None
     engine = Engine(closes)
 
     async def run() -> None:
-        async with engine.serving(), house(url=engine.url) as door:
+        async with engine.serving(), serve_gateway(url=engine.url) as gateway:
             for _ in range(2):
-                async with door.post(ASK) as answer:
+                async with gateway.post(ASK) as answer:
                     assert answer.status == 200
             assert len(engine.requests) == 3
 
     asyncio.run(run())
 
 
-def test_relay_request_that_kills_its_engine_is_not_sent_to_another() -> None:
+def test_proxy_request_that_kills_its_engine_is_not_sent_to_another() -> None:
     """On a connection of its own the engine may have read it all: the client hears of it, and decides."""
 
     async def dies(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -261,20 +261,20 @@ def test_relay_request_that_kills_its_engine_is_not_sent_to_another() -> None:
         writer.transport.abort()
 
     async def run() -> None:
-        async with Engine(dies).serving() as engine, house(url=engine.url) as door:
-            async with door.post(ASK) as answer:
+        async with Engine(dies).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            async with gateway.post(ASK) as answer:
                 assert (answer.status, (await answer.json())["error"]["code"]) == (502, "engine_lost")
             assert len(engine.requests) == 1
 
     asyncio.run(run())
 
 
-def test_relay_clients_query_reaches_no_engine() -> None:
+def test_proxy_clients_query_reaches_no_engine() -> None:
     """On Modal a query chooses the container: `n_gpu` in it would be another pool."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house(url=engine.url) as door:
-            async with door.post(
+        async with Engine(answers).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            async with gateway.post(
                 ASK, "/v1/chat/completions?n_gpu=7&model=other&__modal_function_call_id=fc-1"
             ) as answer:
                 assert answer.status == 200
@@ -283,7 +283,7 @@ def test_relay_clients_query_reaches_no_engine() -> None:
     asyncio.run(run())
 
 
-def test_relay_slow_reader_holds_the_engine_back() -> None:
+def test_proxy_slow_reader_holds_the_engine_back() -> None:
     """A client that does not read costs a bounded amount of memory: the engine's writes wait."""
     written = 0
 
@@ -296,8 +296,8 @@ def test_relay_slow_reader_holds_the_engine_back() -> None:
             await writer.drain()
 
     async def run() -> None:
-        async with Engine(floods).serving() as engine, house(url=engine.url) as door:
-            host, port = door.url.removeprefix("http://").split(":")
+        async with Engine(floods).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            host, port = gateway.url.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as client:
                 body = json.dumps(STREAMED).encode()
                 head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -312,7 +312,7 @@ def test_relay_slow_reader_holds_the_engine_back() -> None:
     asyncio.run(run())
 
 
-def test_relay_follows_modals_redirect_to_the_answer() -> None:
+def test_proxy_follows_modals_redirect_to_the_answer() -> None:
     """After 150 s Modal says 303; the answer is fetched from there, with the pool's key, and from nowhere else."""
 
     async def later(request: Request, writer: asyncio.StreamWriter) -> None:
@@ -329,11 +329,15 @@ def test_relay_follows_modals_redirect_to_the_answer() -> None:
         await writer.drain()
 
     async def run() -> None:
-        async with Engine(later).serving() as engine, house(url=engine.url) as door:
-            async with door.post(ASK) as answer:
+        async with Engine(later).serving() as engine, serve_gateway(url=engine.url) as gateway:
+            async with gateway.post(ASK) as answer:
                 assert answer.status == 200
             assert engine.requests[1].line == "GET /later?id=1 HTTP/1.1"
-        async with Engine(elsewhere).serving() as engine, house(url=engine.url) as door, door.post(ASK) as answer:
+        async with (
+            Engine(elsewhere).serving() as engine,
+            serve_gateway(url=engine.url) as gateway,
+            gateway.post(ASK) as answer,
+        ):
             assert answer.status == 502
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""A cold pool: one wake for all who wait, in their order; what they hear meanwhile, and when it fails."""
+"""A cold pool: one wake for all waiting requests, in their order; what clients get meanwhile, and when it fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import openai
 import pytest
 
-from tests.gateway.upstream import Engine, House, answers, eventually, house, streams
+from tests.gateway.upstream import Engine, RunningGateway, answers, eventually, serve_gateway, streams
 
 ASK = {"model": "tiny", "messages": []}
 STREAMED = ASK | {"stream": True}
@@ -20,13 +20,13 @@ def test_waking_hundred_clients_cause_one_wake_and_are_served_in_order() -> None
     """All are held, all are answered, in the order in which they came."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house() as door:
-            door.pools["tiny"] = door.door._inference._directory.find("tiny").pool  # type: ignore[assignment]
-            pool = door.pools["tiny"]
+        async with Engine(answers).serving() as engine, serve_gateway() as gateway:
+            gateway.pools["tiny"] = gateway.app._inference._router.find("tiny").pool  # type: ignore[assignment]
+            pool = gateway.pools["tiny"]
             pool.url = engine.url
             clients = []
             for number in range(100):
-                clients.append(asyncio.ensure_future(_status(door, ASK | {"user": str(number)})))
+                clients.append(asyncio.ensure_future(_status(gateway, ASK | {"user": str(number)})))
                 await eventually(lambda number=number: pool.in_use == number + 1)  # type: ignore[misc]
             assert engine.requests == []
             pool.may_wake.set()
@@ -38,19 +38,19 @@ def test_waking_hundred_clients_cause_one_wake_and_are_served_in_order() -> None
     asyncio.run(run())
 
 
-async def _status(door: House, body: object) -> int:
-    async with door.post(body) as answer:
+async def _status(gateway: RunningGateway, body: object) -> int:
+    async with gateway.post(body) as answer:
         await answer.read()
         return answer.status
 
 
-def test_waking_stream_is_told_what_it_waits_for() -> None:
-    """Headers and comments every moment, then the engine's bytes."""
+def test_waking_stream_gets_comments_until_the_pool_is_ready() -> None:
+    """Headers and comments first, then the engine's bytes."""
 
     async def run() -> None:
-        async with Engine(streams(EVENT)).serving() as engine, house(heartbeat_s=0.05) as door:
-            pool = _pool(door, engine)
-            async with door.post(STREAMED) as answer:
+        async with Engine(streams(EVENT)).serving() as engine, serve_gateway(comment_interval_s=0.05) as gateway:
+            pool = _pool(gateway, engine)
+            async with gateway.post(STREAMED) as answer:
                 assert answer.content_type == "text/event-stream"
                 first = await answer.content.readuntil(b"\n\n")
                 assert re.fullmatch(rb": waking tiny on H100, \d+ s\n\n", first)
@@ -66,74 +66,74 @@ def test_waking_stream_is_told_what_it_waits_for() -> None:
     asyncio.run(run())
 
 
-def _pool(door: House, engine: Engine | None = None):  # type: ignore[no-untyped-def]
-    pool = door.door._inference._directory.find("tiny").pool
+def _pool(gateway: RunningGateway, engine: Engine | None = None):  # type: ignore[no-untyped-def]
+    pool = gateway.app._inference._router.find("tiny").pool
     pool.url = engine.url if engine else ""  # type: ignore[attr-defined]
     return pool
 
 
-def test_waking_request_held_too_long_is_told_when_to_come_again() -> None:
-    """503 `model_waking` with Retry-After; the wake goes on for those who come later."""
+def test_waking_request_held_too_long_is_503_with_retry_after() -> None:
+    """The code is `model_waking`; the wake goes on for later requests."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house(hold_s=0.1) as door:
-            pool = _pool(door, engine)
-            async with door.post(ASK) as answer:
+        async with Engine(answers).serving() as engine, serve_gateway(hold_s=0.1) as gateway:
+            pool = _pool(gateway, engine)
+            async with gateway.post(ASK) as answer:
                 error = (await answer.json())["error"]
                 assert (answer.status, error["code"]) == (503, "model_waking")
                 assert 1 <= int(answer.headers["Retry-After"]) <= 60
             pool.may_wake.set()
             await eventually(lambda: pool.state == "ready")
-            assert await _status(door, ASK) == 200
+            assert await _status(gateway, ASK) == 200
             assert pool.wakes == 1
 
     asyncio.run(run())
 
 
-def test_waking_openai_client_comes_again_by_itself() -> None:
+def test_waking_openai_client_retries_by_itself() -> None:
     """The official client obeys Retry-After, so its user sees no error."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house(hold_s=0.1) as door:
-            pool = _pool(door, engine)
+        async with Engine(answers).serving() as engine, serve_gateway(hold_s=0.1) as gateway:
+            pool = _pool(gateway, engine)
             pool.wake_s = 0.5
 
             async def wake_once_refused() -> None:
-                await eventually(lambda: bool(door.lines))
+                await eventually(lambda: bool(gateway.lines))
                 pool.may_wake.set()
 
             waking = asyncio.ensure_future(wake_once_refused())
-            async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="x", max_retries=2) as client:
+            async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=2) as client:
                 await client.chat.completions.create(model="tiny", messages=[])
             await waking
-            statuses = [json.loads(line)["status"] for line in door.lines]
+            statuses = [json.loads(line)["status"] for line in gateway.lines]
             assert statuses == [503, 200]
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("body", [ASK, STREAMED])
-def test_waking_that_fails_reaches_everybody_with_its_reason(body: object) -> None:
+def test_waking_that_fails_answers_all_waiting_requests_with_the_reason(body: object) -> None:
     """Whoever waits hears why, in the form that is still possible; whoever retries at once causes no second boot."""
 
-    async def one(door: House) -> str:
-        async with door.post(body) as answer:
+    async def one(gateway: RunningGateway) -> str:
+        async with gateway.post(body) as answer:
             text = (await answer.read()).decode()
             assert answer.status == (503 if body is ASK else 200)
             return text
 
     async def run() -> None:
-        async with house(heartbeat_s=0.05) as door:
-            pool = _pool(door)
+        async with serve_gateway(comment_interval_s=0.05) as gateway:
+            pool = _pool(gateway)
             pool.fails = "CUDA out of memory."
-            clients = [asyncio.ensure_future(one(door)) for _ in range(20)]
+            clients = [asyncio.ensure_future(one(gateway)) for _ in range(20)]
             await eventually(lambda: pool.in_use == 20)
             await asyncio.sleep(0.15)
             pool.may_wake.set()
             for text in await asyncio.gather(*clients):
                 assert "CUDA out of memory." in text
                 assert "model_failed" in text
-            async with door.post(ASK) as answer:
+            async with gateway.post(ASK) as answer:
                 assert answer.status == 503
             assert pool.wakes == 1
 
@@ -151,15 +151,18 @@ def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
         await writer.drain()
 
     async def run() -> None:
-        async with Engine(refuses).serving() as engine, house(heartbeat_s=0.05) as door:
-            pool = _pool(door, engine)
-            async with door.post(STREAMED) as answer:  # the headers are here, the engine is not
+        async with Engine(refuses).serving() as engine, serve_gateway(comment_interval_s=0.05) as gateway:
+            pool = _pool(gateway, engine)
+            async with gateway.post(STREAMED) as answer:  # the headers are here, the engine is not
                 pool.may_wake.set()
                 text = await answer.read()
             error = json.loads(text.split(b"data: ")[1])["error"]
             assert (error["status"], error["message"], error["param"]) == (400, "too long", "messages")
-            assert json.loads(door.lines[0])["status"] == 400
-            async with house(url=engine.url) as ready, ready.post(STREAMED) as answer:  # not held: the status itself
+            assert json.loads(gateway.lines[0])["status"] == 400
+            async with (
+                serve_gateway(url=engine.url) as ready,
+                ready.post(STREAMED) as answer,
+            ):  # not held: the status itself
                 assert answer.status == 400
 
     asyncio.run(run())
@@ -169,16 +172,16 @@ def test_waking_goes_on_when_all_clients_have_left() -> None:
     """Who comes next finds it ready, and nothing waits for ever."""
 
     async def run() -> None:
-        async with Engine(answers).serving() as engine, house() as door:
-            pool = _pool(door, engine)
-            clients = [asyncio.ensure_future(_status(door, ASK)) for _ in range(10)]
+        async with Engine(answers).serving() as engine, serve_gateway() as gateway:
+            pool = _pool(gateway, engine)
+            clients = [asyncio.ensure_future(_status(gateway, ASK)) for _ in range(10)]
             await eventually(lambda: pool.in_use == 10)
             for client in clients:
                 client.cancel()
             await eventually(lambda: pool.in_use == 0)
             assert pool.state == "waking"
             pool.may_wake.set()
-            assert await _status(door, ASK) == 200
+            assert await _status(gateway, ASK) == 200
             assert pool.wakes == 1
 
     asyncio.run(run())
@@ -188,10 +191,10 @@ def test_waking_anthropic_stream_gets_an_error_event_of_its_kind() -> None:
     """Anthropic's clients look for `event: error`."""
 
     async def run() -> None:
-        async with house(heartbeat_s=0.02) as door:
-            pool = _pool(door)
+        async with serve_gateway(comment_interval_s=0.02) as gateway:
+            pool = _pool(gateway)
             pool.fails = "No."
-            async with door.post(STREAMED, "/v1/messages") as answer:  # the headers are here, the engine is not
+            async with gateway.post(STREAMED, "/v1/messages") as answer:  # the headers are here, the engine is not
                 pool.may_wake.set()
                 text = await answer.read()
             last = text.strip().split(b"\n\n")[-1]

@@ -1,4 +1,4 @@
-"""What stands behind the door in these tests: engines that do as a test says, pools that wake when it lets them."""
+"""A gateway for tests, and what is behind it: engines with scripted answers, and pools that wake on command."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Literal
 import aiohttp
 import uvicorn
 
-from service.gateway.app import Door, gateway
-from service.gateway.clients import Keyring
+from service.gateway.app import Gateway, create_app
+from service.gateway.clients import ClientRegistry
 from service.gateway.metrics import Metrics
-from service.gateway.pool import Address, OnWake, Pool, WakeError, ignore_wake
-from service.gateway.router import Directory
+from service.gateway.pool import Endpoint, OnWake, Pool, WakeError, ignore_wake
+from service.gateway.router import ModelRouter
 from service.registry.models import ModelSpec, Registry
 
 SPECS = {
@@ -43,7 +43,7 @@ Behaviour = Callable[[Request, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Engine:
-    """An HTTP server in the test's own loop; it keeps what it was asked."""
+    """An HTTP server in the test's own loop, which records its requests."""
 
     def __init__(self, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
@@ -60,7 +60,7 @@ class Engine:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Engine]:
-        """Listen for as long as the context lasts."""
+        """Listen within the context."""
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=2048)
         try:
             yield self
@@ -152,44 +152,44 @@ def streams(*chunks: bytes, pause_s: float = 0.0, ends: bool = True) -> Behaviou
 
 
 class TestPool(Pool):
-    """A pool that wakes when the test lets it, to the address that the test gives it."""
+    """A pool that wakes when the test lets it, with the URL that the test gives it."""
 
     __test__ = False
 
-    def __init__(self, spec: ModelSpec, place: str = "H100", on_wake: OnWake = ignore_wake) -> None:
-        super().__init__(spec, place, 3.95, on_wake)
+    def __init__(self, spec: ModelSpec, location: str = "H100", on_wake: OnWake = ignore_wake) -> None:
+        super().__init__(spec, location, 3.95, on_wake)
         self.wakes = 0
         self.may_wake = asyncio.Event()
         self.fails: str | None = None
         self.url = ""
-        self._address: Address | None = None
+        self._endpoint: Endpoint | None = None
 
-    def address(self) -> Address | None:
-        """Return the address once it is awake."""
-        return self._address
+    def endpoint(self) -> Endpoint | None:
+        """Return the endpoint once it is awake."""
+        return self._endpoint
 
-    async def wake(self) -> Address:
+    async def wake(self) -> Endpoint:
         """Wake when the test says so."""
         self.wakes += 1
         await self.may_wake.wait()
         if self.fails:
             raise WakeError(self.fails)
-        self._address = Address(self.url, {"model": self.spec.key}, {"Authorization": "Bearer of-the-pool"})
-        return self._address
+        self._endpoint = Endpoint(self.url, {"model": self.spec.key}, {"Authorization": "Bearer of-the-pool"})
+        return self._endpoint
 
-    def lost(self) -> None:
+    def mark_unreachable(self) -> None:
         """Sleep again."""
-        self._address = None
+        self._endpoint = None
 
 
 @dataclass
-class House:
-    """A door that listens, its pools, and a client's connections to it."""
+class RunningGateway:
+    """A gateway that listens, its pools, its request log, and a client's connections to it."""
 
     url: str
     pools: dict[str, TestPool]
     http: aiohttp.ClientSession
-    door: Door
+    app: Gateway
     lines: list[str]
 
     def post(
@@ -200,10 +200,10 @@ class House:
 
 
 @asynccontextmanager
-async def house(
-    keyring: Keyring | None = None, *, hold_s: float = 60.0, heartbeat_s: float = 60.0, url: str = ""
-) -> AsyncIterator[House]:
-    """Open a door on loopback; its pools wake at `url` at once where one is given, and no wait is told in comments."""
+async def serve_gateway(
+    clients: ClientRegistry | None = None, *, hold_s: float = 60.0, comment_interval_s: float = 60.0, url: str = ""
+) -> AsyncIterator[RunningGateway]:
+    """Serve a gateway on loopback; its pools wake at `url` at once where one is given, and no wait sends comments."""
     pools: dict[str, TestPool] = {}
     lines: list[str] = []
     metrics = Metrics(lines.append)
@@ -217,13 +217,15 @@ async def house(
                 pools[key].may_wake.set()
         return pools[key]
 
-    directory = Directory(Registry(SPECS), "tiny", pool)
-    door = gateway(directory, keyring or Keyring({}), metrics, hold_s=hold_s, heartbeat_s=heartbeat_s)
+    router = ModelRouter(Registry(SPECS), "tiny", pool)
+    app = create_app(
+        router, clients or ClientRegistry({}), metrics, hold_s=hold_s, comment_interval_s=comment_interval_s
+    )
     async with (
-        serving(door, lifespan="on") as url_of_door,
+        serving(app, lifespan="on") as url_of_gateway,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
     ):
-        yield House(url_of_door, pools, http, door, lines)
+        yield RunningGateway(url_of_gateway, pools, http, app, lines)
 
 
 @asynccontextmanager

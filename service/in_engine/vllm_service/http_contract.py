@@ -23,7 +23,7 @@ HEALTHY = b'{"status":"ok"}'
 
 
 @dataclass(frozen=True)
-class Route:
+class ApiRoute:
     """One method of one path.
 
     Attributes:
@@ -49,15 +49,15 @@ class Route:
     task: Literal["generate", "embed"] | None = None
 
 
-def _by_path(routes: Iterable[Route]) -> dict[str, dict[str, Route]]:
-    table: dict[str, dict[str, Route]] = {}
+def _by_path(routes: Iterable[ApiRoute]) -> dict[str, dict[str, ApiRoute]]:
+    table: dict[str, dict[str, ApiRoute]] = {}
     for route in routes:
         table.setdefault(route.path, {})[route.method] = route
     return table
 
 
-def _generates(path: str, summary: str, *, streams: bool = True) -> Route:
-    return Route("POST", path, summary, model_from="body", streams=streams, task="generate")
+def _generates(path: str, summary: str, *, streams: bool = True) -> ApiRoute:
+    return ApiRoute("POST", path, summary, model_from="body", streams=streams, task="generate")
 
 
 # path -> method -> route
@@ -66,14 +66,14 @@ ROUTES = _by_path(
         _generates("/v1/chat/completions", "Chat; `stream`, tools, images, structured outputs"),
         _generates("/v1/completions", "Completion of a prompt"),
         _generates("/v1/responses", "OpenAI's Responses"),
-        Route(
+        ApiRoute(
             "GET",
             "/v1/responses/{response_id}",
             "A stored response; the query's `model` names its model",
             model_from="query",
             task="generate",
         ),
-        Route(
+        ApiRoute(
             "POST",
             "/v1/responses/{response_id}/cancel",
             "Cancels a response in the background; the query's `model` names its model",
@@ -82,25 +82,25 @@ ROUTES = _by_path(
         ),
         _generates("/v1/messages", "Anthropic's Messages"),
         _generates("/v1/messages/count_tokens", "Tokens of an Anthropic message", streams=False),
-        Route("POST", "/v1/embeddings", "Embeddings, from models that make them", model_from="body", task="embed"),
-        Route("POST", "/tokenize", "Tokens of a text or of messages", model_from="body", body_limit=TEXT_BODY_LIMIT),
-        Route("POST", "/detokenize", "Text of tokens", model_from="body", body_limit=TEXT_BODY_LIMIT),
-        Route("GET", "/v1/models", "The models, with GPU, context, price and state; wakes nothing"),
-        Route(
+        ApiRoute("POST", "/v1/embeddings", "Embeddings, from models that make them", model_from="body", task="embed"),
+        ApiRoute("POST", "/tokenize", "Tokens of a text or of messages", model_from="body", body_limit=TEXT_BODY_LIMIT),
+        ApiRoute("POST", "/detokenize", "Text of tokens", model_from="body", body_limit=TEXT_BODY_LIMIT),
+        ApiRoute("GET", "/v1/models", "The models, with GPU, context, price and state; wakes nothing"),
+        ApiRoute(
             "GET",
             "/metrics",
             "Counters for Prometheus; with ?model=<name> those of its engine; wakes nothing",
             model_from="query",
             is_own_without_model=True,
         ),
-        Route("GET", "/health", "Whether the service answers; needs no key, wakes nothing", needs_key=False),
-        Route("GET", "/docs", "This page; needs no key", needs_key=False),
-        Route("GET", "/openapi.json", "The routes, for programs; needs no key", needs_key=False),
+        ApiRoute("GET", "/health", "Whether the service answers; needs no key, wakes nothing", needs_key=False),
+        ApiRoute("GET", "/docs", "This page; needs no key", needs_key=False),
+        ApiRoute("GET", "/openapi.json", "The routes, for programs; needs no key", needs_key=False),
     ]
 )
 
 
-def routes_at(path: str) -> Mapping[str, Route]:
+def routes_at(path: str) -> Mapping[str, ApiRoute]:
     """Return the routes of a path by method; none when there is no such path."""
     if found := ROUTES.get(path):
         return found if "{" not in path else {}
@@ -112,7 +112,7 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"{\w+}", "[A-Za-z0-9_-]+", path))
 
 
-def is_open(routes: Mapping[str, Route]) -> bool:
+def is_open(routes: Mapping[str, ApiRoute]) -> bool:
     """Tell whether a path is there for requests without a key."""
     return any(not route.needs_key for route in routes.values())
 
@@ -176,7 +176,7 @@ def no_route(path: str) -> str:
     return f"No route {path}. What this service has is listed at /docs."
 
 
-def not_allowed(method: str, path: str, routes: Mapping[str, Route]) -> str:
+def not_allowed(method: str, path: str, routes: Mapping[str, ApiRoute]) -> str:
     """Return the sentence of a 405."""
     return f"{method} is not allowed on {path}; use {', '.join(sorted(routes))}."
 

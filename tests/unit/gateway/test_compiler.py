@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from service.gateway import grammars, request_fields
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.gateway.compiler import PROGRAM
 from service.gateway.grammars import Grammars
 
@@ -46,9 +46,9 @@ def python(tmp_path: Path) -> Callable[[str], str]:
     return make
 
 
-def asked(regex: str = "a") -> request_fields.Asked:
+def asked(regex: str = "a") -> request_fields.RequestFields:
     """Return a request for an expression."""
-    return request_fields.read(json.dumps({"structured_outputs": {"regex": regex}}).encode())
+    return request_fields.parse_fields(json.dumps({"structured_outputs": {"regex": regex}}).encode())
 
 
 def jobs(python: str) -> int:
@@ -77,9 +77,9 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def refusal_of(checked: Grammars, regex: str = "a") -> Refusal:
+async def refusal_of(checked: Grammars, regex: str = "a") -> APIError:
     """Return what an expression is refused with."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         await checked.check(asked(regex))
     return caught.value
 
@@ -89,7 +89,7 @@ def test_shape_without_any_is_not_looked_at(python: Callable[[str], str]) -> Non
 
     async def run() -> None:
         checked = Grammars(python(OK))
-        await checked.check(request_fields.Asked(model="x"))
+        await checked.check(request_fields.RequestFields(model="x"))
         assert not children()
         await checked.close()
 
@@ -170,9 +170,9 @@ def test_constraint_is_refused_only_if_no_engine_would_survive_it(
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): say({answer})"))
         try:
-            await checked.check(request_fields.read(json.dumps(body).encode()))
+            await checked.check(request_fields.parse_fields(json.dumps(body).encode()))
             assert passes
-        except Refusal as refusal:
+        except APIError as refusal:
             assert not passes
             assert str(refusal.param).startswith(next(iter(body)))
         await checked.close()
@@ -188,9 +188,9 @@ def test_tool_is_judged_anew_if_a_call_is_forced(python: Callable[[str], str]) -
         checked = Grammars(
             python(READY + 'for job in jobs(): say({"verdict": "costly", "reason": "is too ambiguous"})')
         )
-        await checked.check(request_fields.read(json.dumps(tools).encode()))
-        with pytest.raises(Refusal):
-            await checked.check(request_fields.read(json.dumps({**tools, "tool_choice": "required"}).encode()))
+        await checked.check(request_fields.parse_fields(json.dumps(tools).encode()))
+        with pytest.raises(APIError):
+            await checked.check(request_fields.parse_fields(json.dumps({**tools, "tool_choice": "required"}).encode()))
         await checked.close()
 
     asyncio.run(run())
@@ -332,7 +332,7 @@ def test_client_waits_no_longer_than_its_bound(python: Callable[[str], str], mon
             try:
                 await checked.check(asked())
                 break
-            except Refusal:
+            except APIError:
                 pass
         await checked.close()
 

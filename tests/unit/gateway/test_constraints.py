@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.gateway import request_fields
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.gateway.constraints import (
     CHOICES,
     NESTING,
@@ -28,13 +28,13 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 def found(body: dict[str, Any]) -> list[Constraint]:
     """Return the constraints of a body."""
-    return list(constraints(request_fields.read(json.dumps(body).encode())))
+    return list(constraints(request_fields.parse_fields(json.dumps(body).encode())))
 
 
-def refused(body: dict[str, Any]) -> Refusal:
+def refused(body: dict[str, Any]) -> APIError:
     """Return what a body is refused with, where nothing can be compiled."""
-    with pytest.raises(Refusal) as caught:
-        asyncio.run(Grammars().check(request_fields.read(json.dumps(body).encode())))
+    with pytest.raises(APIError) as caught:
+        asyncio.run(Grammars().check(request_fields.parse_fields(json.dumps(body).encode())))
     assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
     assert caught.value.param
     return caught.value
@@ -187,7 +187,9 @@ def test_structured_output_over_a_bound_is_refused(outputs: dict[str, Any], word
 )
 def test_schema_at_its_bounds_passes(schema: Any) -> None:
     """The bounds themselves are allowed."""
-    asyncio.run(Grammars().check(request_fields.read(json.dumps({"structured_outputs": {"json": schema}}).encode())))
+    asyncio.run(
+        Grammars().check(request_fields.parse_fields(json.dumps({"structured_outputs": {"json": schema}}).encode()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,9 +211,11 @@ def test_schema_over_a_bound_is_refused_wherever_it_stands(place: Callable[[Any]
 
 def test_lone_surrogate_in_a_schema_is_refused() -> None:
     """The compiler's own JSON reader takes none."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         asyncio.run(
-            Grammars().check(request_fields.Asked(shapes={"structured_outputs": b'{"json":{"enum":["\\udfff"]}}'}))
+            Grammars().check(
+                request_fields.RequestFields(constraints={"structured_outputs": b'{"json":{"enum":["\\udfff"]}}'})
+            )
         )
 
     assert "lone surrogate" in caught.value.message

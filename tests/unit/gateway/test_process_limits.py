@@ -1,4 +1,4 @@
-"""A process that holds many streams, and what is left of that afterwards."""
+"""The limits of a process that holds many streams, and that they are restored."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import resource
 import subprocess
 import sys
 
-from service.gateway.process_limits import DESCRIPTORS, for_many_streams
+from service.gateway.process_limits import DESCRIPTORS, raised_process_limits
 
 LIMITED = """
 import os, resource
-from service.gateway.process_limits import for_many_streams
+from service.gateway.process_limits import raised_process_limits
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-with for_many_streams():
+with raised_process_limits():
     opened = [os.pipe() for _ in range(100)]
     for ends in opened:
         os.close(ends[0])
@@ -23,7 +23,7 @@ with for_many_streams():
 print(resource.getrlimit(resource.RLIMIT_NOFILE) == (64, hard))
 """
 
-DOOR = """
+GATEWAY = """
 import resource
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
@@ -35,16 +35,16 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(DESCRIPTORS, hard))
 """
 
 
-def test_shells_limit_of_descriptors_is_raised() -> None:
-    """Streams are not counted by the shell that the service was started from."""
+def test_process_limits_of_a_shell_are_raised() -> None:
+    """The shell's limit of file descriptors does not limit the number of streams."""
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_process_is_as_before_afterwards() -> None:
-    """Whoever runs a listener gets its process back as it was."""
+def test_process_limits_are_restored() -> None:
+    """After the context limits and garbage collection are as before."""
     before = gc.get_threshold(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    with for_many_streams():
+    with raised_process_limits():
         assert gc.get_threshold() != before[0]
         assert gc.get_freeze_count() > 0
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(DESCRIPTORS, before[1][1])
@@ -52,9 +52,9 @@ def test_process_is_as_before_afterwards() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_door_on_modal_expects_many_streams() -> None:
+def test_gateway_on_modal_raises_process_limits() -> None:
     """Modal gives its one container a thousand requests at a time, whatever the container's limit is."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", DOOR]
+    command = [sys.executable, "-c", GATEWAY]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "True", done.stderr

@@ -1,4 +1,4 @@
-"""What the door reads of a body, what it refuses, and how it sets a field: without a copy, and as engines read it."""
+"""The fields that the gateway reads of a body, what it refuses, and how it sets a field without a copy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from service.gateway import request_fields
-from service.gateway.api_errors import Refusal
-from service.gateway.request_fields import GUIDED, N_LIMIT, NAME_LIMIT, SHAPE_LIMIT, TOOLS_LIMIT
+from service.gateway.api_errors import APIError
+from service.gateway.request_fields import CONSTRAINT_LIMIT, GUIDED, N_LIMIT, NAME_LIMIT, TOOLS_LIMIT
 
 ROOT = Path(__file__).parents[3]
 IMAGE = b'{"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,' + b"iVBORw0K" * 1_310_720 + b'"}}]}],'
 IMAGE += b'"model":"gemma-3-12b","stream":true}'
 
 
-def refused(body: bytes) -> Refusal:
+def refused(body: bytes) -> APIError:
     """Return what a body is refused with."""
-    with pytest.raises(Refusal) as caught:
-        request_fields.read(body)
+    with pytest.raises(APIError) as caught:
+        request_fields.parse_fields(body)
     assert caught.value.status == 400
     return caught.value
 
@@ -32,22 +32,22 @@ def refused(body: bytes) -> Refusal:
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_body_in_any_buffer_is_read(kind: Any) -> None:
     """The fields that matter here, from bytes as they come."""
-    asked = request_fields.read(
+    asked = request_fields.parse_fields(
         kind(b' {"n": 2, "model": "qwen3-8b", "x": {"model": "no"}, "stream": true, "best_of": 3}\n')
     )
 
     assert (asked.model, asked.stream, asked.n, asked.best_of) == ("qwen3-8b", True, 2, 3)
-    assert not asked.shapes
+    assert not asked.constraints
     assert not asked.has_tools
 
 
 def test_body_without_the_fields_asks_for_nothing() -> None:
     """Null is as good as absent."""
-    asked = request_fields.read(
+    asked = request_fields.parse_fields(
         b'{"model":null,"stream":null,"n":null,"tools":null,"response_format":null,"guided_json":null}'
     )
 
-    assert asked == request_fields.Asked()
+    assert asked == request_fields.RequestFields()
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_body_without_the_fields_asks_for_nothing() -> None:
 )
 def test_tools_are_there_when_one_is(tools: str, has_tools: bool) -> None:
     """An empty list is none."""
-    assert request_fields.read(f'{{"tools":{tools}}}'.encode()).has_tools is has_tools
+    assert request_fields.parse_fields(f'{{"tools":{tools}}}'.encode()).has_tools is has_tools
 
 
 def test_fields_set_are_told_from_those_that_are_not() -> None:
     """A temperature of 0 is set; null is not."""
-    asked = request_fields.read(b'{"temperature":0,"tool_choice":null}')
+    asked = request_fields.parse_fields(b'{"temperature":0,"tool_choice":null}')
 
     assert asked.sets("temperature")
     assert not asked.sets("tool_choice")
@@ -69,10 +69,10 @@ def test_fields_set_are_told_from_those_that_are_not() -> None:
 def test_what_is_asked_keeps_no_body_alive() -> None:
     """A body that is held for the length of a stream would be ten megabytes for each."""
     body = bytearray(b'{"model":"x","response_format":{"type":"text"},"tools":[{"type":"function"}]}')
-    asked = request_fields.read(body)
+    asked = request_fields.parse_fields(body)
     body.clear()  # a view would forbid it
 
-    assert asked.shapes == {"response_format": b'{"type":"text"}', "tools": b'[{"type":"function"}]'}
+    assert asked.constraints == {"response_format": b'{"type":"text"}', "tools": b'[{"type":"function"}]'}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_asked_keeps_no_body_alive() -> None:
 )
 def test_body_with_any_keys_is_read_as_python_reads_it(body: bytes) -> None:
     """The engine's reader is json.loads: what the door reads must be what the engine acts on."""
-    asked, read = request_fields.read(body), json.loads(body)
+    asked, read = request_fields.parse_fields(body), json.loads(body)
 
     assert (asked.model, asked.stream) == (read.get("model"), read.get("stream"))
 
@@ -103,7 +103,7 @@ def test_bodies_at_random_are_read_as_python_reads_them() -> None:
     for _ in range(2000):
         pairs = [pair(draw) for _ in range(draw.randint(0, 6))]
         body = f"{space(draw)}{{{','.join(pairs)}{space(draw)}}}{space(draw)}".encode()
-        asked, read = request_fields.read(body), json.loads(body)
+        asked, read = request_fields.parse_fields(body), json.loads(body)
         assert (asked.model, asked.stream, asked.n) == tuple(map(read.get, ("model", "stream", "n")))
 
 
@@ -183,7 +183,7 @@ def test_count_outside_its_bound_is_refused(name: str, value: str) -> None:
 @pytest.mark.parametrize("value", [1, N_LIMIT])
 def test_count_at_its_bound_passes(name: str, value: int) -> None:
     """The bound itself is allowed."""
-    assert getattr(request_fields.read(f'{{"{name}":{value}}}'.encode()), name) == value
+    assert getattr(request_fields.parse_fields(f'{{"{name}":{value}}}'.encode()), name) == value
 
 
 @pytest.mark.parametrize("name", sorted(GUIDED))
@@ -198,8 +198,8 @@ def test_removed_field_is_refused_with_todays(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", '{"type":"' + "x" * SHAPE_LIMIT + '"}'),
-        ("structured_outputs", '{"regex":"' + "x" * SHAPE_LIMIT + '"}'),
+        ("response_format", '{"type":"' + "x" * CONSTRAINT_LIMIT + '"}'),
+        ("structured_outputs", '{"regex":"' + "x" * CONSTRAINT_LIMIT + '"}'),
         ("tools", '["' + "x" * TOOLS_LIMIT + '"]'),
     ],
 )
@@ -213,13 +213,13 @@ def test_shape_over_its_size_is_refused(name: str, value: str) -> None:
 @pytest.mark.parametrize("value", ['"text"', "3", "true"])
 def test_field_of_the_same_name_that_is_no_shape_is_left_to_the_engine(value: str) -> None:
     """Other routes may have a text, of any length."""
-    assert not request_fields.read(f'{{"text":{value},"tools":{value}}}'.encode()).shapes
+    assert not request_fields.parse_fields(f'{{"text":{value},"tools":{value}}}'.encode()).constraints
 
 
 def test_body_with_a_large_image_is_read_in_no_memory() -> None:
     """Ten megabytes of base64 are skipped: no Python object is made of them."""
     tracemalloc.start()
-    asked = request_fields.read(IMAGE)
+    asked = request_fields.parse_fields(IMAGE)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
@@ -235,7 +235,7 @@ from service.gateway import request_fields as bodies
 from tests.unit.gateway.test_request_fields import IMAGE
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4_000_000,) * 2)
-first, second = bodies.rewritten(IMAGE, {"model": bodies.read(IMAGE).model + "-h100"})
+first, second = bodies.with_overrides(IMAGE, {"model": bodies.parse_fields(IMAGE).model + "-h100"})
 try:
     bytearray(IMAGE)
 except MemoryError:
@@ -264,6 +264,6 @@ except MemoryError:
 def test_rewritten_body_has_the_changes_and_everything_else(body: bytes, changes: dict[str, Any]) -> None:
     """What is added at the end wins."""
     for buffer in (body, bytearray(body)):
-        first, second = request_fields.rewritten(buffer, changes)
+        first, second = request_fields.with_overrides(buffer, changes)
         assert json.loads(bytes(first) + second) == {**json.loads(body), **changes}
         assert first.obj is buffer

@@ -10,11 +10,11 @@ from typing import Any
 import modal
 import pytest
 
-from service.gateway.app import gateway
-from service.gateway.clients import load_keyring
+from service.gateway.app import create_app
+from service.gateway.clients import load_clients
 from service.gateway.metrics import Metrics
 from service.gateway.modal_pool import Tiers
-from service.gateway.router import Directory
+from service.gateway.router import ModelRouter
 from service.keys import digests
 from service.registry.models import Registry
 from service.settings import Settings
@@ -39,8 +39,8 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
     """Send a request to the gateway of the deployed tiers; return status, headers and body of its answer."""
     settings = Settings(model="qwen3-8b")
     registry = Registry.load(models_file)
-    keyring = load_keyring(KEYS, digests(KEYS), registry, settings.model)
-    door = gateway(Directory(registry, settings.model, Tiers(settings, {}).pool), keyring, Metrics(), hold_s=5)
+    clients = load_clients(KEYS, digests(KEYS), registry, settings.model)
+    app = create_app(ModelRouter(registry, settings.model, Tiers(settings, {}).pool), clients, Metrics(), hold_s=5)
     headers = [(b"authorization", f"Bearer {key}".encode())]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
     sent: list[Any] = []
@@ -52,7 +52,7 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(door(scope, receive, send))
+    asyncio.run(app(scope, receive, send))
     start, *rest = sent
     return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in rest))
 
@@ -98,11 +98,11 @@ def test_request_for_a_model_that_a_key_may_not_use_is_told_so_first() -> None:
 
 def test_request_for_an_a100_goes_to_the_tier_of_the_80_gb_card() -> None:
     """Its short name and its full one mean one pool of one app."""
-    directory = Directory(Registry.load(), "qwen3-8b", Tiers(Settings(), {}).pool)
-    pool = directory.find("gemma-3-27b-a100").pool
+    router = ModelRouter(Registry.load(), "qwen3-8b", Tiers(Settings(), {}).pool)
+    pool = router.find("gemma-3-27b-a100").pool
     pool.check("gemma-3-27b")
 
-    assert pool.place == "A100-80GB"
-    assert directory.find("gemma-3-27b-a100-80gb").pool is pool
+    assert pool.location == "A100-80GB"
+    assert router.find("gemma-3-27b-a100-80gb").pool is pool
     with pytest.raises(AssertionError, match="app vllm-a100 is asked for"):
         asyncio.run(pool.wake())

@@ -1,4 +1,4 @@
-"""The end of serving: who is refused, who may finish, and with what word the others are cut off."""
+"""The drain: which requests are refused, which may finish, and with which error the others end."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def drained() -> Drain:
 
 @pytest.mark.parametrize(("path", "method"), ROUTES)
 def test_drain_refuses_a_new_request_and_says_when_to_ask_again(path: str, method: str) -> None:
-    """Also /health: who balances load must look elsewhere."""
+    """Also /health, so that a load balancer chooses another replica."""
     behind = Behind()
     answer = ask(Guard(behind, [DIGEST], drained()), path, method, bearer())
 
@@ -87,15 +87,15 @@ def test_drain_refuses_a_new_request_and_says_when_to_ask_again(path: str, metho
 
 
 @pytest.mark.parametrize(("path", "status"), [(CHAT, 401), ("/v1/models", 401), ("/load", 404), ("/", 404)])
-def test_drain_tells_a_stranger_nothing(path: str, status: int) -> None:
-    """Key and route are looked at first: an end is no business of who has no key, and no retry would help."""
+def test_drain_does_not_answer_a_request_without_key_or_route(path: str, status: int) -> None:
+    """Key and route are checked first: a retry would not help such a request."""
     method = "POST" if path == CHAT else "GET"
 
     assert ask(Guard(Behind(), [DIGEST], drained()), path, method).status == status
 
 
 def test_drain_with_nothing_in_flight_is_over_at_once() -> None:
-    """The grace is for requests."""
+    """Without a request there is nothing to wait for."""
 
     async def scene() -> None:
         ended = Drain()
@@ -107,7 +107,7 @@ def test_drain_with_nothing_in_flight_is_over_at_once() -> None:
 
 @pytest.mark.parametrize("headers", [SSE, JSON])
 def test_drain_lets_a_request_finish_within_the_grace(headers: list[tuple[bytes, bytes]]) -> None:
-    """It gets all of its answer, and the drain is over with the last one."""
+    """It gets its whole answer, and the drain ends with the last request."""
 
     async def scene() -> None:
         ended = Drain()
@@ -152,8 +152,8 @@ def responses(sent: bytes) -> None:
     ("path", "check"),
     [(CHAT, openai), ("/v1/completions", openai), ("/v1/messages", anthropic), ("/v1/responses", responses)],
 )
-def test_drain_cuts_a_stream_with_its_protocols_last_event(path: str, check: Callable[[bytes], None]) -> None:
-    """The client learns that it is an end, why, and that asking again is right; the response is whole."""
+def test_drain_ends_a_stream_with_an_error_event_of_its_protocol(path: str, check: Callable[[bytes], None]) -> None:
+    """The client learns why the stream ended and that it should retry; the response is complete."""
 
     async def scene() -> None:
         ended = Drain()
@@ -171,7 +171,7 @@ def test_drain_cuts_a_stream_with_its_protocols_last_event(path: str, check: Cal
 
 
 def test_drain_refuses_a_request_whose_answer_has_not_begun() -> None:
-    """Nothing was sent yet: it can still be told properly."""
+    """Nothing was sent yet, so it gets a whole error answer."""
 
     async def scene() -> None:
         ended = Drain()
@@ -187,8 +187,8 @@ def test_drain_refuses_a_request_whose_answer_has_not_begun() -> None:
     run(scene)
 
 
-def test_drain_cuts_json_in_the_middle_without_an_end() -> None:
-    """Half a document with an end would pass for a whole one; without, the server closes the connection."""
+def test_drain_leaves_a_json_answer_without_an_end() -> None:
+    """Half a document with an end would look complete; without one the server closes the connection."""
 
     async def scene() -> None:
         ended = Drain()
@@ -204,7 +204,7 @@ def test_drain_cuts_json_in_the_middle_without_an_end() -> None:
 
 
 def test_drain_adds_nothing_to_an_answer_that_is_over() -> None:
-    """An application may go on after its answer; the client has all of it."""
+    """An application may go on after its answer, which the client has."""
 
     async def scene() -> None:
         ended = Drain()

@@ -1,4 +1,4 @@
-"""The guard as an ASGI middleware, with a small application behind it that tells what it got."""
+"""The guard as an ASGI middleware, in front of a small application that records its requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
 LISTED = [route for routes in http_contract.ROUTES.values() for route in routes.values()]
 ROUTES = [(route.path.format(response_id="resp_a-1"), route.method) for route in LISTED]
 OPEN = [route.path for route in LISTED if not route.needs_key]
-# What vLLM also has, most of it open in spite of its own key.
+# Other routes of vLLM, most of them open even with its own `--api-key`.
 CLOSED = [
     "/invocations", "/generative_scoring", "/load", "/version", "/redoc", "/scale_elastic_ep", "/pooling", "/classify",
     "/score", "/rerank", "/v1/score", "/v2/rerank", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep",
@@ -114,8 +114,8 @@ def test_guard_lets_a_listed_route_through(path: str, method: str) -> None:
 
 @pytest.mark.parametrize("path", CLOSED)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_guard_knows_no_other_route(path: str, method: str) -> None:
-    """Default deny, key or not: whatever vLLM adds tomorrow is closed."""
+def test_guard_refuses_every_other_route(path: str, method: str) -> None:
+    """It denies by default, with a key and without: routes that vLLM adds later are closed."""
     behind = Behind()
     answer = ask(Guard(behind, [DIGEST]), path, method, bearer())
 
@@ -124,7 +124,7 @@ def test_guard_knows_no_other_route(path: str, method: str) -> None:
 
 @pytest.mark.parametrize(("path", "method"), ROUTES)
 def test_guard_refuses_other_methods(path: str, method: str) -> None:
-    """Each route has its methods, and the refusal names them."""
+    """Each route has its methods, and the error names them."""
     for other in {"GET", "POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "get"} - {method}:
         behind = Behind()
         answer = ask(Guard(behind, []), path, other)
@@ -142,12 +142,12 @@ def test_guard_lets_head_through_where_get_is(path: str, method: str) -> None:
 
 
 def test_guard_asks_head_for_a_key_too() -> None:
-    """What a HEAD tells is what a GET tells."""
+    """HEAD reveals what GET reveals."""
     assert ask(Guard(Behind(), [DIGEST]), "/v1/models", "HEAD").status == 401
 
 
 def test_guard_lets_options_through_without_a_key() -> None:
-    """A browser asks before it sends its key."""
+    """A browser sends OPTIONS before it sends its key."""
     assert ask(Guard(Behind(), [DIGEST]), "/v1/chat/completions", "OPTIONS").status == 200
 
 

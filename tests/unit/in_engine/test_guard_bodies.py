@@ -1,4 +1,4 @@
-"""The guard's limits on bodies, the body of /health, and what is no HTTP request."""
+"""The guard's limits on bodies, the body of /health, and scopes that are no HTTP request."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_body_in_chunks_over_the_limit_is_cut_off(path: str, limit: int) -> None
 
 
 def test_body_longer_than_declared_is_cut_off() -> None:
-    """A small declaration buys nothing."""
+    """A small declared length does not raise the limit."""
     answer = ask(Guard(Behind(), []), "/tokenize", "POST", {"Content-Length": "5"}, (b"a" * TEXT_BODY_LIMIT, b"b"))
 
     assert answer.status == 413
@@ -81,7 +81,7 @@ def test_body_with_a_length_that_is_no_number_is_refused(declared: str) -> None:
 
 
 def test_body_is_refused_before_it_is_read_when_the_key_is_wrong() -> None:
-    """A stranger's body is not even looked at."""
+    """The body of an unauthenticated request is not read."""
     behind = Behind()
     answer = ask(Guard(behind, [DIGEST]), "/tokenize", "POST", {"Content-Length": str(TEXT_BODY_LIMIT + 1)})
 
@@ -159,8 +159,8 @@ def test_lifespan_passes() -> None:
 
 
 @pytest.mark.parametrize("pipe", [None, SimpleNamespace(release={}), SimpleNamespace(release={"command": "release"})])
-def test_guard_without_a_word_about_keys_serves_nobody(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
-    """Silence is not the same as "no keys": it fails closed."""
+def test_guard_without_key_digests_serves_no_request(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
+    """A release command without digests does not mean "no keys": the guard fails closed."""
     monkeypatch.setattr(parent_pipe, "current", lambda: pipe)
     behind = Behind()
 

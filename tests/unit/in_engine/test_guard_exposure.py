@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as StarletteRoute
 from vllm_service import guard, http_contract
 from vllm_service.guard import Guard
-from vllm_service.http_contract import ROUTES, Route
+from vllm_service.http_contract import ROUTES, ApiRoute
 
 from tests.engine.exposure import Answer, Case, cases, violations
 from tests.engine.routes import ALLOWED, KNOWN
@@ -77,15 +77,15 @@ def _change(patch: pytest.MonkeyPatch, path: str, **changes: Any) -> None:
 
 def _everything(patch: pytest.MonkeyPatch) -> None:
     methods = ("GET", "POST", "PUT", "PATCH", "DELETE", "TRACE")
-    patch.setattr(http_contract, "routes_at", lambda path: {method: Route(method, path, "") for method in methods})
+    patch.setattr(http_contract, "routes_at", lambda path: {method: ApiRoute(method, path, "") for method in methods})
 
 
 def _one_route_more(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(ROUTES, "/invocations", {"POST": Route("POST", "/invocations", "")})
+    patch.setitem(ROUTES, "/invocations", {"POST": ApiRoute("POST", "/invocations", "")})
 
 
 def _one_method_more(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(ROUTES["/v1/embeddings"], "GET", Route("GET", "/v1/embeddings", ""))
+    patch.setitem(ROUTES["/v1/embeddings"], "GET", ApiRoute("GET", "/v1/embeddings", ""))
 
 
 def _one_route_less(patch: pytest.MonkeyPatch) -> None:

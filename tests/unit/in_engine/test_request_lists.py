@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.gateway import request_fields
-from service.gateway.api_errors import Refusal
+from service.gateway.api_errors import APIError
 from service.in_engine.vllm_service.request_lists import ITEMS, PARTS, ROUTES, TOOLS, InvalidListError, check
 
 RESPONSES, CHAT, MESSAGES, EMBEDDINGS = "/v1/responses", "/v1/chat/completions", "/v1/messages", "/v1/embeddings"
@@ -150,7 +150,7 @@ def test_value_of_the_client_is_shown_in_part() -> None:
 
 def test_gateway_refuses_a_bad_list_with_its_field() -> None:
     """The gateway's own error, before a pool is asked."""
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(APIError) as refusal:
         request_fields.check_lists(RESPONSES, b'{"input":[0]}')
 
     assert (refusal.value.status, refusal.value.param) == (400, "input")
