@@ -76,7 +76,7 @@ def test_image_has_what_the_container_imports_early_and_late(image_packages: str
     What is not the modal client comes from the image: the client's own dependencies, mounted beside it, are no excuse.
     """
     statements = _imports_from("service.server")
-    assert {"import aiohttp", "from huggingface_hub import snapshot_download", "import requests"} <= statements
+    assert {"import aiohttp", "from huggingface_hub import constants, snapshot_download", "import httpx2"} <= statements
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_", "PYTHON"))}
     done = subprocess.run(
         [image_packages, "-c", RUN, str(client_mount)],

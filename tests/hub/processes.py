@@ -14,7 +14,7 @@ from service.weights.download import download
 from service.weights.files import RepositorySpec
 
 ROOT = Path(__file__).parents[2]
-_IMPORTED = ["service.weights.download", "requests", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
+_IMPORTED = ["service.weights.download", "httpx2", "huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
 
 
 class Downloads:

@@ -109,7 +109,7 @@ def test_locks_of_both_engines_pin_one_vllm() -> None:
 
 @pytest.mark.parametrize(
     ("module", "forbidden"),
-    [("service.cli.main", {"modal", "huggingface_hub", "requests", "pydantic", "vllm", "torch"}),
+    [("service.cli.main", {"modal", "huggingface_hub", "httpx2", "requests", "pydantic", "vllm", "torch"}),
      ("service.replica.lifecycle", {"modal", "vllm", "torch", "huggingface_hub"})],
 )  # fmt: skip
 def test_import_brings_in_nothing_heavy(module: str, forbidden: set[str]) -> None:
