@@ -1,1 +1,1 @@
-"""The public door: who may come in, which model is meant, and the bytes between client and engine."""
+"""The public HTTP service in front of all engines: authentication, model routing, and forwarding of requests."""

@@ -159,15 +159,15 @@ def load_limits(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, K
         ) from error
     except (ValueError, AttributeError) as error:
         raise UsageError(
-            'API_LIMITS is not a JSON object such as {"alice": {"models": ["qwen3-8b"], "requests_per_minute": 60, '
-            '"concurrency": 4}}.'
+            "API_LIMITS is not a JSON object of limits by name.",
+            hint='Write one such as {"alice": {"models": ["qwen3-8b"], "requests_per_minute": 60, "concurrency": 4}}.',
         ) from error
     known = set(names)
     for name in found:
         if name not in known:
+            keys = f"Keys: {', '.join(sorted(known)) or 'none'} (API_KEY is 'default')."
             raise UsageError(
-                f"API_LIMITS has limits for '{name}', and no key has that name.{did_you_mean(name, known)} "
-                f"Keys: {', '.join(sorted(known)) or 'none'} (API_KEY is 'default')."
+                f"API_LIMITS has limits for '{name}', and no key has that name.{did_you_mean(name, known)}", hint=keys
             )
     return found
 
@@ -193,11 +193,11 @@ def _model(name: str, model: str, registry: Registry, default: str) -> str:
     try:
         choice = registry.resolve(model, default)
     except UnknownModelError as error:
-        raise UsageError(f"API_LIMITS of '{name}': {error}") from error
+        raise UsageError(f"API_LIMITS of '{name}': {error.message}", hint=error.hint) from error
     if choice.gpu:
         raise UsageError(
-            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, whatever their GPU. "
-            f"Write '{choice.spec.key}'."
+            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, whatever their GPU.",
+            hint=f"Write '{choice.spec.key}'.",
         )
     return choice.spec.key
 

@@ -1,4 +1,4 @@
-"""The door on the control plane: deployed, and what the workspace must have for it."""
+"""The gateway on the control plane: its deploy, and the secrets that it needs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ APP, TAG = "vllm-gateway", "serve"
 KEY = {"Authorization": "Bearer sk-alice"}
 
 
-def deploy_door(plane: ModalPlane, **environment: str) -> str:
-    """Deploy the door and insist that it worked without a warning; return its URL."""
+def deploy_gateway(plane: ModalPlane, **environment: str) -> str:
+    """Deploy the gateway and require that it worked without a warning; return its URL."""
     done = modal_cli(plane, "deploy", "-m", "service.gateway_app", **environment)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -19,7 +19,7 @@ def deploy_door(plane: ModalPlane, **environment: str) -> str:
 
 
 def put_secrets(plane: ModalPlane) -> None:
-    """Give the workspace what the door needs: clients' keys, and a proxy token for the tiers."""
+    """Give the workspace the secrets of the gateway: clients' keys, and a proxy token for the tiers."""
     token = plane.proxy_tokens.create()
     plane.secrets.put("vllm-api-key", {"API_KEYS": "alice=sk-alice,bob=sk-bob"})
     plane.secrets.put("vllm-proxy-token", {"MODAL_KEY": token.key, "MODAL_SECRET": token.secret})

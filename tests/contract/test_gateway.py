@@ -12,13 +12,13 @@ from service.engine import environment as engine_environment
 from tests.contract.conftest import call, installed, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-from .gateways import APP, KEY, TAG, deploy_door, put_secrets
+from .gateways import APP, KEY, TAG, deploy_gateway, put_secrets
 
 
-def test_door_is_published_without_a_gpu_as_one_container_for_all(plane: ModalPlane) -> None:
-    """A plain function with a CPU snapshot; what the settings say of replicas is not said of it."""
+def test_gateway_is_published_without_a_gpu_as_one_container_for_all(plane: ModalPlane) -> None:
+    """A plain function with a CPU snapshot; the settings of replicas do not apply to it."""
     put_secrets(plane)
-    deploy_door(
+    deploy_gateway(
         plane,
         SERVICE_MIN_CONTAINERS="2",
         SERVICE_MAX_CONTAINERS="5",
@@ -43,21 +43,21 @@ def test_door_is_published_without_a_gpu_as_one_container_for_all(plane: ModalPl
     assert plane.tasks == []
 
 
-def test_door_carries_the_users_models_file(plane: ModalPlane, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_gateway_carries_the_users_models_file(plane: ModalPlane, tmp_path_factory: pytest.TempPathFactory) -> None:
     """It knows the models that its tiers were deployed with."""
     file = tmp_path_factory.mktemp("own") / "models.toml"
     file.write_text('[models.mine]\nhub_id = "me/mine"\ngpu = "L4"\n')
     put_secrets(plane)
-    url = deploy_door(plane, SERVICE_MODELS_FILE=str(file), SERVICE_MODEL="mine")
+    url = deploy_gateway(plane, SERVICE_MODELS_FILE=str(file), SERVICE_MODEL="mine")
     status, body = call(f"{url}/v1/models", headers=KEY)
     assert status == 200, body
     assert {"mine", "tiny"} <= {model["id"] for model in json.loads(body)["data"]}
 
 
-def test_door_beside_an_app_of_another_name_is_named_after_it(plane: ModalPlane) -> None:
-    """`SERVICE_APP` names the tier; the door stands beside it, and with keys of their own it needs no proxy token."""
+def test_gateway_beside_an_app_of_another_name_is_named_after_it(plane: ModalPlane) -> None:
+    """`SERVICE_APP` names the tier, and the gateway after it. Where engines check keys it needs no proxy token."""
     plane.secrets.put("team-keys", {"API_KEY": "k"})
-    deploy_door(plane, SERVICE_APP="team", SERVICE_KEYS_SECRET="team-keys", SERVICE_DIRECT_AUTH="keys")
+    deploy_gateway(plane, SERVICE_APP="team", SERVICE_KEYS_SECRET="team-keys", SERVICE_DIRECT_AUTH="keys")
     assert set(plane.apps) == {"team-gateway"}
     assert len(plane.function("team-gateway", TAG).secret_ids) == 1
 
@@ -66,20 +66,20 @@ def test_door_beside_an_app_of_another_name_is_named_after_it(plane: ModalPlane)
     ("environment", "token", "words"),
     [
         ({"SERVICE_MODEL": "qwen3-8"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "Did you mean 'qwen3-8b'?"),
-        ({"SERVICE_HOLD_S": "2m"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "write 120"),
+        ({"SERVICE_HOLD_S": "2m"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "Write SERVICE_HOLD_S=120."),
         (
             {"SERVICE_MODEL": "gemma-3-27b-l40s"},
             {"MODAL_KEY": "a", "MODAL_SECRET": "b"},
             "error: Model 'gemma-3-27b' does not fit on L40S",
         ),
         ({}, {"MODAL_KEY": "a"}, "MODAL_SECRET"),
-        ({"SERVICE_KEYS_SECRET": "nobody-made-this"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "nobody-made-this"),
+        ({"SERVICE_KEYS_SECRET": "missing-secret"}, {"MODAL_KEY": "a", "MODAL_SECRET": "b"}, "missing-secret"),
     ],
 )
-def test_door_with_wrong_input_publishes_nothing(
+def test_gateway_with_wrong_input_publishes_nothing(
     plane: ModalPlane, environment: dict[str, str], token: dict[str, str], words: str
 ) -> None:
-    """Wrong settings and secrets without what they must have end the deploy with the reason."""
+    """Wrong settings, and secrets without their required keys, end the deploy with the reason."""
     plane.secrets.put("vllm-api-key", {"API_KEY": "k"})
     plane.secrets.put("vllm-proxy-token", token)
     done = modal_cli(plane, "deploy", "-m", "service.gateway_app", **environment)
@@ -88,17 +88,17 @@ def test_door_with_wrong_input_publishes_nothing(
     assert not [app for app in plane.apps.values() if app.versions]
 
 
-def test_door_without_a_key_refuses_to_start(plane: ModalPlane) -> None:
-    """A secret without a key opens the door to nobody, and the log has the sentence."""
+def test_gateway_without_a_key_refuses_to_start(plane: ModalPlane) -> None:
+    """Without a key in the secret it serves no request, and the log has the reason."""
     plane.secrets.put("vllm-api-key", {"OTHER": "x"})
     plane.secrets.put("vllm-proxy-token", {"MODAL_KEY": "a", "MODAL_SECRET": "b"})
-    status, _ = call(f"{deploy_door(plane)}/health")
+    status, _ = call(f"{deploy_gateway(plane)}/health")
     assert status == 500
     assert "Secret 'vllm-api-key' has neither API_KEY nor API_KEYS" in plane.tasks[0].log
     assert plane.tasks[0].state is not TaskState.READY
 
 
-def test_door_in_its_own_image_has_all_that_it_imports(
+def test_gateway_in_its_own_image_has_all_that_it_imports(
     tmp_path: Path, client_mount: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """With nothing but the light lock installed it starts, from a snapshot that holds its imports, and answers."""
@@ -107,7 +107,7 @@ def test_door_in_its_own_image_has_all_that_it_imports(
         put_secrets(plane)
         imported: list[bool] = []
         plane.snapshots.before_restore.append(lambda task: imported.append(_has_mapped(task, "msgspec")))
-        url = deploy_door(plane)
+        url = deploy_gateway(plane)
         assert call(f"{url}/health") == (200, b'{"status":"ok"}')
         assert call(f"{url}/v1/models", headers=KEY)[0] == 200
         assert plane.tasks[0].restored

@@ -1,4 +1,4 @@
-"""Requests through the deployed door to real engines in real containers.
+"""Requests through the deployed gateway to real engines in real containers.
 
 Each test that wants a cold pool has a GPU tier of its own, the others share one: `tiny-t4` is the tiny model on app
 `vllm-t4`.
@@ -22,53 +22,53 @@ from tests.engine.dialogues import COUNTING, QUESTION
 from tests.engine.running import check_stops
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-from .gateways import APP, KEY, TAG, deploy_door, put_secrets
+from .gateways import APP, KEY, TAG, deploy_gateway, put_secrets
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
-    """A plane with the door deployed, and no tier yet; the real engine is in its containers."""
+def gateway_plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
+    """A plane with the gateway deployed, and no tier yet; the real engine is in its containers."""
     with ModalPlane(tmp_path_factory.mktemp("plane"), container=engine_runtime) as plane:
         put_secrets(plane)
-        deploy_door(plane, SERVICE_MODEL="tiny")
+        deploy_gateway(plane, SERVICE_MODEL="tiny")
         yield plane
         assert plane.failures == []
         assert plane.unknown_calls == []
 
 
 @pytest.fixture
-def url(door: ModalPlane) -> str:
+def url(gateway_plane: ModalPlane) -> str:
     """Where clients send their requests."""
-    return door.url_of(APP, TAG)
+    return gateway_plane.url_of(APP, TAG)
 
 
 @contextmanager
-def _deploying(door: ModalPlane) -> Iterator[Callable[..., str]]:
+def _deploying(gateway_plane: ModalPlane) -> Iterator[Callable[..., str]]:
     """A function that deploys the tier of a GPU and returns the name of the tiny model there; its engines end after."""
-    before = len(door.tasks)
+    before = len(gateway_plane.tasks)
 
     def deployed(gpu: str, **environment: str) -> str:
         settings = {"SERVICE_MODEL": "tiny", "SERVICE_GPU": gpu, "SERVICE_MAX_INPUTS": "200", **environment}
-        deploy(door, **settings)
+        deploy(gateway_plane, **settings)
         return f"tiny-{gpu.lower()}"
 
     yield deployed
-    for task in door.tasks[before:]:
+    for task in gateway_plane.tasks[before:]:
         if task.tag == "Server" and task.state is not TaskState.DEAD:
             task.kill()
 
 
 @pytest.fixture
-def tier(door: ModalPlane) -> Iterator[Callable[..., str]]:
+def tier(gateway_plane: ModalPlane) -> Iterator[Callable[..., str]]:
     """A function that deploys a tier of the test's own and returns the name of the tiny model there."""
-    with _deploying(door) as deployed:
+    with _deploying(gateway_plane) as deployed:
         yield deployed
 
 
 @pytest.fixture(scope="module")
-def warm(door: ModalPlane) -> Iterator[str]:
-    """The name of the tiny model on a tier that tests share which want an engine, and not a cold pool."""
-    with _deploying(door) as deployed:
+def warm(gateway_plane: ModalPlane) -> Iterator[str]:
+    """The name of the tiny model on a tier that tests share that need an engine, not a cold pool."""
+    with _deploying(gateway_plane) as deployed:
         yield deployed("L40S")
 
 
@@ -90,27 +90,29 @@ def asked(url: str, body: Any) -> AbstractContextManager[http.client.HTTPRespons
     return posted(f"{url}{CHAT}", body, KEY)
 
 
-def test_door_refuses_strangers_and_wakes_nothing(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
-    """Without a key, or with a wrong one, 401 and no container of a tier."""
+def test_gateway_without_a_valid_key_wakes_nothing(
+    gateway_plane: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
+    """Without a key, or with a wrong one, the answer is 401 and no container of a tier starts."""
     model = tier("A10")
-    for headers in ({}, {"Authorization": "Bearer sk-nobody"}, {"x-api-key": "sk-nobody"}):
+    for headers in ({}, {"Authorization": "Bearer sk-unknown"}, {"x-api-key": "sk-unknown"}):
         status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, headers)
         assert status == 401
         assert json.loads(body)["error"]["code"] == "invalid_api_key"
-    assert replicas(door, model) == []
+    assert replicas(gateway_plane, model) == []
 
 
-def test_door_lets_no_websocket_in(door: ModalPlane, url: str) -> None:
-    """Modal passes them on; the door refuses them, with a key and without, and wakes nothing."""
+def test_gateway_refuses_websockets(gateway_plane: ModalPlane, url: str) -> None:
+    """Modal passes them on; the gateway refuses them, with a key and without, and wakes nothing."""
     for headers in (KEY, {}):
         assert refused_websocket(f"{url}/v1/realtime?model=tiny-a10", headers) == 403
-    assert [task.tag for task in door.tasks if task.tag != TAG] == []
+    assert [task.tag for task in gateway_plane.tasks if task.tag != TAG] == []
 
 
-def test_door_refuses_before_the_body_is_there(url: str) -> None:
-    """Who announces a body gets its 401 or 413 without having sent a byte of it."""
+def test_gateway_refuses_before_the_body_is_sent(url: str) -> None:
+    """A client that declares a body gets its 401 or 413 before it has sent a byte of it."""
     parts = urlsplit(url)
-    for key, size, status in (("sk-nobody", 100, 401), ("sk-alice", 32 * 2**20 + 1, 413)):
+    for key, size, status in (("sk-unknown", 100, 401), ("sk-alice", 32 * 2**20 + 1, 413)):
         with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=10)) as connection:
             connection.putrequest("POST", "/v1/chat/completions")
             connection.putheader("Authorization", f"Bearer {key}")
@@ -121,22 +123,24 @@ def test_door_refuses_before_the_body_is_there(url: str) -> None:
                 assert answer.getheader("WWW-Authenticate") == ("Bearer" if status == 401 else None)
 
 
-def test_door_lists_models_with_their_states_and_wakes_nothing(
-    door: ModalPlane, url: str, tier: Callable[..., str]
+def test_gateway_lists_models_with_their_states_and_wakes_nothing(
+    gateway_plane: ModalPlane, url: str, tier: Callable[..., str]
 ) -> None:
-    """Not deployed, cold, waking, ready; neither this nor the other routes about the door start a container."""
+    """Not deployed, cold, waking, ready; this and the gateway's other own routes start no container."""
     assert _state(url, "qwen3-235b") == "not_deployed"
     tier("L4")
-    door.wait_until(lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen")  # it may have been missing before
+    gateway_plane.wait_until(
+        lambda: _state(url, "tiny") == "cold", 20, "the tier to be seen"
+    )  # it may have been missing before
     entry = _entry(url, "tiny")
     assert (entry["gpu"], entry["max_model_len"]) == ("L4", 2048)
     assert entry["dollars_per_hour"] > 0
     assert [call(f"{url}{path}", headers=KEY)[0] for path in ("/health", "/docs", "/metrics")] == [200, 200, 200]
-    assert replicas(door, "tiny-l4") == []
+    assert replicas(gateway_plane, "tiny-l4") == []
 
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(call, f"{url}/v1/chat/completions", {"model": "llm", **QUESTION}, KEY)
-        door.wait_until(lambda: _state(url, "tiny") == "waking", 20, "the wake")
+        gateway_plane.wait_until(lambda: _state(url, "tiny") == "waking", 20, "the wake")
         assert asked.result()[0] == 200
     assert _state(url, "tiny") == "ready"
 
@@ -150,8 +154,8 @@ def _state(url: str, model: str) -> str:
     return str(_entry(url, model)["state"])
 
 
-def test_door_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None:
-    """Which deploy is missing is in the answer."""
+def test_gateway_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None:
+    """The answer names the deploy that is missing."""
     status, body = call(f"{url}/v1/chat/completions", {"model": "tiny-b200", **QUESTION}, KEY)
     assert status == 503
     assert "SERVICE_GPU=B200 modal deploy -m service.server" in json.loads(body)["error"]["message"]
@@ -160,34 +164,38 @@ def test_door_to_a_tier_that_is_not_deployed_names_the_command(url: str) -> None
     assert "'tiny'" in json.loads(body)["error"]["message"]
 
 
-def test_door_keeps_a_stream_open_while_the_pool_wakes(door: ModalPlane, url: str, tier: Callable[..., str]) -> None:
+def test_gateway_keeps_a_stream_open_while_the_pool_wakes(
+    gateway_plane: ModalPlane, url: str, tier: Callable[..., str]
+) -> None:
     """Comments come until the engine answers, across Modal's redirects; then the engine's chunks, to the last one."""
     model = tier("T4")
-    door.web_endpoints.redirect_after_s = 5.5
+    gateway_plane.web_endpoints.redirect_after_s = 5.5
     try:
         with asked(url, {"model": model, "stream": True, **QUESTION}) as answer:
             assert answer.status == 200
             assert answer.getheader("Content-Type", "").startswith("text/event-stream")
             assert answer.readline().startswith(b": waking tiny on T4, ")
-            assert replicas(door, model)[0].state is TaskState.STARTING
+            assert replicas(gateway_plane, model)[0].state is TaskState.STARTING
             body = answer.read()
     finally:
-        door.web_endpoints.redirect_after_s = 150.0
+        gateway_plane.web_endpoints.redirect_after_s = 150.0
     assert "Paris" in content(body)
     assert body.rstrip().endswith(b"data: [DONE]")
-    assert 303 in [status for _, path, status in door.web_endpoints.requests if path.startswith("/health?model=tiny")]
+    assert 303 in [
+        status for _, path, status in gateway_plane.web_endpoints.requests if path.startswith("/health?model=tiny")
+    ]
 
     status, body = call(f"{url}/v1/chat/completions", {"model": model, **QUESTION}, KEY)
     assert status == 200, body
     assert "Paris" in content(body)
-    assert len(replicas(door, model)) == 1
+    assert len(replicas(gateway_plane, model)) == 1
 
 
-def test_door_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
-    door: ModalPlane, url: str, tier: Callable[..., str]
+def test_gateway_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
+    gateway_plane: ModalPlane, url: str, tier: Callable[..., str]
 ) -> None:
     """All are served by the one engine that their first request woke, streams and others alike."""
-    model, before = tier("A100"), _asked_for_health(door)
+    model, before = tier("A100"), _asked_for_health(gateway_plane)
 
     def ask(number: int) -> tuple[int, str]:
         with asked(url, {"model": model, "stream": bool(number % 2), **QUESTION}) as answer:
@@ -197,29 +205,33 @@ def test_door_with_a_hundred_clients_of_a_cold_pool_starts_one_container(
         answers = list(threads.map(ask, range(100)))
     assert [status for status, _ in answers] == [200] * 100
     assert all("Paris" in said for _, said in answers)
-    assert len(replicas(door, model)) == 1
-    assert _asked_for_health(door) - before == 1
+    assert len(replicas(gateway_plane, model)) == 1
+    assert _asked_for_health(gateway_plane) - before == 1
 
 
 def _asked_for_health(plane: ModalPlane) -> int:
-    """Return how many requests have waked, or would have."""
+    """Return how many health checks were sent, each of which can wake a pool."""
     return sum(path.startswith("/health?") for _, path, _ in plane.web_endpoints.requests)
 
 
-def test_door_whose_client_leaves_stops_the_generation_within_a_second(door: ModalPlane, url: str, warm: str) -> None:
+def test_gateway_whose_client_leaves_stops_the_generation_within_a_second(
+    gateway_plane: ModalPlane, url: str, warm: str
+) -> None:
     """Through both containers, the engine runs no request any more."""
-    pool = modal.Cls.from_name("vllm-l40s", "Server", client=door.client())(model="tiny")
+    pool = modal.Cls.from_name("vllm-l40s", "Server", client=gateway_plane.client())(model="tiny")
     with asked(url, {"model": warm, **COUNTING}) as answer:
         while not answer.readline().startswith(b"data: "):
             pass
-        door.wait_until(lambda: generating(pool), 10, "the generation to run")
+        gateway_plane.wait_until(lambda: generating(pool), 10, "the generation to run")
     check_stops(lambda: generating(pool))
 
 
-def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(door: ModalPlane, url: str, warm: str) -> None:
+def test_gateway_whose_pool_dies_under_a_stream_ends_it_with_an_error(
+    gateway_plane: ModalPlane, url: str, warm: str
+) -> None:
     """The client is told, in the stream; the next request is served by a new container."""
     assert call(f"{url}/v1/chat/completions", {"model": warm, **QUESTION}, KEY)[0] == 200
-    first = replicas(door, warm)[-1]
+    first = replicas(gateway_plane, warm)[-1]
     with asked(url, {"model": warm, **COUNTING}) as answer:
         assert answer.readline().startswith(b"data: ")
         first.kill()
@@ -229,17 +241,19 @@ def test_door_whose_pool_dies_under_a_stream_ends_it_with_an_error(door: ModalPl
 
     status, body = call(f"{url}/v1/chat/completions", {"model": warm, **QUESTION}, KEY)
     assert status == 200, body
-    assert replicas(door, warm)[-1] is not first
+    assert replicas(gateway_plane, warm)[-1] is not first
 
 
-def test_door_passes_the_clients_key_on_where_engines_check_it(door: ModalPlane, tier: Callable[..., str]) -> None:
-    """With `SERVICE_DIRECT_AUTH=keys` the tier wants no proxy token, and the engine knows the key."""
+def test_gateway_forwards_the_clients_key_where_engines_check_it(
+    gateway_plane: ModalPlane, tier: Callable[..., str]
+) -> None:
+    """With `SERVICE_DIRECT_AUTH=keys` the tier needs no proxy token, and the engine knows the key."""
     environment = {"SERVICE_APP": "team", "SERVICE_DIRECT_AUTH": "keys"}
     tier("L4", **environment)
-    url = deploy_door(door, SERVICE_MODEL="tiny", SERVICE_GPU="L4", **environment)
+    url = deploy_gateway(gateway_plane, SERVICE_MODEL="tiny", SERVICE_GPU="L4", **environment)
     status, body = call(f"{url}/v1/chat/completions", {"model": "tiny", **QUESTION}, KEY)
     assert status == 200, body
     assert "Paris" in content(body)
-    direct = door.url_of("team", "Server", "serve")
+    direct = gateway_plane.url_of("team", "Server", "serve")
     assert call(f"{direct}/v1/models?model=tiny")[0] == 401
     assert call(f"{direct}/v1/models?model=tiny", headers=KEY)[0] == 200

@@ -38,7 +38,7 @@ def chat_with(service: Service, **headers: str) -> requests.Response:
     ids=["none", "wrong", "empty", "basic", "bare", "wrong x-api-key", "empty x-api-key", "longer"],
 )
 def test_keys_without_a_right_one_401(served: Service, headers: dict[str, str]) -> None:
-    """No key or a wrong one is 401 in OpenAI's shape, says how to send one, and repeats nothing of it."""
+    """No key or a wrong one is 401 in OpenAI's shape, says how to send one, and does not repeat the key."""
     refused = chat_with(served, **headers)
     assert refused.status_code == 401
     assert refused.headers["WWW-Authenticate"] == "Bearer"
@@ -48,7 +48,7 @@ def test_keys_without_a_right_one_401(served: Service, headers: dict[str, str]) 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_keys_right_one_is_answered(served: Service, name: str) -> None:
-    """Every key opens the door, as Bearer and as x-api-key."""
+    """Every key is accepted, as Bearer and as x-api-key."""
     for headers in ({"Authorization": f"Bearer {KEYS[name]}"}, {"x-api-key": KEYS[name]}):
         answer = chat_with(served, **headers)
         assert answer.status_code == 200, answer.text
@@ -56,7 +56,7 @@ def test_keys_right_one_is_answered(served: Service, name: str) -> None:
 
 
 def test_keys_open_pages_need_none_and_all_others_do(served: Service) -> None:
-    """Health and the description are open; everything else of the list asks, metrics and tokens too."""
+    """Health and the description are open; every other listed route needs a key, metrics and tokens too."""
     opened = {"/health", "/docs", "/openapi.json"}
     for path, methods in ALLOWED.items():
         for method in methods:

@@ -23,7 +23,7 @@ IDLE_S = 8
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The tiny model served, and a second entry of it that nobody has asked for yet."""
+    """The tiny model served, and a second entry of it that no request has named yet."""
     environment.ensure()
     directory = tmp_path_factory.mktemp("many")
     models = directory / "models.toml"
@@ -62,7 +62,7 @@ def state(service: Service, model: str) -> str:
 
 
 def test_hundred_clients_of_a_cold_model_start_one_engine_and_are_all_answered(service: Service) -> None:
-    """A stream hears meanwhile what it waits for."""
+    """A stream gets comments meanwhile."""
     before = engines(service)
     assert state(service, "second") == "cold"
     with post(service, {"model": "second", "stream": True, **QUESTION}, stream=True) as stream:
@@ -96,7 +96,7 @@ def running(service: Service) -> int:
 
 
 def test_engine_killed_under_streams_ends_each_with_an_error_and_is_replaced(service: Service) -> None:
-    """Every stream has an event that says so; the next request is answered by a new engine."""
+    """Every stream ends with an error event; a new engine answers the next request."""
     post(service, {"model": "second", **QUESTION})
     victim = engines(service)[-1]
     said: list[list[bytes]] = []
@@ -126,7 +126,7 @@ def test_engine_killed_under_streams_ends_each_with_an_error_and_is_replaced(ser
 
 
 def test_engine_without_requests_is_ended_and_its_model_is_cold_again(service: Service) -> None:
-    """Looking at it is no request; the next one wakes it, and the model that the service began with likewise."""
+    """Requests for its state do not keep it awake; the next chat wakes it, and the service's first model likewise."""
     post(service, {"model": "second", **QUESTION})
     wait_until(lambda: state(service, "second") == "cold", IDLE_S + 20, service)
     wait_until(lambda: state(service, "tiny") == "cold", IDLE_S + 20, service)

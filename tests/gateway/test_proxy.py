@@ -38,8 +38,8 @@ def test_proxy_passes_an_answer_unchanged() -> None:
     asyncio.run(run())
 
 
-def test_proxy_stream_with_cut_characters_passes_unchanged() -> None:
-    """A chunk that ends inside a character is not decoded, and not waited on for the rest."""
+def test_proxy_stream_with_split_characters_passes_unchanged() -> None:
+    """A chunk that ends inside a character is neither decoded nor held back."""
     cut = EVENT.index(b"\xc3") + 1
     pieces = [EVENT[:cut], EVENT[cut:], b"data: [DONE]\n\n"]
 
@@ -195,7 +195,7 @@ def test_proxy_ends_each_stream_with_an_error_when_the_pool_dies_and_serves_the_
 
 
 def test_proxy_answer_that_breaks_off_inside_a_line_ends_the_line_first() -> None:
-    """What was cut is not joined with the error that follows."""
+    """The broken line is not joined with the error that follows."""
 
     async def breaks(request: Request, writer: asyncio.StreamWriter) -> None:
         del request
@@ -233,7 +233,7 @@ def test_proxy_body_that_breaks_off_breaks_off_for_the_client() -> None:
 
 
 def test_proxy_connection_that_the_engine_closed_meanwhile_is_replaced() -> None:
-    """An engine that was restarted is asked again before anybody is told."""
+    """A request on a connection that the engine closed before is sent again; the client sees no error."""
 
     async def closes(request: Request, writer: asyncio.StreamWriter) -> None:
         if len(engine.requests) == 2:
@@ -254,7 +254,7 @@ def test_proxy_connection_that_the_engine_closed_meanwhile_is_replaced() -> None
 
 
 def test_proxy_request_that_kills_its_engine_is_not_sent_to_another() -> None:
-    """On a connection of its own the engine may have read it all: the client hears of it, and decides."""
+    """On a new connection the engine may have read it all: the client gets the error and decides."""
 
     async def dies(request: Request, writer: asyncio.StreamWriter) -> None:
         del request
@@ -270,7 +270,7 @@ def test_proxy_request_that_kills_its_engine_is_not_sent_to_another() -> None:
 
 
 def test_proxy_clients_query_reaches_no_engine() -> None:
-    """On Modal a query chooses the container: `n_gpu` in it would be another pool."""
+    """On Modal a query chooses the container: `n_gpu` in it would mean another pool."""
 
     async def run() -> None:
         async with Engine(answers).serving() as engine, serve_gateway(url=engine.url) as gateway:
@@ -313,7 +313,7 @@ def test_proxy_slow_reader_holds_the_engine_back() -> None:
 
 
 def test_proxy_follows_modals_redirect_to_the_answer() -> None:
-    """After 150 s Modal says 303; the answer is fetched from there, with the pool's key, and from nowhere else."""
+    """After 150 s Modal answers 303; the answer is fetched from there with the pool's key, on the same host only."""
 
     async def later(request: Request, writer: asyncio.StreamWriter) -> None:
         if request.line.startswith("POST"):

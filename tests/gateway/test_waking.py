@@ -114,7 +114,7 @@ def test_waking_openai_client_retries_by_itself() -> None:
 
 @pytest.mark.parametrize("body", [ASK, STREAMED])
 def test_waking_that_fails_answers_all_waiting_requests_with_the_reason(body: object) -> None:
-    """Whoever waits hears why, in the form that is still possible; whoever retries at once causes no second boot."""
+    """The reason comes as an answer, or inside a stream that has begun; an immediate retry causes no second boot."""
 
     async def one(gateway: RunningGateway) -> str:
         async with gateway.post(body) as answer:
@@ -141,7 +141,7 @@ def test_waking_that_fails_answers_all_waiting_requests_with_the_reason(body: ob
 
 
 def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
-    """The headers said 200 long ago; the event says what it was."""
+    """The headers were sent with 200 before; the event has the engine's status."""
 
     async def refuses(request: object, writer: asyncio.StreamWriter) -> None:
         del request
@@ -169,7 +169,7 @@ def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
 
 
 def test_waking_goes_on_when_all_clients_have_left() -> None:
-    """Who comes next finds it ready, and nothing waits for ever."""
+    """The next request finds the pool ready, and nothing waits for ever."""
 
     async def run() -> None:
         async with Engine(answers).serving() as engine, serve_gateway() as gateway:

@@ -22,7 +22,7 @@ IMAGE += b'"model":"gemma-3-12b","stream":true}'
 
 
 def refused(body: bytes) -> APIError:
-    """Return what a body is refused with."""
+    """Return the error that a body is refused with."""
     with pytest.raises(APIError) as caught:
         request_fields.parse_fields(body)
     assert caught.value.status == 400
@@ -31,7 +31,7 @@ def refused(body: bytes) -> APIError:
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_body_in_any_buffer_is_read(kind: Any) -> None:
-    """The fields that matter here, from bytes as they come."""
+    """The fields are read from every type of buffer."""
     asked = request_fields.parse_fields(
         kind(b' {"n": 2, "model": "qwen3-8b", "x": {"model": "no"}, "stream": true, "best_of": 3}\n')
     )
@@ -41,8 +41,8 @@ def test_body_in_any_buffer_is_read(kind: Any) -> None:
     assert not asked.has_tools
 
 
-def test_body_without_the_fields_asks_for_nothing() -> None:
-    """Null is as good as absent."""
+def test_body_without_the_fields_sets_none() -> None:
+    """Null counts as absent."""
     asked = request_fields.parse_fields(
         b'{"model":null,"stream":null,"n":null,"tools":null,"response_format":null,"guided_json":null}'
     )
@@ -58,7 +58,7 @@ def test_tools_are_there_when_one_is(tools: str, has_tools: bool) -> None:
     assert request_fields.parse_fields(f'{{"tools":{tools}}}'.encode()).has_tools is has_tools
 
 
-def test_fields_set_are_told_from_those_that_are_not() -> None:
+def test_fields_that_are_set_are_distinguished_from_absent_ones() -> None:
     """A temperature of 0 is set; null is not."""
     asked = request_fields.parse_fields(b'{"temperature":0,"tool_choice":null}')
 
@@ -66,8 +66,8 @@ def test_fields_set_are_told_from_those_that_are_not() -> None:
     assert not asked.sets("tool_choice")
 
 
-def test_what_is_asked_keeps_no_body_alive() -> None:
-    """A body that is held for the length of a stream would be ten megabytes for each."""
+def test_request_fields_keep_no_body_alive() -> None:
+    """Otherwise each stream would hold a body of up to ten megabytes until its end."""
     body = bytearray(b'{"model":"x","response_format":{"type":"text"},"tools":[{"type":"function"}]}')
     asked = request_fields.parse_fields(body)
     body.clear()  # a view would forbid it
@@ -91,7 +91,7 @@ def test_what_is_asked_keeps_no_body_alive() -> None:
     ],
 )
 def test_body_with_any_keys_is_read_as_python_reads_it(body: bytes) -> None:
-    """The engine's reader is json.loads: what the door reads must be what the engine acts on."""
+    """The engine parses with json.loads: the gateway must read the same values."""
     asked, read = request_fields.parse_fields(body), json.loads(body)
 
     assert (asked.model, asked.stream) == (read.get("model"), read.get("stream"))
@@ -117,7 +117,7 @@ def pair(draw: random.Random) -> str:
 
 
 def space(draw: random.Random) -> str:
-    """Return what JSON takes for nothing."""
+    """Return white space of JSON."""
     return "".join(draw.choices(" \t\r\n", k=draw.randint(0, 2)))
 
 
@@ -138,8 +138,8 @@ def space(draw: random.Random) -> str:
         (b'{"a":' + b'{"a":' * 100_000, "too deeply"),
     ],
 )
-def test_body_that_is_no_json_object_is_refused_with_the_place(body: bytes, words: str) -> None:
-    """Nothing that the engine would stumble over reaches it."""
+def test_body_that_is_no_json_object_is_refused_with_the_position(body: bytes, words: str) -> None:
+    """A body that the engine cannot parse does not reach it."""
     refusal = refused(body)
 
     assert words in refusal.message
@@ -148,7 +148,7 @@ def test_body_that_is_no_json_object_is_refused_with_the_place(body: bytes, word
 
 @pytest.mark.parametrize("value", ["5", "true", '["x"]', '{"a":"x"}', "1.5"])
 def test_model_that_is_no_string_is_refused(value: str) -> None:
-    """The value is in the sentence."""
+    """The error contains the value."""
     refusal = refused(f'{{"model":{value}}}'.encode())
 
     assert refusal.param == "model"
@@ -156,7 +156,7 @@ def test_model_that_is_no_string_is_refused(value: str) -> None:
 
 
 def test_model_longer_than_any_name_is_refused_without_its_text() -> None:
-    """Nearest names of ten megabytes would take for ever."""
+    """A search for the nearest names of ten megabytes would not end."""
     refusal = refused(b'{"model":"' + b"x" * NAME_LIMIT + b'"}')
 
     assert "xxx" not in refusal.message
@@ -164,14 +164,14 @@ def test_model_longer_than_any_name_is_refused_without_its_text() -> None:
 
 @pytest.mark.parametrize("value", ["1", "0", '"true"', "[]"])
 def test_stream_that_is_no_boolean_is_refused(value: str) -> None:
-    """Whether an answer is streamed decides how it is relayed."""
+    """Whether an answer is streamed decides how it is forwarded."""
     assert refused(f'{{"stream":{value}}}'.encode()).param == "stream"
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])
 @pytest.mark.parametrize("value", ["0", "-1", str(N_LIMIT + 1), "1.0", "1e1", '"2"', "true", "[2]", "9" * 100_000])
 def test_count_outside_its_bound_is_refused(name: str, value: str) -> None:
-    """One request would be thousands."""
+    """One request would cost as much as thousands."""
     refusal = refused(f'{{"{name}":{value}}}'.encode())
 
     assert refusal.param == name
@@ -187,8 +187,8 @@ def test_count_at_its_bound_passes(name: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(GUIDED))
-def test_removed_field_is_refused_with_todays(name: str) -> None:
-    """The engine takes it without a word and ignores it."""
+def test_removed_field_is_refused_with_its_replacement(name: str) -> None:
+    """The engine accepts and ignores it."""
     refusal = refused(f'{{"model":"x","{name}":{{"type":"object"}}}}'.encode())
 
     assert (refusal.param, refusal.code) == (name, "unsupported_parameter")
@@ -203,7 +203,7 @@ def test_removed_field_is_refused_with_todays(name: str) -> None:
         ("tools", '["' + "x" * TOOLS_LIMIT + '"]'),
     ],
 )
-def test_shape_over_its_size_is_refused(name: str, value: str) -> None:
+def test_constraint_over_its_size_is_refused(name: str, value: str) -> None:
     """It would be copied and compiled."""
     refusal = refused(f'{{"{name}":{value}}}'.encode())
 
@@ -211,12 +211,12 @@ def test_shape_over_its_size_is_refused(name: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ['"text"', "3", "true"])
-def test_field_of_the_same_name_that_is_no_shape_is_left_to_the_engine(value: str) -> None:
+def test_field_of_the_same_name_that_is_no_constraint_is_left_to_the_engine(value: str) -> None:
     """Other routes may have a text, of any length."""
     assert not request_fields.parse_fields(f'{{"text":{value},"tools":{value}}}'.encode()).constraints
 
 
-def test_body_with_a_large_image_is_read_in_no_memory() -> None:
+def test_body_with_a_large_image_is_read_without_memory_for_it() -> None:
     """Ten megabytes of base64 are skipped: no Python object is made of them."""
     tracemalloc.start()
     asked = request_fields.parse_fields(IMAGE)
@@ -227,8 +227,8 @@ def test_body_with_a_large_image_is_read_in_no_memory() -> None:
     assert peak < 100_000
 
 
-def test_body_with_a_large_image_is_read_and_rewritten_where_no_copy_has_room() -> None:
-    """The same, with the kernel as a witness: a copy is a MemoryError here."""
+def test_body_with_a_large_image_is_read_and_overridden_where_no_copy_fits() -> None:
+    """The process may allocate less than the body's size, so that a copy would be a MemoryError."""
     program = """
 import resource
 from service.gateway import request_fields as bodies
@@ -261,8 +261,8 @@ except MemoryError:
     ],
 )
 @pytest.mark.parametrize("changes", [{"model": 'né"w'}, {"temperature": 0.3, "tool_choice": "auto"}, {}])
-def test_rewritten_body_has_the_changes_and_everything_else(body: bytes, changes: dict[str, Any]) -> None:
-    """What is added at the end wins."""
+def test_overridden_body_has_the_overrides_and_everything_else(body: bytes, changes: dict[str, Any]) -> None:
+    """Fields that are added at the end win."""
     for buffer in (body, bytearray(body)):
         first, second = request_fields.with_overrides(buffer, changes)
         assert json.loads(bytes(first) + second) == {**json.loads(body), **changes}

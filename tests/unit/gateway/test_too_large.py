@@ -1,4 +1,4 @@
-"""A model whose weights are more than the memory of the GPU in its name: refused for good, and nothing wakes."""
+"""A model whose weights exceed the memory of the GPU in its name: refused with a lasting 4xx, and nothing wakes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_request_for_a_tier_too_small_for_the_weights_is_400_and_wakes_nothing(path: str, stream: bool) -> None:
-    """With the names of tiers that fit; a client that retries is told not to."""
+    """The error names tiers that fit; a header tells clients not to retry."""
     status, headers, answer = ask("gemma-3-27b-l40s", path, messages=[], stream=stream)
 
     assert status == 400
@@ -74,8 +74,8 @@ def test_request_for_a_tier_too_small_for_the_weights_is_400_and_wakes_nothing(p
     )
 
 
-def test_request_for_an_adapter_on_a_tier_too_small_is_told_the_adapters_name(tmp_path: Path) -> None:
-    """The names in the sentence can be sent as they are, and mean the adapter."""
+def test_request_for_an_adapter_on_a_tier_too_small_is_answered_with_the_adapters_name(tmp_path: Path) -> None:
+    """The names in the error can be sent as they are, and mean the adapter."""
     file = tmp_path / "models.toml"
     file.write_text(
         '[models.mine]\nhub_id = "me/mine"\nweights_gb = 60\n'
@@ -89,8 +89,8 @@ def test_request_for_an_adapter_on_a_tier_too_small_is_told_the_adapters_name(tm
     assert (choice.spec.key, choice.gpu and choice.gpu.name) == ("mine", "A100-80GB")
 
 
-def test_request_for_a_model_that_a_key_may_not_use_is_told_so_first() -> None:
-    """Nothing of the model is said to it."""
+def test_request_for_a_model_that_the_key_may_not_use_is_403_first() -> None:
+    """The error reveals nothing about the model."""
     status, _, answer = ask("gemma-3-27b-l40s", key="sk-bob")
 
     assert (status, answer["error"]["code"]) == (403, "model_not_allowed")

@@ -1,4 +1,4 @@
-"""What a drain counts and waits for, and what it leaves alone."""
+"""Which requests a drain counts and waits for, and which it leaves alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.unit.in_engine.test_guard import Behind
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_drain_swallows_no_cancel_of_another(begun: bool) -> None:
-    """A client that left, or a server that ends: its cancel goes on up, and nothing is sent to nobody."""
+def test_drain_does_not_swallow_other_cancellations(begun: bool) -> None:
+    """When a client leaves or the server ends, the cancellation propagates, and nothing is sent."""
 
     async def scene() -> None:
         ended = Drain()
@@ -34,8 +34,8 @@ def test_drain_swallows_no_cancel_of_another(begun: bool) -> None:
     run(scene)
 
 
-def test_drain_counts_only_what_it_cuts() -> None:
-    """Of three requests one finishes in its grace, and of one the client leaves."""
+def test_drain_counts_only_the_requests_that_it_cancels() -> None:
+    """Of three requests one finishes within the grace period, and of one the client leaves."""
 
     async def scene() -> None:
         ended = Drain()
@@ -52,8 +52,8 @@ def test_drain_counts_only_what_it_cuts() -> None:
     run(scene)
 
 
-def test_drain_told_twice_ends_each_request_once() -> None:
-    """Two stops at once send two words."""
+def test_drain_commanded_twice_ends_each_request_once() -> None:
+    """Two simultaneous stops send two commands."""
 
     async def scene() -> None:
         ended = Drain()
@@ -69,7 +69,7 @@ def test_drain_told_twice_ends_each_request_once() -> None:
 
 
 def test_drain_does_not_wait_for_an_application_that_does_not_end() -> None:
-    """What ignores its cancel is left for the kill that follows."""
+    """A request that ignores its cancellation ends with the kill that follows."""
 
     async def scene() -> None:
         ended = Drain()

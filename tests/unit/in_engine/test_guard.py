@@ -27,7 +27,7 @@ CLOSED = [
 
 
 class Behind:
-    """The application behind the guard: reads the body, answers 200, remembers what it saw."""
+    """The application behind the guard: reads the body, answers 200, records its requests."""
 
     def __init__(self, *, body: bytes = b"behind", reads: bool = True, pieces: int = 1) -> None:
         self.body, self.reads, self.pieces = body, reads, pieces
@@ -193,8 +193,8 @@ def test_guard_takes_a_key_as_the_clients_send_it(headers: dict[str, str]) -> No
     assert ask(Guard(Behind(), ["0" * 64, DIGEST]), "/v1/models", headers=headers).status == 200
 
 
-def test_guard_with_the_digest_of_nothing_admits_nobody_without_a_key() -> None:
-    """A digest made of an empty file must not open the door."""
+def test_guard_with_the_digest_of_an_empty_key_admits_no_request_without_a_key() -> None:
+    """The digest of an empty file must not admit requests without a key."""
     nothing = hashlib.sha256(b"").hexdigest()
 
     assert ask(Guard(Behind(), [nothing]), "/v1/models").status == 401

@@ -49,7 +49,7 @@ def test_body_in_chunks_at_the_limit_passes_whole(path: str, limit: int) -> None
 
 
 @pytest.mark.parametrize(("path", "limit"), LIMITS)
-def test_body_in_chunks_over_the_limit_is_cut_off(path: str, limit: int) -> None:
+def test_body_in_chunks_over_the_limit_is_refused(path: str, limit: int) -> None:
     """Nothing was declared: it ends at the first chunk over the limit, and the application sees a client that left.
 
     Where lists are checked first, the application sees nothing.
@@ -64,7 +64,7 @@ def test_body_in_chunks_over_the_limit_is_cut_off(path: str, limit: int) -> None
         assert (behind.read, behind.disconnected) == (b"a" * limit, True)
 
 
-def test_body_longer_than_declared_is_cut_off() -> None:
+def test_body_longer_than_declared_is_refused() -> None:
     """A small declared length does not raise the limit."""
     answer = ask(Guard(Behind(), []), "/tokenize", "POST", {"Content-Length": "5"}, (b"a" * TEXT_BODY_LIMIT, b"b"))
 
@@ -73,7 +73,7 @@ def test_body_longer_than_declared_is_cut_off() -> None:
 
 @pytest.mark.parametrize("declared", ["-1", "many", "1e3", ""])
 def test_body_with_a_length_that_is_no_number_is_refused(declared: str) -> None:
-    """Refused before the application, whatever the server in front let through."""
+    """The guard refuses it even when the server in front accepts it."""
     behind = Behind()
     answer = ask(Guard(behind, []), "/v1/completions", "POST", {"Content-Length": declared})
 
@@ -90,7 +90,7 @@ def test_body_is_refused_before_it_is_read_when_the_key_is_wrong() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_health_has_the_contracts_body(pieces: int) -> None:
-    """VLLM's is empty; however many messages it takes to say so, the answer is one."""
+    """VLLM's body is empty; in however many messages it comes, there is one answer."""
     answer = ask(Guard(Behind(body=b"", pieces=pieces), [DIGEST]), "/health")
 
     assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
@@ -101,7 +101,7 @@ def test_health_has_the_contracts_body(pieces: int) -> None:
     }
 
 
-def test_health_of_a_dead_engine_passes_as_it_is() -> None:
+def test_health_of_a_dead_engine_passes_unchanged() -> None:
     """503 must not become ok."""
 
     async def dying(scope: Any, receive: Any, send: Any) -> None:
@@ -114,7 +114,7 @@ def test_health_of_a_dead_engine_passes_as_it_is() -> None:
 
 
 def test_stream_passes_message_by_message() -> None:
-    """Nothing is gathered: each chunk goes on as it came."""
+    """Nothing is buffered: each chunk passes as it came."""
     sent: list[dict[str, Any]] = []
     guard = Guard(Behind(body=b"last", pieces=3, reads=False), [])
 
@@ -145,7 +145,7 @@ def test_websocket_is_refused_before_the_application() -> None:
 
 
 def test_lifespan_passes() -> None:
-    """VLLM's own start and end run through it."""
+    """VLLM's own start and end use it."""
     behind = Behind()
     sent: list[dict[str, Any]] = []
 
@@ -181,7 +181,7 @@ def test_guard_takes_the_keys_that_the_release_carried(monkeypatch: pytest.Monke
 
 
 def test_guard_compares_with_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first match does not end the comparison: time tells nothing about which key it was."""
+    """The first match does not end the comparison: the time does not reveal which key matched."""
     compared: list[str] = []
 
     def compare(given: str, known: str) -> bool:
@@ -207,7 +207,7 @@ def test_guard_compares_with_every_key_in_constant_time(monkeypatch: pytest.Monk
 )
 @pytest.mark.parametrize("cut", [0, 1])
 def test_body_with_a_bad_list_is_refused_before_the_application(body: bytes, param: str | None, cut: int) -> None:
-    """400 in OpenAI's shape names the field; whatever the body's chunks, vLLM sees nothing of it."""
+    """A 400 in OpenAI's shape names the field; vLLM gets nothing, however the body is split into chunks."""
     behind = Behind()
     answer = ask(Guard(behind, []), "/v1/responses", "POST", chunks=(body[:cut], body[cut:]))
 
@@ -225,7 +225,7 @@ def test_body_with_a_bad_list_is_refused_in_anthropics_shape_on_their_routes() -
 
 @pytest.mark.parametrize("path", sorted(ROUTES))
 def test_body_that_the_client_breaks_off_never_reaches_the_application(path: str) -> None:
-    """Nobody waits for an answer, and half a body is no request."""
+    """The client has left, and half a body is no request."""
     behind, sent = Behind(), []
     messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
 
@@ -240,7 +240,7 @@ def test_body_that_the_client_breaks_off_never_reaches_the_application(path: str
 
 
 def test_options_with_a_body_is_not_collected() -> None:
-    """It needs no key: what it sends is not kept."""
+    """It needs no key, so its body must not be buffered."""
     behind = Behind(reads=False)
 
     assert ask(Guard(behind, [DIGEST]), "/v1/responses", "OPTIONS", chunks=(b'{"input":[0]}',)).status == 200
