@@ -1,7 +1,7 @@
-"""Wiring to Modal, and nothing else: `modal deploy -m service.server` publishes class `Server`.
+"""Only wiring to Modal: `modal deploy -m service.server` publishes class `Server`.
 
-One app is one GPU tier; every model of the registry is a container pool of it, named by the class's parameters. The
-module is imported again in the container, where the image's last layer gives it the deployer's settings.
+One app is one GPU tier. Every model of the registry is a container pool of it, which the class's parameters name. The
+container imports this module again, with the deployer's settings from the image's last layer.
 """
 # No `from __future__ import annotations`: modal.parameter reads the annotations as types.
 
@@ -15,11 +15,11 @@ import modal
 import modal.experimental
 
 from service.engine.environment import versions
-from service.errors import EngineError, ServiceError, UsageError
+from service.errors import EngineError, ServiceError
 from service.image import engine_image
-from service.keys import digests
 from service.modal_app import selftest
 from service.modal_app.client import in_modal_command, why_hub_secret_missing
+from service.modal_app.container_logging import log_to_stdout
 from service.modal_app.deployment import Deployment
 from service.modal_app.engine_client import request
 from service.modal_app.prefetch import weights_lease
@@ -27,6 +27,10 @@ from service.replica.compile_caches import Caches
 from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from service.volumes import FLASHINFER_CACHE, HUB_CACHE, VLLM_CACHE, compile_caches, records_directory, volumes
+
+_log = logging.getLogger("service.server")
+if not modal.is_local():
+    log_to_stdout()
 
 try:
     DEPLOYMENT = Deployment.resolve()
@@ -58,26 +62,26 @@ class Server:
 
     @modal.enter(snap=SETTINGS.snapshot != "off")  # Modal refuses snap=True on a class without snapshots
     def prepare(self) -> None:
-        """Do all that a memory snapshot can hold."""
-        self.prepared_by = _task()
+        """Do everything that a memory snapshot can hold."""
+        self.prepared_by = _container_id()
         self.replica = Replica(
             self._plan(),
-            say=_log,
-            on_line=_log,
+            say=_log.info,
+            on_line=_log.info,
             on_death=self._replace,
-            on_record=lambda record: _log(f"boot {record.to_line()}"),
+            on_record=lambda record: _log.info("boot %s", record.to_line()),
             persist=self._persist,
         )
         self.replica.prepare(share=VOLUMES[HUB_CACHE].commit)
 
     @modal.enter(snap=False)
     def start(self) -> None:
-        """Bring the engine to readiness."""
-        self.replica.start(_keys(), restored=_task() != self.prepared_by)
+        """Start the engine, or wake the restored one, and wait until it is ready."""
+        self.replica.start(DEPLOYMENT.direct_keys(os.environ), restored=_container_id() != self.prepared_by)
 
     @modal.web_server(SETTINGS.port, startup_timeout=30, requires_proxy_auth=SETTINGS.direct_auth == "proxy")
     def serve(self) -> None:
-        """Let Modal's proxy reach the engine, which `start` has left listening."""
+        """Let Modal's proxy reach the engine, which listens since `start`."""
 
     @modal.method()
     async def complete(self, path: str, body: Any = None) -> tuple[int, Any]:
@@ -86,7 +90,7 @@ class Server:
 
     @modal.exit()
     def stop(self) -> None:
-        """Let streams finish, then end the engine."""
+        """Let streams finish, then stop the engine."""
         self.replica.stop()
 
     def _plan(self) -> Plan:
@@ -107,51 +111,24 @@ class Server:
             hang_s=SETTINGS.hang_s,
             lock=lock,
             versions=VERSIONS,
-            caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key, say=_log),
+            caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key, say=_log.info),
             records=records_directory(),
         )
 
     def _replace(self, error: EngineError) -> None:
-        """Have Modal start another replica: one whose engine is dead must take no more requests."""
-        _log(f"boot {self.replica.id}: engine died: {error}")
+        """Take no more requests, so that Modal starts another replica: this one's engine is dead."""
+        _log.error("boot %s: engine died: %s", self.replica.id, error)
         modal.experimental.stop_fetching_inputs()
 
     def _persist(self) -> None:
-        """Let other replicas see this boot's record and what it compiled."""
+        """Commit this boot's record and compile caches, so that other replicas see them."""
         for path in (VLLM_CACHE, FLASHINFER_CACHE):
             VOLUMES[path].commit()
 
 
-def _keys() -> dict[str, str]:
-    if SETTINGS.direct_auth != "keys":
-        return {}
-    if keys := digests(os.environ):
-        return keys
-    raise UsageError(
-        f"Modal's secret '{SETTINGS.keys_secret}' has neither API_KEY nor API_KEYS.",
-        hint=f"Add a key: modal secret create --force {SETTINGS.keys_secret} API_KEY=<key>.",
-    )
-
-
-def _task() -> str | None:
-    """Return the id of this container, which a restore changes."""
+def _container_id() -> str | None:
+    """Return the id of this container; a restored one has another than the one that prepared."""
     return os.environ.get("MODAL_TASK_ID")
-
-
-def _log_to_stdout() -> None:
-    """Write the messages of the service's log records into the container's log."""
-    logger = logging.getLogger("service")
-    logger.addHandler(logging.StreamHandler(sys.stdout))
-    logger.setLevel(logging.INFO)
-
-
-def _log(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-if not modal.is_local():
-    _log_to_stdout()
 
 
 @app.local_entrypoint()

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from service.errors import ServiceError, SettingsError, UnknownModelError
+from service.errors import ServiceError, SettingsError, UnknownModelError, UsageError
+from service.keys import digests
 from service.registry.gpus import find_gpu
 from service.registry.models import ModelSpec, Registry
 from service.registry.tiers import Tier, check_weights, tier_of
@@ -114,6 +115,22 @@ class Deployment:
         if self.settings.direct_auth == "keys":
             found[self.settings.keys_secret] = []  # API_KEY or API_KEYS: which of them is checked at the start
         return found
+
+    def direct_keys(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return digest -> name of the keys that the engine asks for; empty where Modal's proxy authenticates.
+
+        Raises:
+            UsageError: The secret has no key, or a wrong one.
+        """
+        if self.settings.direct_auth != "keys":
+            return {}
+        if keys := digests(environ):
+            return keys
+        secret = self.settings.keys_secret
+        raise UsageError(
+            f"Modal's secret '{secret}' has neither API_KEY nor API_KEYS.",
+            hint=f"Add a key: modal secret create --force {secret} API_KEY=<key>.",
+        )
 
     def class_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `@app.cls` that are plain values; what is unset keeps Modal's default."""

@@ -148,6 +148,17 @@ def test_deployment_of_a_registry_without_gated_models_asks_for_no_secret() -> N
     assert dataclasses.replace(deployment, registry=registry).with_hub_secret(missing).secrets == {}
 
 
+def test_deployment_with_direct_keys_reads_them_from_the_containers_environment() -> None:
+    """Modal's proxy asks for none of ours; a secret without a key would leave the engine open."""
+    keyed = resolve(direct_auth="keys", keys_secret="team")
+
+    assert resolve().direct_keys({"API_KEY": "k"}) == {}
+    assert list(keyed.direct_keys({"API_KEY": "k"}).values()) == ["default"]
+    with pytest.raises(UsageError, match="secret 'team' has neither API_KEY nor API_KEYS") as caught:
+        keyed.direct_keys({})
+    assert "modal secret create --force team API_KEY=<key>" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("fields", "option", "expected"),
     [
