@@ -67,7 +67,7 @@ class Gateway:
             await self._authenticate_and_answer(scope, receive, send, log)
         except APIError as error:
             await _send_error(error, log, send)
-        except ConnectionError:  # the server closes the connection: only that tells that the answer is not whole
+        except ConnectionError:  # the server closes the connection, so the client sees an incomplete answer
             log.status, log.code = 502, "engine_lost"
             raise
         except Exception:

@@ -22,7 +22,7 @@ class RunningEngine:
 
 
 def eviction_for(needed: int, free: int, running: Sequence[RunningEngine]) -> list[str] | None:
-    """Return the models whose engines must end first; None: engines in use are in the way, and none is to end in vain.
+    """Return the models whose engines must end first; None: engines in use are in the way, so none is evicted.
 
     A model always fits when no other engine is left: if it is too large after all, its own start fails.
 

@@ -81,7 +81,7 @@ class Inference:
         route.pool.check(route.name)
         passed = {name: value for name, value in query.items() if name in _QUERY and not fields}
         request = UpstreamRequest(scope["method"], path, passed, scope["headers"], body, b"", streams=False)
-        if not fields and route.pool.endpoint() is None:  # it asks for something that only a running engine has
+        if not fields and route.pool.endpoint() is None:  # the path reads what only a running engine has
             raise APIError(
                 404,
                 f"No engine of model '{log.model}' is running, and {path} reads what a running engine holds in memory. "

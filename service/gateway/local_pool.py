@@ -189,10 +189,12 @@ class LocalPool(Pool):
     @contextmanager
     def track_request(self, *, keep_alive: bool = True) -> Iterator[None]:
         """Count a request, and report it when the engine is idle afterwards."""
-        with super().track_request(keep_alive=keep_alive):
-            yield
-        if not self.in_use:
-            self._scheduler.notify_room()
+        try:
+            with super().track_request(keep_alive=keep_alive):
+                yield
+        finally:
+            if not self.in_use:
+                self._scheduler.notify_room()
 
     def endpoint(self) -> Endpoint | None:
         """Return where its engine listens."""

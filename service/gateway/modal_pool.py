@@ -61,7 +61,7 @@ class DeployedTier:
             self._missing_at = time.monotonic()
             raise self._not_deployed() from error
         except (modal.exception.Error, OSError) as error:
-            raise WakeError(f"Modal did not tell the URL of app '{self.app}': {_one_line(error)}.") from error
+            raise WakeError(f"The URL of app '{self.app}' could not be read from Modal: {_one_line(error)}.") from error
         if not url:
             raise WakeError(f"App '{self.app}' has no web endpoint. Deploy it again: {self._command()}.")
         self._url = url.rstrip("/")
@@ -176,7 +176,7 @@ class ModalPool(Pool):
                 )
 
     async def probe(self) -> State:
-        """Return its state; asks Modal for the number of its containers, at most every few seconds."""
+        """Return its state; reads the number of its containers from Modal, at most every few seconds."""
         if self._waking or self.endpoint():
             return self.state
         if time.monotonic() - self._probed_at > _PROBE_INTERVAL_S:

@@ -37,7 +37,7 @@ class Endpoint:
         url: Scheme, host and port, without a slash at the end.
         query: Added to every request.
         headers: Added to every request, such as the pool's own key.
-        passes_key: The client's own key goes along: the engine checks it again.
+        forwards_client_key: The client's own key is sent too: the engine checks it again.
     """
 
     url: str

@@ -98,7 +98,7 @@ class ProxiedRequest:
             await self._send_text(error.event(self._request.path), more=False)
 
     async def _open_with_comments(self) -> aiohttp.ClientResponse:
-        """Open the answer of a stream; until then, tell the client in comments what it is waiting for."""
+        """Open the answer of a stream; until then, send the client comments that say what it is waiting for."""
         opening = asyncio.ensure_future(self._open())
         try:
             while not (await asyncio.wait((opening,), timeout=self._comment_interval_s))[0]:

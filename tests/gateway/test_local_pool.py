@@ -314,16 +314,17 @@ def test_local_pool_closed_while_it_starts_ends_its_engine_and_answers_waiting_r
 
 
 def test_local_pool_waiting_for_busy_pool_starts_as_soon_as_that_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of the busy pool's request is an event, which the waiting pool does not have to poll for."""
+    """The end of the busy pool's request, even a failed one, wakes the waiting pool without a poll."""
     monkeypatch.setattr("service.gateway.local_pool._RECHECK_S", 60.0)
 
     async def run() -> None:
         machine = FakeMachine(gpus=(0,))
-        with machine.pool("a").track_request():
+        with pytest.raises(ConnectionError), machine.pool("a").track_request():
             await machine.pool("a").ready()
             waiting = asyncio.ensure_future(machine.pool("b").ready())
             await asyncio.sleep(0.1)
             assert machine.running == ["a"]
+            raise ConnectionError
         async with asyncio.timeout(2):
             await waiting
         assert machine.running == ["b"]

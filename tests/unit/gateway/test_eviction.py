@@ -22,10 +22,10 @@ IDLE_A, IDLE_B, BUSY_C = RunningEngine("a", 4, True), RunningEngine("b", 4, True
         (99, 0, [IDLE_A, IDLE_B], ["a", "b"]),
         (99, 0, [IDLE_A, BUSY_C], None),
     ],
-    ids=["fits", "first", "both", "not the busy one", "busy", "in vain", "alone", "too large", "too large and busy"],
+    ids=["fits", "first", "both", "not the busy one", "busy", "not enough", "alone", "too large", "too large and busy"],
 )
 def test_eviction_takes_the_least_recently_used_idle_engines_that_suffice(
     needed: int, free: int, running: list[RunningEngine], evicted: list[str] | None
 ) -> None:
-    """None ends in vain, none in use ends, and a model that is alone may always try."""
+    """No engine in use ends, none ends if that does not suffice, and a model that is alone may always start."""
     assert eviction_for(needed, free, running) == evicted
