@@ -20,7 +20,8 @@ from unittest import mock
 from service import keys
 from service.gateway import local_server
 from service.gateway.clients import load_clients
-from service.gateway.local_pool import EngineHandle, LocalScheduler
+from service.gateway.local_pool import EngineHandle
+from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.metrics import Metrics
 from service.local import serve as local_serve
 from service.ports import bound_port

@@ -17,7 +17,7 @@ from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.gateway.app import Gateway, create_app
 from service.gateway.clients import ClientRegistry
 from service.gateway.grammars import Grammars
-from service.gateway.local_pool import LocalScheduler
+from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.metrics import Metrics
 from service.gateway.process_limits import raised_process_limits
 from service.gateway.router import ModelRouter

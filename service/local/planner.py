@@ -13,7 +13,7 @@ from service.engine.args import cpu_memory_bytes
 from service.engine.installer import InstallProgress
 from service.engine.shutdown import LOCAL_SHUTDOWN
 from service.errors import EngineError, UnknownModelError
-from service.gateway.local_pool import LocalScheduler
+from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.pool import OnWake
 from service.hardware import available_bytes, check_gpu_count, check_memory, probe
 from service.in_engine.vllm_service.events import Event

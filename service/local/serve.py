@@ -21,7 +21,8 @@ from service.boots import records
 from service.errors import EngineError, UnauthenticatedBindError
 from service.gateway import local_server
 from service.gateway.clients import ClientRegistry, load_clients
-from service.gateway.local_pool import LocalScheduler, new_key
+from service.gateway.local_pool import new_key
+from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.metrics import Metrics
 from service.in_engine.vllm_service.events import Event
 from service.local.planner import LocalPlanner, ProgressReporter, log_output_of

@@ -12,7 +12,8 @@ import pytest
 
 from service.errors import EngineError, MemoryTooSmallError
 from service.gateway.api_errors import APIError
-from service.gateway.local_pool import LocalPool, LocalScheduler
+from service.gateway.local_pool import LocalPool
+from service.gateway.local_scheduler import LocalScheduler
 from service.registry.models import ModelSpec
 from tests.gateway.upstream import eventually
 
