@@ -104,8 +104,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
     if modal:
         from service.modal_app import client
 
-        secret = weights_prefetch.secret_for(request, settings.hub_secret)
-        events = client.prefetch(request, secret, settings.volume_prefix)
+        events = client.prefetch(request, settings)
     else:
         events = weights_prefetch.prefetch(request)
     try:

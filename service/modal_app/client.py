@@ -11,8 +11,9 @@ import modal
 
 from service.boots.records import DIRECTORY, BootRecord, parse
 from service.errors import ServiceError
-from service.modal_app.deployment import missing_hub_secret
+from service.modal_app.deployment import hub_secret, missing_hub_secret
 from service.modal_app.prefetch import application
+from service.settings import Settings
 from service.volumes import HUB_CACHE, VLLM_CACHE, volume_name
 from service.weights.prefetch import PrefetchEvent, PrefetchRequest
 
@@ -90,18 +91,18 @@ def why_hub_secret_missing(secret: str) -> str | None:
     return None
 
 
-def prefetch(request: PrefetchRequest, secret: str | None, volume_prefix: str | None) -> Iterator[PrefetchEvent]:
+def prefetch(request: PrefetchRequest, settings: Settings) -> Iterator[PrefetchEvent]:
     """Run the prefetch in a Modal function without a GPU, on the volume of the hub's cache, and yield its events.
 
     Args:
         request: What to do.
-        secret: Name of the secret with HF_TOKEN, for gated models.
-        volume_prefix: What the volume's name begins with.
+        settings: Name the secret with HF_TOKEN and the prefix of the volume.
 
     Raises:
         ServiceError: There is no account or no such secret, Modal cannot be reached, or a model cannot be fetched.
         KeyboardInterrupt: It was interrupted; the function has been ended.
     """
+    secret, volume_prefix = hub_secret(request.specs, settings.hub_secret), settings.volume_prefix
     app, function = application(secret, volume_prefix)
     interrupted, call_id = False, ""
     with _translate_errors(secret, volume_name(HUB_CACHE, volume_prefix)):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from service.errors import ServiceError, SettingsError, UnknownModelError, UsageError
 from service.keys import digests
 from service.registry.gpus import find_gpu
-from service.registry.models import ModelSpec, Registry
+from service.registry.models import ModelChoice, ModelSpec, Registry
 from service.registry.tiers import Tier, check_weights, tier_of
 from service.settings import Settings
 from service.weights import revisions
@@ -48,23 +48,19 @@ class Deployment:
         """
         settings = Settings.load(environ)
         registry = revisions.registry(settings.models_file)
-        try:
-            choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
-        except UnknownModelError as error:
-            raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
+        choice = default_model(settings, registry)
         spec = choice.spec
         tier = tier_of(spec, find_gpu(settings.gpu) if settings.gpu else choice.gpu, settings.n_gpu)
         check_weights(spec, tier, lambda other: other.settings)
         _check_snapshot(settings.snapshot, tier.n_gpu)
         fast_boot = settings.snapshot != "gpu" if settings.fast_boot is None else settings.fast_boot
-        hub_secret = settings.hub_secret or (DEFAULT_HUB_SECRET if spec.gated else None)
         resolved = settings.model_copy(
             update={
                 "model": spec.key,
                 "gpu": tier.gpu.name,
                 "n_gpu": tier.n_gpu,
                 "fast_boot": fast_boot,
-                "hub_secret": hub_secret,
+                "hub_secret": hub_secret([spec], settings.hub_secret),
             }
         )
         return cls(resolved, registry, spec, tier)
@@ -79,7 +75,7 @@ class Deployment:
             ServiceError: It is missing, and the default model is gated or the user named the secret.
         """
         required = self.settings.hub_secret
-        secret = required or (DEFAULT_HUB_SECRET if any(spec.gated for spec in self.registry.specs.values()) else None)
+        secret = hub_secret(self.registry.specs.values(), required)
         if secret and (why := why_missing(secret)):
             if required:
                 raise missing_hub_secret(secret, why)
@@ -148,6 +144,23 @@ class Deployment:
             "experimental_options": {"enable_gpu_snapshot": True} if s.snapshot == "gpu" else None,
         }
         return {name: value for name, value in options.items() if value}
+
+
+def default_model(settings: Settings, registry: Registry) -> ModelChoice:
+    """Return what `SERVICE_MODEL` names.
+
+    Raises:
+        UnknownModelError: No entry has that name.
+    """
+    try:
+        return registry.resolve(settings.model, Settings.model_fields["model"].default)
+    except UnknownModelError as error:
+        raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
+
+
+def hub_secret(specs: Iterable[ModelSpec], named: str | None) -> str | None:
+    """Return the name of the secret with HF_TOKEN, where one of the models is gated or the user has named a secret."""
+    return named or (DEFAULT_HUB_SECRET if any(spec.gated for spec in specs) else None)
 
 
 def missing_hub_secret(secret: str, why: str) -> ServiceError:

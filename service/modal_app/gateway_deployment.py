@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from service.errors import UnknownModelError
 from service.gateway.modal_pool import PROXY_SECRET, tier_for
+from service.modal_app.deployment import default_model
 from service.registry.models import Registry
 from service.registry.tiers import check_weights
 from service.settings import Settings
@@ -37,10 +37,7 @@ class GatewayDeployment:
         """
         settings = Settings.load()
         registry = revisions.registry(settings.models_file)
-        try:
-            choice = registry.resolve(settings.model, Settings.model_fields["model"].default)
-        except UnknownModelError as error:
-            raise UnknownModelError(f"SERVICE_MODEL: {error.message}", hint=error.hint) from error
+        choice = default_model(settings, registry)
         check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
         return cls(settings, registry)
 

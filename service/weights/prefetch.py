@@ -26,7 +26,6 @@ from service.weights.progress import Progress
 if TYPE_CHECKING:
     from service.weights.locks import Lock
 
-DEFAULT_HUB_SECRET = "huggingface"  # noqa: S105 - the name of a secret, not its value
 _PROGRESS_EVERY_S = 0.2
 _END_S = 10.0
 _THREAD = "prefetch"
@@ -156,11 +155,6 @@ def build_request(
         prune=prune,
         keep=tuple({**registry.specs, **specs}.values()) if prune else (),
     )
-
-
-def secret_for(request: PrefetchRequest, named: str | None) -> str | None:
-    """Return the name of the secret with HF_TOKEN, when a model needs one or the user has named one."""
-    return named or (DEFAULT_HUB_SECRET if any(spec.gated for spec in request.specs) else None)
 
 
 def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:

@@ -19,6 +19,7 @@ from service.errors import (
     UnknownModelError,
     UsageError,
 )
+from service.modal_app import deployment
 from service.modal_app.deployment import Deployment
 from service.registry.gpus import GPUS
 from service.registry.models import ModelSpec, Registry
@@ -135,6 +136,17 @@ def test_deployment_without_the_hubs_secret_that_it_needs_names_the_command(
         resolve(**fields).with_hub_secret(lambda name: f"Secret '{name}' not found")
 
     assert f"Secret '{secret}' not found. Create it: modal secret create {secret} HF_TOKEN=<token>" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gated", "named", "expected"),
+    [(False, None, None), (True, None, "huggingface"), (True, "mine", "mine"), (False, "mine", "mine")],
+)
+def test_hub_secret_is_needed_when_a_model_is_gated(gated: bool, named: str | None, expected: str | None) -> None:
+    """Or when the user named one: a draft may be gated too."""
+    specs = [ModelSpec(key="open", hub_id="org/open"), ModelSpec(key="mine", hub_id="org/mine", gated=gated)]
+
+    assert deployment.hub_secret(specs, named) == expected
 
 
 def test_deployment_of_a_registry_without_gated_models_asks_for_no_secret() -> None:

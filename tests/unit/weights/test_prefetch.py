@@ -113,17 +113,6 @@ def test_request_survives_its_journey() -> None:
     assert PrefetchRequest.model_validate_json(request.model_dump_json()) == request
 
 
-@pytest.mark.parametrize(
-    ("gated", "named", "expected"),
-    [(False, None, None), (True, None, "huggingface"), (True, "mine", "mine"), (False, "mine", "mine")],
-)
-def test_secret_is_asked_for_when_a_model_is_gated(gated: bool, named: str | None, expected: str | None) -> None:
-    """Or when the user named one: a draft may be gated too."""
-    request = PrefetchRequest(specs=(SPEC.model_copy(update={"gated": gated}),))
-
-    assert prefetch.secret_for(request, named) == expected
-
-
 def test_prefetch_fetches_and_tells(cache: Path, hub: Hub) -> None:
     """Sentences, progress, and at the end what there is; the second time it is there already."""
     events = run(specs=(SPEC,))
