@@ -1,4 +1,4 @@
-"""The process that compiles grammars, seen from the door: started with the first job, ended when idle."""
+"""The process that compiles grammars, seen from the gateway: started with the first job, ended when idle."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Compiler:
         if not self._logged:
             self._logged = True
             _log.warning(
-                "Grammars are not compiled at the door, only by engines: %s did not start (%s).",
+                "Grammars are not compiled at the gateway, only by engines: %s did not start (%s).",
                 self._python,
                 str(error) or type(error).__name__,
             )

@@ -48,7 +48,7 @@ def test_curl_docs_is_a_page(tiny: Service) -> None:
 
 
 def test_curl_metrics_count(tiny: Service) -> None:
-    """`/metrics` has the door's counters, and with a model's name vLLM's own; that of a cold model wakes nothing."""
+    """`/metrics` has the gateway's counters, and with a model's name vLLM's own; that of a cold model wakes nothing."""
     assert "gateway_requests_total" in curl(f"{tiny.url}/metrics")
     assert "vllm:generation_tokens_total" in curl(f"{tiny.url}/metrics?model=tiny")
     assert requests.get(f"{tiny.url}/metrics?model=qwen3-8b", timeout=30).status_code == 404

@@ -82,7 +82,7 @@ def read() -> Any:
 
 
 def every_body() -> list[tuple[str, bytes]]:
-    """Return each route's body with each way to set the fields before the door sets them anew."""
+    """Return each route's body with each way to set the fields before the gateway sets them anew."""
     found = []
     for path, fields in BODIES.items():
         for given in ('"model":"old","temperature":1.5,', '"mod\\u0065l":"old","temper\\u0061ture":0,', ""):

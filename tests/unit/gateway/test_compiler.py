@@ -1,4 +1,4 @@
-"""The compiling process as the door sees it: what the door does when that process is absent, slow, silent or gone."""
+"""The compiling process as the gateway sees it: what the gateway does when it is absent, slow, silent or gone."""
 
 from __future__ import annotations
 
@@ -376,15 +376,15 @@ def test_compiler_that_is_starting_is_ended_by_close(python: Callable[[str], str
 
 
 def test_compiler_gets_no_secret(python: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grammars come from anybody: nothing of the door's environment is in reach of them."""
+    """Grammars come from anybody: nothing of the gateway's environment is in reach of them."""
     for name in ("API_KEY", "MODAL_SECRET", "HF_TOKEN", "PYTHONPATH"):
-        monkeypatch.setenv(name, "secret-of-the-door")
+        monkeypatch.setenv(name, "secret-of-the-gateway")
     answer = 'say({"verdict": "costly", "reason": repr(dict(os.environ))})'
 
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): {answer}"))
         message = (await refusal_of(checked)).message
-        assert "secret-of-the-door" not in message
+        assert "secret-of-the-gateway" not in message
         assert os.defpath in message
         await checked.close()
 

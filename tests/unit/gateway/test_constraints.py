@@ -169,7 +169,7 @@ def test_body_without_a_constraint_has_nothing_to_compile(body: dict[str, Any]) 
     ],
 )
 def test_structured_output_over_a_bound_is_refused(outputs: dict[str, Any], words: str) -> None:
-    """Each of these needs no compiler, so that a door without one refuses it as well."""
+    """Each of these needs no compiler, so that a gateway without one refuses it as well."""
     assert words in refused({"structured_outputs": outputs}).message
 
 
