@@ -271,8 +271,8 @@ def test_prefetch_interrupted_keeps_what_was_finished(plane: ModalPlane, models:
     hub.faults.clear()
     plane.wait_until(lambda: all(task.state is TaskState.DEAD for task in plane.tasks), 20, "the container's end")
     assert not plane.tasks[0].left_behind
-    marker = f"hub/models--me--loose/vllm-service/{NEWEST}.json"
-    assert marker in plane.volumes["huggingface-cache"].files()
+    manifest = f"hub/models--me--loose/vllm-service/{NEWEST}.json"
+    assert manifest in plane.volumes["huggingface-cache"].files()
     assert prefetched(plane, models, "loose", "pinned").returncode == 0
     assert hub.asked.count(f"GET /me/loose/resolve/{NEWEST}/config.json") == 1
 

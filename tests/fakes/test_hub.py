@@ -1,4 +1,4 @@
-"""The fake hub's own tests: it answers as the hub does, and remembers what it does not know."""
+"""The fake hub answers as the hub does, and keeps requests that it does not know."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def running() -> Iterator[Hub]:
     ],
 )
 def test_fake_hub_answers_with_the_hubs_own_codes(running: Hub, path: str, status: int, code: str | None) -> None:
-    """The client tells errors apart by this header."""
+    """The client distinguishes errors by this header."""
     answer = requests.get(running.url + path, timeout=5)
 
     assert (answer.status_code, answer.headers.get("X-Error-Code")) == (status, code)
@@ -44,22 +44,22 @@ def test_fake_hub_answers_with_the_hubs_own_codes(running: Hub, path: str, statu
     assert running.unknown == []
 
 
-def test_fake_hub_opens_a_gated_repository_to_its_token(running: Hub) -> None:
-    """Only to that one."""
+def test_fake_hub_serves_a_gated_repository_to_its_token_only(running: Hub) -> None:
+    """Without it the answer is 401."""
     url = running.url + "/api/models/o/shut/tree/main"
 
     assert requests.get(url, headers={"Authorization": f"Bearer {running.token}"}, timeout=5).status_code == 200
     assert requests.get(url, headers={"Authorization": "Bearer hf_wrong"}, timeout=5).status_code == 401
 
 
-def test_fake_hub_remembers_what_it_does_not_know(running: Hub) -> None:
-    """The fixture fails the test then: the client has learned a new way."""
+def test_fake_hub_keeps_unknown_requests(running: Hub) -> None:
+    """The fixture then fails the test: a new version of the client makes a new request."""
     assert requests.get(running.url + "/api/new?x=1", timeout=5).status_code == 404
     assert running.unknown == ["/api/new?x=1"]
 
 
-def test_fake_hub_tells_a_strangers_token_from_an_unknown_one(running: Hub) -> None:
-    """403 for an account that accepted no licence; 401 for what is no token, even where none is needed."""
+def test_fake_hub_distinguishes_an_unauthorized_token_from_an_invalid_one(running: Hub) -> None:
+    """403 for an account that accepted no licence; 401 for an invalid token, even where none is needed."""
     for path, token, status in (
         ("o/shut", "hf_stranger", 403),
         ("o/open", "hf_stranger", 200),
@@ -70,7 +70,7 @@ def test_fake_hub_tells_a_strangers_token_from_an_unknown_one(running: Hub) -> N
 
 
 def test_fake_hub_lists_checksums_page_by_page(running: Hub) -> None:
-    """Git's name of a small file, SHA-256 of a large one; the next page is in a header."""
+    """Git's checksum of a small file, SHA-256 of a large one; a header has the next page."""
     running.page = 1
     first = requests.get(f"{running.url}/api/models/o/open/tree/{COMMIT}?recursive=True", timeout=5)
     second = requests.get(first.links["next"]["url"], timeout=5)
@@ -84,7 +84,7 @@ def test_fake_hub_lists_checksums_page_by_page(running: Hub) -> None:
 
 
 def test_fake_hub_sends_large_files_from_its_cdn(running: Hub) -> None:
-    """The redirect tells size and checksum; ranges are honoured; a token has no business there."""
+    """The redirect has size and checksum; ranges are honoured; a token must not be sent there."""
     url = f"{running.url}/o/open/resolve/main/y/large"
     head = requests.head(url, timeout=5)
     assert (head.status_code, head.headers["X-Linked-Size"], head.headers["X-Repo-Commit"]) == (302, "6", COMMIT)
@@ -107,8 +107,8 @@ def test_fake_hub_redirects_from_an_old_name(running: Hub) -> None:
     assert (answer.history[0].status_code, answer.json()["id"]) == (307, "o/open")
 
 
-def test_fake_hub_does_what_is_to_go_wrong_as_often_as_it_is_told(running: Hub) -> None:
-    """A status, a cut connection, other content; then all is well again."""
+def test_fake_hub_applies_a_fault_as_often_as_it_says(running: Hub) -> None:
+    """A status, a cut connection, other content; later requests succeed."""
     url = running.url + "/o/open/resolve/main/x"
     running.faults += [Fault("/x", 1, 503), Fault("/x", 1, cut_after=1), Fault("/x", 1, content=b"abc")]
 
@@ -119,8 +119,8 @@ def test_fake_hub_does_what_is_to_go_wrong_as_often_as_it_is_told(running: Hub) 
     assert running.downloads() == ["x"] * 4
 
 
-def test_fake_hub_stops_after_the_byte_it_is_told(running: Hub) -> None:
-    """So that a client can be killed there."""
+def test_fake_hub_stops_after_the_given_byte(running: Hub) -> None:
+    """There a test can kill the client."""
     running.stop_after(2)
     with requests.get(running.url + "/o/open/resolve/main/x", timeout=5, stream=True) as answer:
         assert answer.raw.read(2) == b"12"

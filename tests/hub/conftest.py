@@ -1,4 +1,4 @@
-"""A hub with one model of several files, an empty cache, and processes that fetch from the one into the other."""
+"""A fake hub with one model of several files, an empty cache, and processes that download."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_READ = {
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away what the developer's shell says about the hub."""
+    """Remove the developer's own variables of the hub."""
     for name in os.environ:
         if name.startswith(("SERVICE_", "HF_", "HUGGING")):
             monkeypatch.delenv(name)
@@ -60,7 +60,7 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:  # noqa:
 
 @pytest.fixture(scope="session")
 def downloads() -> Iterator[Downloads]:
-    """Start processes that have imported the client already."""
+    """Provide processes that have imported the client already."""
     with Downloads() as server:
         yield server
 

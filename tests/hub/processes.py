@@ -1,4 +1,4 @@
-"""Processes that fetch: forked from one that has imported the client, or commands of their own."""
+"""Processes that download: forked from one that has imported the client, or commands of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IMPORTED = ["service.weights.download", "httpx2", "huggingface_hub._snapshot_do
 
 
 class Downloads:
-    """Forks processes that do what the child of `download_process` does, without its second of imports."""
+    """Forks processes that do what the child of `download_process` does, without its one second of imports."""
 
     def __init__(self) -> None:
         self._context = get_context("forkserver")
@@ -33,7 +33,7 @@ class Downloads:
         _forkserver._stop()  # type: ignore[attr-defined]
 
     def start(self, repository: RepositorySpec) -> ForkServerProcess:
-        """Start one with this process's cache and hub."""
+        """Start one with the cache and the hub of this process."""
         ours = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
         process = self._context.Process(target=_download, args=(repository, ours))
         process.start()
@@ -47,10 +47,10 @@ def _download(repository: RepositorySpec, environ: dict[str, str]) -> None:
 
 
 def python(program: str, before: list[str] | None = None) -> subprocess.Popen[str]:
-    """Start an interpreter with this process's cache and hub; it knows `spec`, `weights` and `show_logs()`.
+    """Start an interpreter with the cache and the hub of this process; it defines `spec`, `weights` and `show_logs()`.
 
     Args:
-        program: What it runs.
+        program: The code that it runs.
         before: The beginning of the command, such as `unshare`.
     """
     known = f"""

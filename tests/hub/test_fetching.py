@@ -1,4 +1,4 @@
-"""Weights from the hub: fetched once, whole, and only what the engine reads; found again without the hub."""
+"""Weights are fetched once, whole, and only what the engine reads; later they are found without the hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache: Path) -> None:
-    """Every byte right; no pickles, no second trees, no code; a marker with the hub's checksums."""
+    """Every byte is right; no pickles, no second trees, no code; the manifest has the hub's checksums."""
     told: list[Progress] = []
     found = store.fetch(SPEC, on_progress=told.append)
 
@@ -37,9 +37,9 @@ def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache:
     assert contents(found.model) == READ
     assert told[-1].files_done == told[-1].files == len(READ)
     assert told[-1].done_bytes == told[-1].total_bytes == sum(map(len, READ.values()))
-    marker = manifest.read("org/mine", COMMIT)
-    assert marker is not None
-    assert marker.verified == READ.keys()
+    written = manifest.read("org/mine", COMMIT)
+    assert written is not None
+    assert written.verified == READ.keys()
     assert not manifest.is_partial("org/mine", COMMIT)
     assert not list(cache.rglob("*.incomplete"))
 
@@ -47,7 +47,7 @@ def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache:
 def test_ensure_with_complete_weights_makes_no_connection(
     hub: Hub, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An outage of the hub cannot stop a boot, and neither can a slow one."""
+    """Neither an outage of the hub nor a slow hub can stop a boot."""
     first = store.ensure(SPEC)
     asked = len(hub.asked)
 
@@ -72,7 +72,7 @@ def test_fetch_reads_lists_page_by_page(hub: Hub, here: None) -> None:
 
 
 def test_fetch_of_a_model_that_runs_its_own_code_brings_the_code(hub: Hub, here: None) -> None:
-    """Only the entry that asks for it gets it; the other stays complete with what it has."""
+    """Only for the entry that runs it; the other entry is complete without."""
     trusting = SPEC.model_copy(update={"extra_args": ("--trust-remote-code",)})
     store.fetch(SPEC)
     assert store.find(trusting) is None
@@ -82,7 +82,7 @@ def test_fetch_of_a_model_that_runs_its_own_code_brings_the_code(hub: Hub, here:
 
 
 def test_fetch_of_a_model_without_safetensors_brings_the_pickles(hub: Hub, here: None) -> None:
-    """They are all there is."""
+    """The repository has no other weights."""
     hub.repositories["org/old"] = Repository(COMMIT, {"config.json": b"{}", "pytorch_model.bin": b"1", "x.onnx": b"2"})
     found = store.fetch(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
 
@@ -90,8 +90,8 @@ def test_fetch_of_a_model_without_safetensors_brings_the_pickles(hub: Hub, here:
     assert store.find(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
 
 
-def test_fetch_brings_draft_and_adapters_along(hub: Hub, here: None, tmp_path: Path) -> None:
-    """The entry is complete only when all of them are here."""
+def test_fetch_brings_draft_and_adapters_too(hub: Hub, here: None, tmp_path: Path) -> None:
+    """The entry is complete only with all of them."""
     hub.repositories["org/draft"] = Repository(COMMIT, {"config.json": b"{}", "model.safetensors": b"guess"})
     lora = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora", "optimizer.pt": b"x"}
     hub.repositories["org/lora"] = Repository(COMMIT, lora)
@@ -114,7 +114,7 @@ def test_fetch_brings_draft_and_adapters_along(hub: Hub, here: None, tmp_path: P
 
 
 def test_fetch_without_a_pin_is_by_the_commit_that_was_newest(hub: Hub, here: None) -> None:
-    """No request for a file names a branch, so that no file comes of another commit than the list."""
+    """No request for a file names a branch, so every file is of the listed commit."""
     found = store.fetch(SPEC.model_copy(update={"revision": None}))
 
     assert found.model.name == COMMIT
@@ -123,8 +123,8 @@ def test_fetch_without_a_pin_is_by_the_commit_that_was_newest(hub: Hub, here: No
     assert hub_module.DEFAULT.resolve("org/mine") == COMMIT
 
 
-def test_fetch_of_what_somebody_else_brought_verifies_it(hub: Hub, here: None, cache: Path) -> None:
-    """It is found as it is; a fetch downloads nothing, reads it, and gives it a marker."""
+def test_fetch_of_what_another_program_downloaded_verifies_it(hub: Hub, here: None, cache: Path) -> None:
+    """`find` accepts it unverified; `fetch` downloads nothing, reads it, and writes a manifest."""
     from huggingface_hub import snapshot_download
 
     snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
@@ -136,10 +136,10 @@ def test_fetch_of_what_somebody_else_brought_verifies_it(hub: Hub, here: None, c
     assert manifest.read("org/mine", COMMIT) is not None
 
 
-def test_fetch_of_what_somebody_else_brought_damaged_brings_it_again(
+def test_fetch_of_a_damaged_file_of_another_program_downloads_it_again(
     hub: Hub, here: None, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bit that flipped under the right size is found by the checksum."""
+    """The checksum finds a flipped bit in a file of the right size."""
     from huggingface_hub import snapshot_download
 
     directory = Path(snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache))
@@ -153,10 +153,8 @@ def test_fetch_of_what_somebody_else_brought_damaged_brings_it_again(
     assert f"{shard} of org/mine is damaged" in caplog.text
 
 
-def test_fetch_by_a_name_that_was_changed_says_the_new_one(
-    hub: Hub, here: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The hub redirects; the commit is the same, and so is what comes."""
+def test_fetch_by_an_old_name_logs_the_new_one(hub: Hub, here: None, caplog: pytest.LogCaptureFixture) -> None:
+    """The hub redirects; commit and files are the same."""
     hub.renamed["old/name"] = "org/mine"
     found = store.fetch(SPEC.model_copy(update={"hub_id": "old/name"}))
 
@@ -164,8 +162,8 @@ def test_fetch_by_a_name_that_was_changed_says_the_new_one(
     assert "old/name is now called org/mine" in caplog.text
 
 
-def test_fetch_by_two_at_once_brings_every_file_once(hub: Hub) -> None:
-    """The second says that it waits, and then finds it done."""
+def test_fetch_by_two_processes_at_once_downloads_every_file_once(hub: Hub) -> None:
+    """The second one logs that it waits, and then finds the files."""
     program = "show_logs(); print(weights.ensure(spec).fetched)"
     with hub.holding_files():
         first = python(program)
@@ -179,8 +177,8 @@ def test_fetch_by_two_at_once_brings_every_file_once(hub: Hub) -> None:
     assert sorted(hub.downloads()) == sorted(READ)
 
 
-def test_fetch_whose_holder_is_killed_goes_on_with_the_next(hub: Hub) -> None:
-    """The lock ends with its holder; what it had finished is kept."""
+def test_fetch_that_is_killed_is_continued_by_the_process_that_waits(hub: Hub) -> None:
+    """The kernel releases the lock; finished files are kept."""
     program = "show_logs(); print(weights.ensure(spec).fetched)"
     hub.stop_after(400_000)
     first = python(program)
@@ -201,7 +199,7 @@ def test_fetch_whose_holder_is_killed_goes_on_with_the_next(hub: Hub) -> None:
 def test_prune_removes_only_what_no_entry_names_and_only_what_was_fetched_here(
     hub: Hub, here: None, cache: Path
 ) -> None:
-    """What another program brought stays; so does a content that a kept revision has too."""
+    """Another program's download stays, and so does content that a kept revision has too."""
     from huggingface_hub import snapshot_download
 
     newer = "f" * 40

@@ -1,4 +1,4 @@
-"""Killed at any byte: what was finished is kept, what was not is not served, and the next attempt completes it."""
+"""Downloads killed at any byte: finished files are kept, the rest is not served, the next attempt completes it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, downloads: Downloads, seed: int) -> None:
-    """All bytes are here, and the marker is not: the next one reads, and downloads nothing."""
+def test_fetch_killed_while_it_verifies_is_not_served(hub: Hub, cache: Path, downloads: Downloads, seed: int) -> None:
+    """All bytes are in the cache without a manifest: the next attempt reads them, and downloads nothing."""
     hub.stop_after(TOTAL - 1)
     process = downloads.start(REPOSITORY)
     assert hub.stopped.wait(SOON_S)
@@ -80,13 +80,13 @@ def test_fetch_killed_while_it_verifies_is_not_believed(hub: Hub, cache: Path, d
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_fetch_whose_asker_is_ended_leaves_nothing_half(hub: Hub, cache: Path, number: signal.Signals) -> None:
-    """Ctrl-C and `kill -9` of the whole arrangement: the child goes too, and the next one completes."""
+def test_fetch_whose_parent_ends_leaves_no_partial_file(hub: Hub, cache: Path, number: signal.Signals) -> None:
+    """Ctrl-C and `kill -9` of the parent end the child too, and the next attempt completes the download."""
     hub.stop_after(300_000)
-    asker = python("weights.ensure(spec)")
+    parent = python("weights.ensure(spec)")
     assert hub.stopped.wait(SOON_S)
-    os.kill(asker.pid, number)
-    asker.communicate(timeout=SOON_S)
+    os.kill(parent.pid, number)
+    parent.communicate(timeout=SOON_S)
     assert store.find(SPEC) is None
     kept = finished(cache)
     hub.resume()

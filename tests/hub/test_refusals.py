@@ -1,4 +1,4 @@
-"""Every bad end is one sentence with the next step, and never a half model; what passes by itself is waited out."""
+"""Every failure has a message and a next step and leaves no partial model; passing faults are retried."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refused(kind: type[ServiceError], spec: Any = SPEC) -> str:
 
 @pytest.mark.parametrize("gated", ["files", "all"])
 def test_gated_model_without_a_token_names_page_and_token(hub: Hub, gated: Any) -> None:
-    """Accept the licence there, then set the token."""
+    """The hint: accept the licence there, then set the token."""
     hub.repositories["org/mine"].gated = gated
     sentence = refused(GatedModelError)
 
@@ -56,10 +56,10 @@ def test_gated_model_without_a_token_names_page_and_token(hub: Hub, gated: Any) 
 
 
 @pytest.mark.parametrize("gated", ["files", "all"])
-def test_gated_model_with_a_strangers_token_says_whose_licence(
+def test_gated_model_with_an_unauthorized_token_names_the_account(
     hub: Hub, gated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token is not enough: its account accepts the licence."""
+    """A token is not enough: its account must have accepted the licence."""
     hub.repositories["org/mine"].gated = gated
 
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
@@ -77,7 +77,7 @@ def test_gated_model_with_access_is_fetched(hub: Hub, monkeypatch: pytest.Monkey
 
 
 def test_token_that_the_hub_does_not_know_is_named_as_the_cause(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was revoked, or mistyped."""
+    """It may have been revoked, or mistyped."""
     monkeypatch.setenv("HF_TOKEN", "hf_revoked")
 
     assert "does not know this token. Create one at" in refused(WeightsError)
@@ -103,21 +103,21 @@ def test_repository_that_is_gone_is_named_with_its_page(hub: Hub, monkeypatch: p
 
 
 def test_repository_that_is_disabled_says_so(hub: Hub) -> None:
-    """The hub's own word for it has no code, only a message."""
+    """The hub answers with a message and no code."""
     hub.faults.append(Fault("/api/models", -1, 403, {"X-Error-Message": "Access to this resource is disabled."}))
 
     assert "The hub has disabled org/mine" in refused(WeightsError)
 
 
 def test_revision_that_is_gone_is_named(hub: Hub) -> None:
-    """The history was rewritten, or the pin mistyped."""
+    """The history may have been rewritten, or the pin mistyped."""
     hub.repositories["org/mine"].commit = "e" * 40
 
     assert f"org/mine has no revision '{COMMIT}'" in refused(WeightsError)
 
 
-def test_no_hub_without_complete_weights_names_it_soon(hub: Hub, slept: list[float]) -> None:  # noqa: F811
-    """Nobody listens: waiting does not change that."""
+def test_unreachable_hub_without_complete_weights_is_named_soon(hub: Hub, slept: list[float]) -> None:  # noqa: F811
+    """No server listens there, so it is not retried."""
     hub_refusals_url = "http://127.0.0.1:9"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub_refusals_url)
@@ -125,8 +125,8 @@ def test_no_hub_without_complete_weights_names_it_soon(hub: Hub, slept: list[flo
     assert slept == []
 
 
-def test_no_hub_with_complete_weights_serves_them(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked, so nothing fails."""
+def test_unreachable_hub_with_complete_weights_does_not_matter(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request is made, so none fails."""
     first = store.ensure(SPEC)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
@@ -134,14 +134,14 @@ def test_no_hub_with_complete_weights_serves_them(hub: Hub, monkeypatch: pytest.
 
 
 def test_wrong_content_under_the_right_size_is_fetched_again(hub: Hub) -> None:
-    """Once may be a broken proxy: the checksum finds it, and the second one is right."""
+    """The checksum finds what a broken proxy may do once; the second download is right."""
     hub.faults.append(Fault(f"GET cdn:.*{SHARD}", content=bytes(len(SHARDS[SHARD]))))
 
     assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads(SHARD)) == 2
 
 
-def test_wrong_content_again_and_again_is_refused(hub: Hub) -> None:
+def test_wrong_content_twice_is_refused(hub: Hub) -> None:
     """It names the file; the other files are kept and not fetched again."""
     hub.faults.append(Fault(f"GET cdn:.*{SHARD}", -1, content=bytes(len(SHARDS[SHARD]))))
     sentence = refused(WeightsError)
@@ -157,7 +157,7 @@ def test_wrong_content_again_and_again_is_refused(hub: Hub) -> None:
 @pytest.mark.parametrize("path", [SHARD, "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("size", [10, len(SHARDS[SHARD])])
 def test_file_that_changes_under_the_download_is_refused(hub: Hub, path: str, size: int) -> None:
-    """What is sent is consistent in itself, and not what was listed for this commit."""
+    """The content is consistent in itself, but not what the hub listed for this commit."""
     hub.repositories["org/mine"].changed[path] = bytes(size)
 
     assert f"{path} of org/mine at revision {COMMIT}" in refused(WeightsError)
@@ -181,7 +181,7 @@ def test_rate_limit_is_waited_out(
 
 
 def test_rate_limit_of_an_hour_is_not_waited_out(hub: Hub, slept: list[float]) -> None:  # noqa: F811
-    """A boot that sleeps for an hour is worse than one that fails."""
+    """A boot that waits for an hour is worse than one that fails."""
     hub.faults.append(Fault("HEAD .*/resolve/", -1, 429, {"Retry-After": "3600"}))
 
     assert "answers no more requests from here for 3600 s (429, its rate limit). Set HF_TOKEN" in refused(WeightsError)
@@ -198,7 +198,7 @@ def test_burst_of_server_errors_is_waited_out(hub: Hub, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["/api/models", "HEAD .*json", "GET cdn:"])
 def test_server_errors_without_end_are_refused(hub: Hub, where: str, slept: list[float]) -> None:  # noqa: F811
-    """With the hub's address and what it answered; the attempts have an end."""
+    """With the hub's address and its answer, after a bounded number of attempts."""
     hub.faults.append(Fault(where, -1, 502))
     sentence = refused(WeightsError)
 
@@ -207,8 +207,8 @@ def test_server_errors_without_end_are_refused(hub: Hub, where: str, slept: list
     assert sum(slept) < 900
 
 
-def test_cut_connections_are_gone_on_with(hub: Hub) -> None:
-    """After some bytes, a few times: the rest is asked for by Range, not the whole again."""
+def test_cut_connections_are_resumed(hub: Hub) -> None:
+    """A few times after some bytes: the rest is requested by Range, not the whole file again."""
     hub.faults += [Fault("GET cdn:", 6, cut_after=50_000), Fault("GET .*config.json", 1, cut_after=3)]
 
     assert contents(store.ensure(SPEC).model) == READ
@@ -216,14 +216,14 @@ def test_cut_connections_are_gone_on_with(hub: Hub) -> None:
 
 
 def test_slow_connection_is_a_slow_download(hub: Hub) -> None:
-    """As long as bytes come, it goes on."""
+    """As long as bytes arrive, it continues."""
     hub.faults.append(Fault(f"GET cdn:.*{SHARD}", bytes_per_s=400_000))
 
     assert contents(store.ensure(SPEC).model) == READ
 
 
-def test_connection_that_answers_nothing_is_given_up_and_tried_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's time-outs, and ours where it has none: for the list of files."""
+def test_connection_without_an_answer_times_out_and_is_retried(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the client's timeouts, and by ours for the list of files, where it has none."""
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr("service.weights.huggingface.ANSWER_TIMEOUT_S", 0.3)
     hub.faults += [Fault(f"GET cdn:.*{SHARD}", stalls=True), Fault("/tree/", stalls=True), Fault("/rev", stalls=True)]
@@ -232,14 +232,14 @@ def test_connection_that_answers_nothing_is_given_up_and_tried_again(hub: Hub, m
 
 
 def test_repository_without_a_model_says_so(hub: Hub) -> None:
-    """Nothing in it is for the engine."""
+    """It has no file that the engine reads."""
     hub.repositories["org/mine"].files = {"README.md": b"#", "model.gguf": b"1"}
 
     assert "has no file that the engine reads" in refused(WeightsError)
 
 
 def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp_path: Path) -> None:
-    """A real file system of two megabytes, and another program that takes the rest amid the download."""
+    """On a real file system of two megabytes, which another program fills during the download."""
     hub.stop_after(600_000)
     program = """
         import os, subprocess, threading
@@ -290,8 +290,8 @@ def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp
         (RuntimeError("Xet: I/O error: No space left on device (os error 28)"), "is full"),
     ],
 )
-def test_full_disk_in_each_of_its_forms_is_named(hub: Hub, cache: Path, error: Exception, words: str) -> None:
-    """A quota and a full disk differ in the number alone, and Xet says it in text."""
+def test_full_disk_is_named_in_each_of_its_forms(hub: Hub, cache: Path, error: Exception, words: str) -> None:
+    """A quota and a full disk differ only in the error number; Xet's errors have text only."""
     cache.mkdir(parents=True)
     with (
         pytest.raises(DiskSpaceError, match=words),
@@ -301,7 +301,7 @@ def test_full_disk_in_each_of_its_forms_is_named(hub: Hub, cache: Path, error: E
 
 
 def test_file_larger_than_allowed_is_named(hub: Hub) -> None:
-    """A limit of the kernel's on file sizes, met for real."""
+    """A real limit of the kernel on file sizes."""
     program = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))
@@ -317,6 +317,6 @@ assert weights.find(spec) is None
     assert "takes no file so large" in said
 
 
-def test_disk_full_fixture_runs_where_the_tests_do() -> None:
-    """The kernel lets this user mount in a namespace of its own."""
+def test_mount_namespaces_work_on_this_machine() -> None:
+    """The test of the full disk mounts a file system in a namespace of its own."""
     assert subprocess.run(["unshare", "-rm", sys.executable, "-c", ""], check=False).returncode == 0

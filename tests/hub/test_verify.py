@@ -23,8 +23,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_process, "download_in_child", download.download)
 
 
-def test_verify_of_good_files_is_silent_and_asks_nobody(hub: Hub) -> None:
-    """The marker has the checksums."""
+def test_verify_of_good_files_returns_nothing_and_makes_no_request(hub: Hub) -> None:
+    """The manifest has the checksums."""
     store.fetch(SPEC)
     asked, told = len(hub.asked), []
 
@@ -38,8 +38,8 @@ def test_verify_of_good_files_is_silent_and_asks_nobody(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("path", [SHARD, "config.json"])
-def test_verify_finds_a_flipped_bit_and_ensure_mends_it(hub: Hub, path: str) -> None:
-    """One sentence; from then on the model is not found, until that one file was fetched again."""
+def test_verify_finds_a_flipped_bit_and_ensure_repairs_it(hub: Hub, path: str) -> None:
+    """From then on the model is not found, until that one file has been fetched again."""
     directory = store.fetch(SPEC).model
     (directory / path).resolve().write_bytes(READ[path][:-1] + b"~")
     assert store.find(SPEC)  # sizes are right
@@ -54,7 +54,7 @@ def test_verify_finds_a_flipped_bit_and_ensure_mends_it(hub: Hub, path: str) -> 
 
 
 def test_verify_finds_missing_and_torn_files(hub: Hub) -> None:
-    """A link without its content, and one that was cut short: so does `find`, by itself."""
+    """A link without content and a file that is too short; `find` rejects both by itself."""
     directory = store.fetch(SPEC).model
     (directory / "tokenizer.json").resolve().unlink()
     torn = (directory / SHARD).resolve()
@@ -68,8 +68,8 @@ def test_verify_finds_missing_and_torn_files(hub: Hub) -> None:
     assert contents(store.ensure(SPEC).model) == READ
 
 
-def test_verify_of_what_somebody_else_brought_asks_the_hub(hub: Hub, cache: Path) -> None:
-    """It knows the checksums; afterwards there is a marker, or a damaged file is not served."""
+def test_verify_of_what_another_program_downloaded_asks_the_hub(hub: Hub, cache: Path) -> None:
+    """The hub has the checksums; afterwards there is a manifest, or a damaged file is not served."""
     from huggingface_hub import snapshot_download
 
     directory = Path(snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache))
@@ -82,10 +82,10 @@ def test_verify_of_what_somebody_else_brought_asks_the_hub(hub: Hub, cache: Path
     assert store.find(SPEC) is None
 
 
-def test_verify_of_what_somebody_else_brought_without_a_hub_says_why_not(
+def test_verify_of_what_another_program_downloaded_fails_without_a_hub(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody else knows the checksums."""
+    """Only the hub has the checksums."""
     from huggingface_hub import snapshot_download
 
     snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
@@ -94,6 +94,6 @@ def test_verify_of_what_somebody_else_brought_without_a_hub_says_why_not(
         store.verify(SPEC)
 
 
-def test_verify_of_what_is_not_here_says_so(hub: Hub) -> None:
-    """Nothing to read."""
+def test_verify_of_a_model_that_is_not_in_the_cache_names_it(hub: Hub) -> None:
+    """There is no file to read."""
     assert store.verify(SPEC) == [f"org/mine at revision {COMMIT} is not in the cache."]

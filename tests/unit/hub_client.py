@@ -1,4 +1,4 @@
-"""The hub's client with a cache, a clock and a hub of the test's own."""
+"""Fixtures that give the hub's client a cache, a clock and a fake hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the hub's client an empty cache, and a hub that nobody runs."""
+    """Give the hub's client an empty cache, and the address of a hub that does not run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         point_to(f"http://127.0.0.1:{probe.getsockname()[1]}", monkeypatch)
@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Take the clock of the client and of our own attempts; return what would have been waited."""
+    """Replace the clock of the client and of our own retries; return the waits that were requested."""
     waits: list[float] = []
     clock = SimpleNamespace(sleep=waits.append, time=time.time, monotonic=time.monotonic)
     for module in (_http, file_download, hub_module):
@@ -50,7 +50,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this the hub; the client has read the variable when it was imported."""
+    """Make this the hub's address; the client read the variable when it was imported."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -58,7 +58,7 @@ def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Run a hub that has the model; asked for what it does not know, it fails the test."""
+    """Run a hub that has the model; a request that it does not know fails the test."""
     with serving(Hub(repositories={"org/mine": Repository(COMMIT, dict(FILES))})) as running:
         point_to(running.url, monkeypatch)
         yield running
@@ -66,7 +66,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def filled(cache: Path, files: dict[str, bytes], hub_id: str = "org/mine") -> Path:
-    """Lay files into the cache as the hub's client does: blobs, and a snapshot of links to them."""
+    """Put files into the cache as the hub's client does: blobs, and a snapshot of links to them."""
     root = cache / f"models--{hub_id.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     (root / "blobs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A model hub on loopback that huggingface_hub's real client talks to: lists, files, a CDN, and what goes wrong.
+"""A fake model hub on loopback for huggingface_hub's real client: lists, files, a CDN, and scripted faults.
 
     hub = Hub(repositories={"org/model": Repository(commit, {"config.json": b"{}"}, large=("*.safetensors",))})
     with serving(hub):
@@ -6,8 +6,9 @@
     assert hub.unknown == []
 
 Routes: information on a repository, trees page by page, `paths-info`, and files by HEAD and GET with ETag, commit and
-Range. Large files are redirected to a second port, the CDN, which must not be shown the hub's token. `Fault`s say what
-goes wrong, where and how often. What it is asked and does not know is refused and kept in `unknown`.
+Range. Large files are redirected to a second port, the CDN, to which the client must not send the hub's token. A
+`Fault` says what goes wrong, where and how often. A request that the fake does not know is refused and kept in
+`unknown`.
 
 It does not speak Xet: the client then downloads large files over plain HTTP.
 """

@@ -1,4 +1,4 @@
-"""What the hub has, who may read it, what goes wrong, and what it was asked."""
+"""What the fake hub has, which tokens may read it, what goes wrong, and which requests it got."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Repository:
     Attributes:
         commit: Its only revision; `main` means the same.
         files: Name -> content, or the file that holds it.
-        gated: What is kept from strangers: the files alone, or the list of them too.
+        gated: What needs the right token: the files alone, or their list too.
         large: Patterns of the files that are kept as LFS objects and come from the CDN.
-        changed: What is sent in the place of a listed file, as if it had changed after it was listed.
+        changed: Contents that are sent instead of listed ones, as if a file had changed after it was listed.
     """
 
     commit: str
@@ -48,11 +48,11 @@ class Repository:
         return row
 
     def sent(self, path: str) -> Content:
-        """Return what a download gets."""
+        """Return the content that a download gets."""
         return self.changed.get(path, self.files[path])
 
     def etag(self, path: str) -> str:
-        """Return what names the content that is sent."""
+        """Return the ETag of the content that is sent."""
         return sha256(self.sent(path)) if self.is_large(path) else git_sha1(self.sent(path))
 
 
@@ -63,12 +63,12 @@ class Fault:
     Attributes:
         where: Found in `GET /path` or `GET cdn:/path`, a regular expression.
         times: How often; -1: always.
-        status: Answered in the place of all else.
-        headers: Of that answer.
+        status: Answered instead of anything else.
+        headers: Sent with that status.
         cut_after: Bytes of the content after which the connection is closed.
-        content: Sent in the place of the right one.
-        bytes_per_s: How slowly it comes.
-        stalls: Nothing is answered until the hub ends.
+        content: Sent instead of the right one.
+        bytes_per_s: The rate at which content is sent.
+        stalls: No answer is sent until the hub stops.
     """
 
     where: str
@@ -83,17 +83,17 @@ class Fault:
 
 @dataclass
 class Hub:
-    """The hub's content, and what it was asked.
+    """The hub's content, and the requests that it got.
 
     Attributes:
-        token: Of an account that may read everything.
+        token: Of the account that may read everything.
         strangers: Tokens of accounts that accepted no licence; any other token is unknown.
-        renamed: Old name -> new one; asked for the old, it redirects.
+        renamed: Old name -> new name; requests for the old one are redirected.
         page: Rows of one page of a list of files.
         asked: Method and path of every request, in order; those to the CDN begin with `cdn:`.
-        unknown: Requests that it does not know, and tokens that were shown to the CDN.
-        served: Bytes of contents that were sent.
-        stopped: As many bytes were sent as `stop_after` allows.
+        unknown: Requests that the fake does not know, and tokens that were sent to the CDN.
+        served: Bytes of content that were sent.
+        stopped: Set when as many bytes were sent as `stop_after` allows.
     """
 
     token: str = "hf_right"
@@ -121,7 +121,7 @@ class Hub:
         self._limit: int | None = None
 
     def stop_after(self, count: int) -> None:
-        """Send that many bytes of contents and no more until `resume`; `stopped` tells when that is so."""
+        """Send that many bytes of content and no more until `resume`; then `stopped` is set."""
         with self.lock:
             self._limit = self.served + count
         self.stopped.clear()
@@ -155,7 +155,7 @@ class Hub:
             self.may_send_files.set()
 
     def fault(self, request: str) -> Fault | None:
-        """Return what goes wrong with a request, and count it."""
+        """Return the fault of a request, and count it."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.where, request):
@@ -164,7 +164,7 @@ class Hub:
         return None
 
     def downloads(self, *paths: str) -> list[str]:
-        """Return the file of each request for content; of those `paths` alone where given."""
+        """Return the file of each request for content; with `paths`, of those alone."""
         found = [match[1] for line in self.asked if (match := _CONTENT.fullmatch(line))]
         return [path for path in found if not paths or path in paths]
 
@@ -176,13 +176,13 @@ def size(content: Content) -> int:
 
 @cache
 def sha256(content: Content) -> str:
-    """Return what names a large file."""
+    """Return the checksum of a large file."""
     return _digest("sha256", b"", content)
 
 
 @cache
 def git_sha1(content: Content) -> str:
-    """Return what git names a file."""
+    """Return git's checksum of a file."""
     return _digest("sha1", f"blob {size(content)}\0".encode(), content)
 
 

@@ -28,7 +28,7 @@ _PIECE = 1 << 22
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve the hub and its CDN on free ports until the end of the block."""
+    """Serve the hub and its CDN on free ports while the block lasts."""
     servers = []
     for handler in (_HubHandler, _CdnHandler):
         server = _Server(("127.0.0.1", 0), type(handler.__name__, (handler,), {"hub": hub}))
@@ -50,7 +50,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a client may keep its connection
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Write nothing of a client that left; anything else is the test's to see."""
+        """Write nothing about a client that disconnected; show the test any other error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Answer one request, or do what is to go wrong with it."""
+        """Answer one request, or do what its fault says."""
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {self.prefix}{path}"
         self.hub.asked.append(request)
@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self, path: str) -> None:
         raise NotImplementedError
 
-    def do_not_know(self) -> None:
+    def answer_unknown(self) -> None:
         self.hub.unknown.append(f"{self.prefix}{self.path}")
         self.answer(404)
 
@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_content(self, content: Content, headers: dict[str, str]) -> None:
-        """Send a file, or the part of it that is asked for, well or as it is to go wrong."""
+        """Send a file or the requested part of it, as its fault says."""
         fault = self.failing or Fault("")
         begin, end, total = 0, size(content), size(content)
         if asked := _RANGE.fullmatch(self.headers.get("Range", "")):
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = fault.content
         if fault.cut_after is not None:
             end = min(end, begin + fault.cut_after)
-            self.close_connection = True  # what the headers promised does not come
+            self.close_connection = True  # before all bytes that the headers promise
         self.stream(content, begin, end, fault.bytes_per_s)
 
     def stream(self, content: Content, begin: int, end: int, bytes_per_s: int | None) -> None:
@@ -163,10 +163,10 @@ class _HubHandler(_Handler):
         elif path in {"/", "/api/agent-harnesses"}:  # the client asks for this list too
             self.answer(200, b"{}")
         else:
-            self.do_not_know()
+            self.answer_unknown()
 
-    def opened(self, name: str, revision: str, *, of_files: bool) -> Repository | None:
-        """Return the repository, or refuse with the header that tells why not."""
+    def authorize(self, name: str, revision: str, *, of_files: bool) -> Repository | None:
+        """Return the repository, or refuse with the header that gives the reason."""
         repository = self.hub.repositories.get(name)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in {self.hub.token, *self.hub.strangers}:
@@ -186,14 +186,14 @@ class _HubHandler(_Handler):
         self.answer(status, json.dumps({"error": message}).encode(), headers)
 
     def info(self, name: str, revision: str) -> None:
-        if (found := self.opened(name, revision, of_files=False)) is None:
+        if (found := self.authorize(name, revision, of_files=False)) is None:
             return
         siblings = [{"rfilename": path} for path in found.files]
         gated = "manual" if found.gated else False
-        self.say({"id": name, "modelId": name, "sha": found.commit, "gated": gated, "siblings": siblings})
+        self.answer_json({"id": name, "modelId": name, "sha": found.commit, "gated": gated, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
-        if (found := self.opened(name, revision, of_files=False)) is None:
+        if (found := self.authorize(name, revision, of_files=False)) is None:
             return
         query = parse_qs(urlsplit(self.path).query)
         begin = int(query.get("cursor", ["0"])[0])
@@ -206,15 +206,17 @@ class _HubHandler(_Handler):
             headers["Link"] = f'<{following}>; rel="next"'
         rows = [found.entry(path) for path in paths[begin : begin + self.hub.page]]
         folders = sorted({path.rpartition("/")[0] for path in paths if "/" in path}) if begin == 0 else []
-        self.say([{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders] + rows, headers)
+        self.answer_json(
+            [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders] + rows, headers
+        )
 
     def paths(self, name: str, revision: str) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if (found := self.opened(name, revision, of_files=False)) is not None:
-            self.say([found.entry(path) for path in body["paths"] if path in found.files])
+        if (found := self.authorize(name, revision, of_files=False)) is not None:
+            self.answer_json([found.entry(path) for path in body["paths"] if path in found.files])
 
     def file(self, name: str, revision: str, path: str) -> None:
-        if (found := self.opened(name, revision, of_files=True)) is None:
+        if (found := self.authorize(name, revision, of_files=True)) is None:
             return
         commit = {"X-Repo-Commit": found.commit}
         if path not in found.files:
@@ -227,7 +229,7 @@ class _HubHandler(_Handler):
         linked = {"X-Linked-Size": str(size(found.sent(path))), "X-Linked-ETag": f'"{etag}"', **commit}
         self.answer(302, headers={"Location": f"{self.hub.cdn_url}/{name}/{etag}/{quote(path)}", **linked})
 
-    def say(self, content: object, headers: dict[str, str] | None = None) -> None:
+    def answer_json(self, content: object, headers: dict[str, str] | None = None) -> None:
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
 
 
@@ -240,6 +242,6 @@ class _CdnHandler(_Handler):
         match = _OBJECT.fullmatch(path)
         found = self.hub.repositories.get(match[1]) if match else None
         if match is None or found is None or found.etag(match[3]) != match[2]:
-            self.do_not_know()
+            self.answer_unknown()
             return
         self.send_content(found.sent(match[3]), {"ETag": f'"{match[2]}"', "Accept-Ranges": "bytes"})

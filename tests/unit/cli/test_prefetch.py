@@ -1,4 +1,4 @@
-"""What people see of a prefetch, at a terminal, in a file, and as JSON."""
+"""What a prefetch prints on a terminal, into a file, and as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REQUEST = PrefetchRequest(specs=(ModelSpec(key="mine", hub_id="org/mine", revisi
 
 
 class Clock:
-    """Time that a test moves."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -38,7 +38,7 @@ class Clock:
 
 
 def progress(done_mb: float, phase: str = "fetching") -> Progress:
-    """Return how far 1000 MB are."""
+    """Return the progress of a repository of 1000 MB."""
     return Progress("org/mine", int(done_mb * 1e6), 1_000_000_000, 1, 3, phase)
 
 
@@ -49,7 +49,7 @@ def displayed(clock: Clock, *, terminal: bool) -> tuple[ProgressDisplay, io.Stri
 
 
 def test_progress_display_without_a_terminal_prints_a_line_now_and_then() -> None:
-    """Amount, rate and time left, every five seconds; what was there at the start was no transfer."""
+    """Amount, rate and time left, every five seconds; the rate counts from the bytes at the start."""
     clock = Clock()
     display, out = displayed(clock, terminal=False)
     display.show(progress(400))
@@ -63,8 +63,8 @@ def test_progress_display_without_a_terminal_prints_a_line_now_and_then() -> Non
     ]
 
 
-def test_progress_display_that_stands_still_promises_nothing() -> None:
-    """No rate, no time left."""
+def test_progress_display_without_progress_shows_no_time_left() -> None:
+    """The rate is zero."""
     clock = Clock()
     display, out = displayed(clock, terminal=False)
     display.show(progress(400))
@@ -75,7 +75,7 @@ def test_progress_display_that_stands_still_promises_nothing() -> None:
 
 
 def test_progress_display_at_a_terminal_draws_one_bar() -> None:
-    """Bytes and files of the repository at hand; it is taken away for a sentence."""
+    """Bytes and files of the current repository; it is removed for a message."""
     with displayed(Clock(), terminal=True)[0] as display:
         display.show(progress(400))
         display.show(progress(500))
@@ -91,7 +91,7 @@ def test_progress_display_at_a_terminal_draws_one_bar() -> None:
 
 
 def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results on stdout, all else on stderr; a commit goes into the lock file."""
+    """Results on stdout, everything else on stderr; a commit goes into the lock file."""
     lock = tmp_path / "models.lock.toml"
     request = REQUEST.model_copy(update={"recorded_in": str(lock)})
     follow(
@@ -120,7 +120,7 @@ def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytes
 
 
 def test_follow_of_several_models_begins_with_their_size(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever said --all learns what that means."""
+    """A user of --all sees how much that is."""
     unknown = ModelSpec(key="other", hub_id="org/other")
     follow(PrefetchRequest(specs=(*REQUEST.specs, unknown)), [], as_json=False)
 
@@ -128,7 +128,7 @@ def test_follow_of_several_models_begins_with_their_size(capsys: pytest.CaptureF
 
 
 def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    """The sentence says how they are mended."""
+    """The hint has the command that fetches them again."""
     damaged = ModelReady("mine", "org/mine", A, damage=("a.safetensors is damaged", "b.safetensors is missing"))
     with pytest.raises(WeightsError, match=r"2 of the files of mine.*vllm-service prefetch org/mine$"):
         follow(REQUEST, [damaged, ModelReady("other", "org/other", A)], as_json=False)
@@ -142,7 +142,7 @@ def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixtur
 
 
 def test_follow_of_several_of_which_one_failed_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    """The reason is told when it happens, the count at the end."""
+    """The reason is printed when it happens, the count at the end."""
     with pytest.raises(WeightsError, match=r"^1 of 2 models could not be fetched: mine\."):
         follow(REQUEST, [ModelFailed("mine", "it is gated."), ModelReady("other", "org/other", A, 5)], as_json=False)
     out, err = capsys.readouterr()
@@ -152,7 +152,7 @@ def test_follow_of_several_of_which_one_failed_fails(capsys: pytest.CaptureFixtu
 
 
 def test_follow_as_json_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    """And nothing else, though there is damage."""
+    """And nothing else on stdout, even if files are damaged."""
     with pytest.raises(WeightsError):
         follow(
             REQUEST, [ModelReady("mine", "org/mine", A, damage=("x",)), RevisionRemoved("org/old", A, 5)], as_json=True
@@ -177,7 +177,7 @@ def test_follow_as_json_prints_one_object(capsys: pytest.CaptureFixture[str]) ->
         (6e11, "600 GB"),
     ],
 )
-def test_size_is_said_with_two_digits_or_three(count: float, said: str) -> None:
+def test_size_has_two_or_three_digits(count: float, said: str) -> None:
     """In powers of ten, as disks are sold."""
     assert size(count) == said
 
@@ -185,6 +185,6 @@ def test_size_is_said_with_two_digits_or_three(count: float, said: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (11_100, "3 h 05 min")]
 )
-def test_duration_is_said_in_the_unit_that_fits(seconds: float, said: str) -> None:
-    """Nobody counts 5000 seconds."""
+def test_duration_has_a_fitting_unit(seconds: float, said: str) -> None:
+    """5000 seconds are shown as minutes."""
     assert duration(seconds) == said

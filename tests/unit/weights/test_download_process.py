@@ -32,7 +32,7 @@ def children() -> list[psutil.Process]:
 
 
 def when_files_are_asked_for(hub: Hub, act: Callable[[], None]) -> threading.Thread:
-    """Do something once the download is amid its first file."""
+    """Call something once the download has requested its first file."""
     thread = threading.Thread(target=lambda: hub.asked_for_files.wait(GONE_S) and act())
     thread.start()
     return thread
@@ -66,7 +66,7 @@ def test_download_in_child_raises_the_errors_of_the_child(hub: Hub, monkeypatch:
 
 
 def test_download_in_child_reports_progress(hub: Hub) -> None:
-    """Bytes on the disk of all that come; at the end all of them, verified."""
+    """Bytes on the disk; at the end all of them are verified."""
     told: list[Progress] = []
     download_in_child(REPOSITORY, told.append)
 
@@ -76,7 +76,7 @@ def test_download_in_child_reports_progress(hub: Hub) -> None:
 
 
 def test_download_that_stalls_ends_with_an_error() -> None:
-    """Without one byte for long, what the client waits for will not come."""
+    """No byte has arrived for too long."""
     program = (
         "from service.weights import download_process as child; child.STALL_S = 0.0\n"
         "parent = child._ParentPipe(child.RepositorySpec('org/mine', 'abc'))\n"
@@ -97,7 +97,7 @@ def test_download_child_that_is_killed_is_reported(hub: Hub) -> None:
 
 
 def test_download_child_ends_with_an_interrupt(hub: Hub) -> None:
-    """Ctrl-C amid a file ends the download at once."""
+    """Ctrl-C during a file ends the download at once."""
     main = threading.main_thread().ident
     assert main is not None
     with hub.holding_files():

@@ -21,7 +21,7 @@ TENSORS = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00
     ],
 )
 def test_selection_leaves_out_what_the_engine_does_not_read(others: list[str]) -> None:
-    """The same weights in other formats, second trees, what people look at."""
+    """The same weights in other formats, second trees, and files for people."""
     assert select_files([*TENSORS, *others], RepositorySpec("o/m")) == TENSORS
 
 
@@ -33,12 +33,12 @@ def test_selection_leaves_out_what_the_engine_does_not_read(others: list[str]) -
     ],
 )
 def test_selection_keeps_what_a_tokenizer_or_processor_may_read(others: list[str]) -> None:
-    """Whatever is not known to be for others."""
+    """Every file that is not known to be for another program."""
     assert select_files([*TENSORS, *others], RepositorySpec("o/m")) == [*TENSORS, *others]
 
 
 def test_selection_without_safetensors_keeps_pickles() -> None:
-    """There is nothing else to load."""
+    """The repository has no other weights."""
     assert select_files(["config.json", "pytorch_model.bin", "m.onnx"], RepositorySpec("o/m")) == [
         "config.json",
         "pytorch_model.bin",

@@ -1,4 +1,4 @@
-"""Weights from a hub on loopback: fetched whole, or refused with the reason in words."""
+"""Weights from a fake hub: fetched whole, or refused with message and hint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fetched_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Every file, into the cache, announced with size and revision; afterwards the hub is not asked again."""
+    """Every file, into the cache, logged with size and revision; afterwards the hub is not asked again."""
     caplog.set_level(logging.INFO, "service")
     found = store.ensure(SPEC)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("service.")]
@@ -55,7 +55,7 @@ def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
 
 
 def test_weights_in_other_formats_are_not_fetched(hub: Hub) -> None:
-    """The same numbers again as a pickle, and what the entry itself leaves out."""
+    """The same weights as a pickle, and the files that the entry ignores."""
     hub.repositories["org/mine"].files |= {"pytorch_model.bin": b"x", "original/a.pth": b"x", "metal/m.bin": b"x"}
     found = store.ensure(SPEC.model_copy(update={"ignore_patterns": ("original/*", "metal/*")}))
 
@@ -68,7 +68,7 @@ def test_weights_without_a_pinned_revision_are_the_newest(hub: Hub) -> None:
 
 
 def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Named before the first byte: what, how much, where, what to do."""
+    """Before the first byte the error names model, size, disk and what to do."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
 
@@ -77,9 +77,7 @@ def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: py
     assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
 
 
-def test_weights_room_is_asked_of_the_disk_that_gets_them(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_disk_space_is_checked_where_the_weights_go(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`HF_HUB_CACHE` moves the cache away from `HF_HOME`."""
     asked: list[Path] = []
     elsewhere = tmp_path / "large" / "disk"
@@ -94,7 +92,7 @@ def test_weights_room_is_asked_of_the_disk_that_gets_them(
 
 @pytest.mark.parametrize("gated", ["files", "all"])
 def test_weights_of_a_gated_model_without_a_token_name_page_and_token(hub: Hub, gated: Any) -> None:
-    """Accept the licence there, then set the token: locally so, on Modal so."""
+    """The hint: accept the licence there, then set the token, on this machine or on Modal."""
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError) as caught:
         store.ensure(SPEC)
@@ -107,7 +105,7 @@ def test_weights_of_a_gated_model_without_a_token_name_page_and_token(hub: Hub, 
 def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
     hub: Hub, gated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The licence was not accepted with that account."""
+    """Its account has not accepted the licence."""
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError, match="Accept its licence") as caught:
@@ -126,21 +124,21 @@ def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub, monkeypat
 
 
 @pytest.mark.parametrize("token", ["", "hf_right"])
-def test_weights_of_no_repository_say_so(hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing or private: the hub does not tell which."""
+def test_weights_of_an_unknown_repository_name_it(hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing or private: the hub does not distinguish them."""
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(WeightsError, match=f"no repository 'org/gone'.*{hub.url}/org/gone"):
         store.ensure(SPEC.model_copy(update={"hub_id": "org/gone"}))
 
 
-def test_weights_of_no_revision_say_so(hub: Hub) -> None:
-    """A pin that was mistyped."""
+def test_weights_of_an_unknown_revision_name_it(hub: Hub) -> None:
+    """The pin may be mistyped."""
     with pytest.raises(WeightsError, match=f"org/mine has no revision '{'f' * 40}'"):
         store.ensure(SPEC.model_copy(update={"revision": "f" * 40}))
 
 
 def test_weights_from_a_broken_hub_name_it(hub: Hub) -> None:
-    """The sentence has the hub's address, what it answered, and the model that needs none."""
+    """The error has the hub's address, its answer, and the model that needs no hub."""
     hub.fails_with = 500
     with pytest.raises(WeightsError) as caught:
         store.ensure(SPEC)
@@ -151,33 +149,33 @@ def test_weights_from_a_broken_hub_name_it(hub: Hub) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_without_a_hub_name_it_soon(slept: list[float]) -> None:
-    """Nobody listens there, and trying again for half a minute does not change that."""
+def test_weights_without_a_hub_are_refused_soon(slept: list[float]) -> None:
+    """No server listens there, so it is not retried for half a minute."""
     with pytest.raises(WeightsError, match=r"cannot be fetched from http://127\.0\.0\.1.*HF_ENDPOINT"):
         store.ensure(SPEC)
     assert sum(slept) < 5
 
 
-def test_weights_of_a_name_that_the_client_refuses_say_so() -> None:
-    """The hub's client has rules of its own for names; its complaint is no crash of ours."""
+def test_weights_of_a_name_that_the_client_refuses_are_refused() -> None:
+    """The hub's client has its own rules for names; its error becomes one of the service."""
     with pytest.raises(WeightsError, match="a/b--c"):
         store.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
 
 
 def test_hub_is_reachable_tells_whether_it_answers(hub: Hub) -> None:
-    """Any answer counts, a refusal too."""
+    """Any answer counts, an error too."""
     assert hub_module.DEFAULT.is_reachable()
     hub.fails_with = 503
     assert hub_module.DEFAULT.is_reachable()
 
 
 def test_hub_is_reachable_without_a_hub_is_false() -> None:
-    """Nobody listens there."""
+    """No server listens there."""
     assert not hub_module.DEFAULT.is_reachable()
 
 
 def test_hub_is_reachable_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`HF_HUB_OFFLINE=1` is the user's word, and the client would fetch nothing."""
+    """With `HF_HUB_OFFLINE=1` the client would download nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert not hub_module.DEFAULT.is_reachable()

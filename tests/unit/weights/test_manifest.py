@@ -1,4 +1,4 @@
-"""Manifests: believed after a look at the sizes, never when they are unreadable; where the cache is."""
+"""A manifest counts if its files have their sizes; an unreadable one does not. Where the hub cache is."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_manifest_is_read_as_it_was_written(cache: Path) -> None:
     ]
 
 
-def test_manifest_of_files_with_another_size_is_not_believed(cache: Path) -> None:
-    """Somebody wrote into the cache, or a disk lost what it had not written."""
+def test_manifest_of_files_with_another_size_does_not_count(cache: Path) -> None:
+    """Another program wrote into the cache, or a disk lost unwritten data."""
     snapshot = filled(cache, FILES)
     manifest.write(MANIFEST)
     assert store.find(SPEC)
@@ -43,8 +43,8 @@ def test_manifest_of_files_with_another_size_is_not_believed(cache: Path) -> Non
     assert store.find(SPEC) is None
 
 
-def test_manifest_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache: Path) -> None:
-    """All files look complete, and were not verified yet."""
+def test_partial_manifest_keeps_the_files_from_being_served(cache: Path) -> None:
+    """All files look complete, but are not verified yet."""
     filled(cache, FILES)
     assert store.find(SPEC)
     manifest.write(Manifest("org/mine", COMMIT, MANIFEST.files), partial=True)
@@ -54,7 +54,7 @@ def test_manifest_of_an_unfinished_fetch_keeps_the_files_from_being_served(cache
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 2}', '{"version": 1, "files": {"a": 1}}'])
 def test_manifest_that_cannot_be_read_is_none(cache: Path, content: str) -> None:
-    """Cut short, or of a later version."""
+    """It is cut short, or of a later version."""
     manifest.write(MANIFEST)
     path = next(cache.rglob("*.json"))
     path.write_text(content)
@@ -64,7 +64,7 @@ def test_manifest_that_cannot_be_read_is_none(cache: Path, content: str) -> None
 
 
 def test_manifest_is_complete_only_for_what_was_fetched(cache: Path) -> None:
-    """Another entry of the same repository may want more of it."""
+    """Another entry of the same repository may need more files."""
     filled(cache, FILES)
     part = Manifest("org/mine", COMMIT, MANIFEST.files, MANIFEST.verified - {"tokenizer.json"})
     manifest.write(part)
@@ -86,7 +86,7 @@ def test_manifest_is_complete_only_for_what_was_fetched(cache: Path) -> None:
 def test_hub_cache_is_where_the_client_has_it(
     variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client is not imported to be asked; this is its own reading of its variables."""
+    """The service reads the variables itself, without importing the client, with the same result."""
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -98,5 +98,5 @@ def test_hub_cache_is_where_the_client_has_it(
 
 
 def test_client_still_has_the_constant_that_the_download_sets() -> None:
-    """The size of the pieces in which it reads files has no variable."""
+    """No environment variable sets the size of the pieces in which it reads files."""
     assert isinstance(constants.DOWNLOAD_CHUNK_SIZE, int)

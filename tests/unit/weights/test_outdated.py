@@ -1,4 +1,4 @@
-"""`models --outdated`: the real hub client asks a hub on loopback for commits, of all repositories at once."""
+"""`models --outdated`: the real hub client asks a fake hub for the commits of all repositories at once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def registry(*specs: ModelSpec) -> Registry:
     return Registry({spec.key: spec for spec in specs})
 
 
-def test_compare_tells_which_pins_are_behind(cache: Path, hub: Hub) -> None:
-    """Models, drafts and adapters; what the hub refuses is told with its reason."""
+def test_compare_finds_outdated_pins(cache: Path, hub: Hub) -> None:
+    """Of models, drafts and adapters; for what the hub refuses it gives the reason."""
     hub.repositories |= {"org/new": Repository(NEW, {}), "org/shut": Repository(NEW, {}, gated="all")}
     behind = ModelSpec.model_validate(
         {
@@ -49,7 +49,7 @@ def test_compare_tells_which_pins_are_behind(cache: Path, hub: Hub) -> None:
 
 
 def test_compare_of_many_repositories_asks_for_several_at_once(cache: Path, hub: Hub) -> None:
-    """And for all of them."""
+    """And returns all of them."""
     names = [f"org/m{i}" for i in range(40)]
     hub.repositories |= {name: Repository(NEW, {}) for name in names}
     specs = [ModelSpec(key=name[4:], hub_id=name, revision=COMMIT) for name in names]
@@ -57,8 +57,8 @@ def test_compare_of_many_repositories_asks_for_several_at_once(cache: Path, hub:
     assert all(pin.is_outdated for pin in compare(registry(*specs)))
 
 
-def test_compare_without_a_hub_is_one_sentence(cache: Path) -> None:
-    """Only the hub knows."""
+def test_compare_without_a_hub_fails(cache: Path) -> None:
+    """Only the hub knows the newest commits."""
     with pytest.raises(WeightsError, match=r"is not in reach, and only it knows.*HF_ENDPOINT") as caught:
         compare(registry(ModelSpec(key="m", hub_id="org/mine", revision=COMMIT)))
 
@@ -69,8 +69,8 @@ PINS = [Pin("a", "org/a", COMMIT, NEW), Pin("b", "org/b", COMMIT, COMMIT), Pin("
 REFUSED = Pin("d", "org/d", COMMIT, None, "org/d is gated.")
 
 
-def test_outdated_are_shown_with_the_way_to_renew_them(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those that are as they should be take no line."""
+def test_outdated_pins_are_shown_with_the_way_to_update_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pins that are up to date are not listed."""
     outdated.show([*PINS, REFUSED], as_json=False)
     lines = capsys.readouterr().out.splitlines()
 
@@ -81,7 +81,7 @@ def test_outdated_are_shown_with_the_way_to_renew_them(capsys: pytest.CaptureFix
 
 
 def test_outdated_as_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:
-    """For programs: also what is not outdated."""
+    """For programs: also those that are up to date."""
     outdated.show([*PINS, REFUSED], as_json=True)
     rows = json.loads(capsys.readouterr().out)
 

@@ -36,7 +36,7 @@ def pinned(models: Path) -> Pins:
 
 
 def test_pin_writes_the_commits_of_all_unpinned_repositories(cache: Path, hub: Hub, models: Path) -> None:
-    """Models, drafts and adapters, into the lock file of the models file; the second run asks nobody."""
+    """Models, drafts and adapters, into the lock file of the models file; the second run makes no request."""
     hub.repositories |= {name: Repository(NEW, {}) for name in ("org/bot", *DRAFTS)}
     pins = pinned(models)
     lock = models.with_name("models.lock.toml")

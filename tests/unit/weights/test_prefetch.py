@@ -1,4 +1,4 @@
-"""What a prefetch does on this machine: the real hub client, a hub on loopback, a cache of the test's own."""
+"""Prefetch on this machine, with the real hub client, a fake hub and an empty cache."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_request_of_names_has_each_model_once() -> None:
 
 
 def test_request_of_everything_is_the_registry() -> None:
-    """Models that need no fetching are among them, and cost nothing."""
+    """With the models that need no download."""
     assert [spec.key for spec in requested(everything=True).specs] == ["mine", "tiny"]
 
 
 def test_request_of_a_hub_id_of_no_registry_is_for_this_machine_only() -> None:
-    """A deployed service has no use for it; here it has no lock file."""
+    """A deployed service cannot serve it; on this machine it has no lock file."""
     request = requested("some/model")
 
     assert [spec.hub_id for spec in request.specs] == ["some/model"]
@@ -67,7 +67,7 @@ def test_request_of_a_hub_id_of_no_registry_is_for_this_machine_only() -> None:
 
 @pytest.mark.parametrize(("names", "everything", "said"), [((), False, "--all"), (("mine",), True, "mine")])
 def test_request_of_nothing_or_of_too_much_is_refused(names: tuple[str, ...], everything: bool, said: str) -> None:
-    """With the names that there are."""
+    """The message lists the registered names."""
     with pytest.raises(UsageError) as caught:
         requested(*names, everything=everything)
 
@@ -76,14 +76,14 @@ def test_request_of_nothing_or_of_too_much_is_refused(names: tuple[str, ...], ev
 
 
 def test_request_to_prune_needs_no_model_and_keeps_the_registrys() -> None:
-    """And what is named beside it."""
+    """And the models that are named."""
     assert {spec.key for spec in requested(prune=True).keep} == {"mine", "tiny"}
     assert {spec.hub_id for spec in requested("some/model", prune=True).keep} == {"org/mine", None, "some/model"}
     assert requested("mine").keep == ()
 
 
 def test_request_with_update_ignores_the_lock_file(tmp_path: Path) -> None:
-    """The entry's own revision counts all the same."""
+    """The entry's own revision still counts."""
     models = tmp_path / "models.toml"
     models.write_text(f'[models.loose]\nhub_id = "org/loose"\n[models.pinned]\nhub_id = "a/b"\nrevision = "{COMMIT}"\n')
     record(lock_file(models), {"org/loose": OTHER})
@@ -96,8 +96,8 @@ def test_request_with_update_ignores_the_lock_file(tmp_path: Path) -> None:
     assert [spec.revision for spec in updated.specs] == [None, COMMIT]
 
 
-def test_request_survives_its_journey() -> None:
-    """It comes out of JSON as it went in, drafts and adapters included."""
+def test_request_survives_json() -> None:
+    """With drafts and adapters."""
     spec = ModelSpec.model_validate(
         {
             "key": "m",
@@ -113,8 +113,8 @@ def test_request_survives_its_journey() -> None:
     assert PrefetchRequest.model_validate_json(request.model_dump_json()) == request
 
 
-def test_prefetch_fetches_and_tells(cache: Path, hub: Hub) -> None:
-    """Sentences, progress, and at the end what there is; the second time it is there already."""
+def test_prefetch_fetches_and_yields_events(cache: Path, hub: Hub) -> None:
+    """Messages, progress, and at the end the result; the second time there is nothing to fetch."""
     events = run(specs=(SPEC,))
     size = sum(map(len, FILES.values()))
 
@@ -125,7 +125,7 @@ def test_prefetch_fetches_and_tells(cache: Path, hub: Hub) -> None:
 
 
 def test_prefetch_of_an_entry_without_a_revision_resolves_it_first(cache: Path, hub: Hub) -> None:
-    """What was fetched is what is recorded."""
+    """The recorded commit is the one that was fetched."""
     events = run(specs=(LOOSE,))
 
     assert events[0] == RevisionResolved("org/mine", COMMIT)
@@ -135,15 +135,15 @@ def test_prefetch_of_an_entry_without_a_revision_resolves_it_first(cache: Path, 
 
 
 def test_prefetch_of_a_directory_has_nothing_to_do(cache: Path) -> None:
-    """It asks nobody."""
+    """It makes no request."""
     (event,) = run(specs=(Registry.load().specs["tiny"],))
 
     assert isinstance(event, ModelReady)
     assert (event.hub_id, event.fetched) == (None, False)
 
 
-def test_prefetch_of_several_goes_on_without_the_one_that_cannot_be_had(cache: Path, hub: Hub) -> None:
-    """Whoever says --all need not have accepted every licence."""
+def test_prefetch_of_several_goes_on_after_one_failed(cache: Path, hub: Hub) -> None:
+    """A user of --all need not have accepted every licence."""
     gone = ModelSpec(key="gone", hub_id="org/gone", revision=COMMIT)
     events = run(specs=(gone, SPEC))
     (failed,) = [event for event in events if isinstance(event, ModelFailed)]
@@ -155,8 +155,8 @@ def test_prefetch_of_several_goes_on_without_the_one_that_cannot_be_had(cache: P
         run(specs=(gone,))
 
 
-def test_prefetch_verifies_what_is_here(cache: Path, hub: Hub) -> None:
-    """A damaged file is named; nothing is fetched until somebody asks for that."""
+def test_prefetch_verifies_the_cache(cache: Path, hub: Hub) -> None:
+    """A damaged file is named, and only fetched again by a prefetch without --verify."""
     run(specs=(SPEC,))
     (good,) = [
         event
@@ -181,7 +181,7 @@ def test_prefetch_verifies_what_is_here(cache: Path, hub: Hub) -> None:
 
 
 def test_prefetch_prunes_what_no_entry_names(cache: Path, hub: Hub) -> None:
-    """What an entry names stays, though by the record only."""
+    """A revision that only the record names stays."""
     hub.repositories["org/old"] = Repository(OTHER, dict(FILES))
     old = ModelSpec(key="old", hub_id="org/old", revision=OTHER)
     run(specs=(old, LOOSE))
@@ -196,8 +196,8 @@ def test_prefetch_prunes_what_no_entry_names(cache: Path, hub: Hub) -> None:
     assert (store.find(old), store.find(SPEC) is None) == (None, False)
 
 
-def test_prefetch_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> None:
-    """Ctrl-C: no thread, no download and no open lock is left behind."""
+def test_prefetch_whose_iterator_is_closed_ends(cache: Path, hub: Hub) -> None:
+    """As after Ctrl-C: no thread, no download and no held lock is left."""
     with hub.holding_files():
         events = prefetch.prefetch(PrefetchRequest(specs=(SPEC,)))
         for event in events:
@@ -213,8 +213,8 @@ def test_prefetch_that_nobody_follows_any_more_ends(cache: Path, hub: Hub) -> No
     assert isinstance(run(specs=(SPEC,))[-1], ModelReady)
 
 
-def test_progress_is_told_as_often_as_an_eye_can_follow() -> None:
-    """The first, the last and a few a second between, of each repository and phase."""
+def test_progress_is_passed_on_a_few_times_a_second() -> None:
+    """For each repository and phase the first, the last, and some between."""
     told: list[object] = []
     emit = prefetch._Emitter(told.append, threading.Event())
     for phase in ("fetching", "verifying"):

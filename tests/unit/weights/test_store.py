@@ -1,4 +1,4 @@
-"""Weights: what is complete in the cache is used with no connection made; the rest comes from a hub on loopback."""
+"""Weights that are complete in the cache are used without a connection."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def test_weights_in_one_file_are_found(cache: Path, no_network: None) -> None:
 
 @pytest.mark.parametrize("lost", ["config.json", *SHARDS])
 def test_weights_without_a_file_that_the_engine_reads_are_not_found(cache: Path, no_network: None, lost: str) -> None:
-    """A download that was cut short is no model."""
+    """A partial download is not a model."""
     filled(cache, {name: content for name, content in FILES.items() if name != lost})
 
     assert store.find(SPEC) is None
 
 
 def test_weights_with_a_shard_and_no_index_are_not_found(cache: Path, no_network: None) -> None:
-    """The name says `00001-of-00002`: the index and the other shard had not come yet."""
+    """The name says `00001-of-00002`: the index and the other shard are still missing."""
     filled(cache, {"config.json": b"{}", "tokenizer.json": b"{}", SHARDS[0]: b"numbers"})
 
     assert store.find(SPEC) is None
 
 
 def test_weights_whose_blob_was_deleted_are_not_found(cache: Path, no_network: None) -> None:
-    """A link to nothing is nothing."""
+    """A link without a target does not count."""
     snapshot = filled(cache, FILES)
     (snapshot / SHARDS[1]).resolve().unlink()
 
@@ -68,14 +68,14 @@ def test_weights_whose_blob_was_deleted_are_not_found(cache: Path, no_network: N
 
 
 def test_weights_of_another_revision_are_not_found(cache: Path, no_network: None) -> None:
-    """The pinned commit is what is served."""
+    """Only the pinned commit is served."""
     filled(cache, FILES)
 
     assert store.find(SPEC.model_copy(update={"revision": "f" * 40})) is None
 
 
 def test_weights_of_an_entry_with_a_draft_need_both(cache: Path, no_network: None) -> None:
-    """Found only when the draft model is there too."""
+    """They are found only with the draft model."""
     speculative = {"method": "eagle3", "num_speculative_tokens": 7, "hub_id": "org/draft", "revision": COMMIT}
     spec = ModelSpec.model_validate({**SPEC.model_dump(), "speculative": speculative})
     snapshot = filled(cache, FILES)
@@ -86,20 +86,20 @@ def test_weights_of_an_entry_with_a_draft_need_both(cache: Path, no_network: Non
 
 
 def test_weights_of_the_tiny_model_are_in_the_package(no_network: None) -> None:
-    """Its directory, with no hub and no cache."""
+    """In their directory, without hub and cache."""
     spec = Registry.load().specs["tiny"]
 
     assert store.ensure(spec) == store.Weights(spec.directory)  # type: ignore[arg-type]
 
 
 def test_weights_directory_without_a_configuration_is_named(tmp_path: Path) -> None:
-    """The sentence has the directory, the model and what to give instead."""
+    """The error has the directory, the model and what to give instead."""
     with pytest.raises(WeightsError, match=f"'{tmp_path}' of model 'here' has no config.json"):
         store.find(ModelSpec(key="here", path=str(tmp_path)))
 
 
 def test_weights_in_hf_home_are_found_by_a_new_process(tmp_path: Path) -> None:
-    """The variables are the hub client's own; no proxy of a test is between."""
+    """The variables are those of huggingface_hub."""
     snapshot = filled(tmp_path / "elsewhere" / "hub", FILES)
     program = (
         "import socket\ndef no(*_): raise SystemExit('connected')\nsocket.socket.connect = no\n"
