@@ -66,13 +66,12 @@ class Server:
         self.prepared_by = _container_id()
         self.replica = Replica(
             self._plan(),
-            say=_log.info,
-            on_line=_log.info,
             on_death=self._replace,
             on_record=lambda record: _log.info("boot %s", record.to_line()),
-            persist=self._persist,
+            commit_weights=VOLUMES[HUB_CACHE].commit,
+            commit_caches=self._commit_caches,
         )
-        self.replica.prepare(share=VOLUMES[HUB_CACHE].commit)
+        self.replica.prepare()
 
     @modal.enter(snap=False)
     def start(self) -> None:
@@ -111,7 +110,7 @@ class Server:
             hang_s=SETTINGS.hang_s,
             lock=lock,
             versions=VERSIONS,
-            caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key, say=_log.info),
+            caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key),
             records=records_directory(),
         )
 
@@ -120,7 +119,7 @@ class Server:
         _log.error("boot %s: engine died: %s", self.replica.id, error)
         modal.experimental.stop_fetching_inputs()
 
-    def _persist(self) -> None:
+    def _commit_caches(self) -> None:
         """Commit this boot's record and compile caches, so that other replicas see them."""
         for path in (VLLM_CACHE, FLASHINFER_CACHE):
             VOLUMES[path].commit()

@@ -25,7 +25,6 @@ from service.settings import Settings
 from service.weights import hub, revisions, store
 
 _log = logging.getLogger(__name__)
-_output = logging.getLogger("service.engine.output")
 DEFAULT_MODEL = "qwen3-0.6b"
 OFFLINE_MODEL = "tiny"
 
@@ -127,7 +126,7 @@ class LocalPlanner:
             shutdown=LOCAL_SHUTDOWN,
             hang_s=self.settings.hang_s,
             versions=versions,
-            caches=Caches(environment.compiled(), versions, model=spec.key, say=_log.info),
+            caches=Caches(environment.compiled(), versions, model=spec.key),
             records=records.local_directory(),
         )
 
@@ -135,7 +134,7 @@ class LocalPlanner:
         self, spec: ModelSpec, port: int, gpus: tuple[int, ...], on_death: Callable[[EngineError], None]
     ) -> Replica:
         """Return a replica of a model that was requested."""
-        return Replica(self.plan(spec, port, gpus), say=_log.info, on_line=log_output_of(spec), on_death=on_death)
+        return Replica(self.plan(spec, port, gpus), on_death=on_death)
 
     def scheduler(self, on_wake: OnWake) -> LocalScheduler:
         """Return the scheduler of this machine's engines, of which none runs yet.
@@ -157,11 +156,6 @@ class LocalPlanner:
     def _settled(self, spec: ModelSpec) -> ModelSpec:
         file = revisions.lock_file(self.settings.models_file) if spec.key in self.registry.specs else None
         return revisions.resolve_revisions(spec, revisions.RevisionResolver(), revisions.lock_writer(file))
-
-
-def log_output_of(spec: ModelSpec) -> Callable[[str], None]:
-    """Return a function that logs a line of the output of the model's engine."""
-    return lambda line: _output.info("%s", line, extra={"model": spec.key})
 
 
 def _visible(gpus: tuple[int, ...]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from service.gateway.local_pool import new_key
 from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.metrics import Metrics
 from service.in_engine.vllm_service.events import Event
-from service.local.planner import LocalPlanner, ProgressReporter, log_output_of
+from service.local.planner import LocalPlanner, ProgressReporter
 from service.ports import bound_port, claim_port, free_port, is_loopback
 from service.registry.models import ModelSpec
 from service.replica.lifecycle import Replica
@@ -104,9 +104,7 @@ class _Run:
         port, key = free_port(), new_key()
         gpus = tuple(range(planner.n_gpu(self._spec))) if planner.gpus else ()
         plan = planner.plan(self._spec, port, gpus)
-        replica = Replica(
-            plan, say=_log.info, on_line=log_output_of(self._spec), on_event=reporter.phase, on_death=self._engine_died
-        )
+        replica = Replica(plan, on_event=reporter.phase, on_death=self._engine_died)
         try:
             reporter.phase(Event.WEIGHTS)
             replica.prepare()

@@ -1,7 +1,7 @@
 """Files of a directory in one tar, so that a network volume carries one file and not thousands.
 
 An archive is named by the digest of its bytes, holds regular files only, and is refused whole when it is anything else.
-Files are written under a temporary name and renamed: nobody ever sees half of one.
+Files are written under a temporary name and renamed: no reader ever sees half of one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Stamp = tuple[int, int]
 """A file's size, and its mtime in ns."""
 
 _SETTLED_S = 1.0  # linkers write in place (g++ for inductor on a CPU, ninja's): a file this fresh may be half of one
-_MAX_ARCHIVES, _MAX_BYTES = 16, 4 * 1024**3  # of a shelf, of what is taken in at once; beyond it the oldest go
+_MAX_ARCHIVES, _MAX_BYTES = 16, 4 * 1024**3  # of a directory, of what is loaded at once; beyond it the oldest go
 _ABANDONED_S = 3600
 
 
@@ -52,16 +52,16 @@ def files(directory: Path, but: Iterable[str] = ()) -> dict[str, Stamp]:
     return found
 
 
-def write(shelf: Path, directory: Path, chosen: dict[str, Stamp]) -> tuple[Path, dict[str, Stamp]] | None:
-    """Put files of a directory into an archive on a shelf; return its path and what is in it, None for nothing.
+def write(archive_dir: Path, directory: Path, chosen: dict[str, Stamp]) -> tuple[Path, dict[str, Stamp]] | None:
+    """Put files of a directory into an archive; return its path and what is in it, None for nothing.
 
     A file that vanishes or changes while it is read is left out.
 
     Raises:
-        OSError: The shelf cannot be written to; nothing is left of the attempt.
+        OSError: `archive_dir` cannot be written to; nothing is left of the attempt.
     """
-    shelf.mkdir(parents=True, exist_ok=True)
-    with _temporary(shelf) as new:
+    archive_dir.mkdir(parents=True, exist_ok=True)
+    with _temporary(archive_dir) as new:
         with new.open("w+b") as file:
             with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as tar:
                 written = {name: stamp for name, stamp in sorted(chosen.items()) if _add(tar, directory, name, stamp)}
@@ -71,7 +71,7 @@ def write(shelf: Path, directory: Path, chosen: dict[str, Stamp]) -> tuple[Path,
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not written:
             return None
-        archive = shelf / f"{digest}.tar"
+        archive = archive_dir / f"{digest}.tar"
         new.replace(archive)
     return archive, written
 
@@ -102,9 +102,9 @@ def unpack(archive: Path, directory: Path) -> dict[str, Stamp]:
     return {member.name: (member.size, mtime_ns) for member, mtime_ns in members}
 
 
-def on(shelf: Path) -> Iterator[Path]:
-    """Return the archives that are on a shelf, in no order."""
-    return shelf.glob("*.tar")
+def archives_in(archive_dir: Path) -> Iterator[Path]:
+    """Return the archives of a directory, in no order."""
+    return archive_dir.glob("*.tar")
 
 
 def divide(archives: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -121,14 +121,14 @@ def divide(archives: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return paths[:within], paths[within:]
 
 
-def tidy(shelf: Path, replaced: Iterable[Path]) -> None:
+def tidy(archive_dir: Path, replaced: Iterable[Path]) -> None:
     """Remove archives that others replace, those that are too many, and what writers that were killed left.
 
     Raises:
-        OSError: The shelf cannot be written to.
+        OSError: `archive_dir` cannot be written to.
     """
-    _, too_many = divide(on(shelf))
-    abandoned = [path for path in shelf.glob(".*.tmp") if time.time() - path.stat().st_mtime > _ABANDONED_S]
+    _, too_many = divide(archives_in(archive_dir))
+    abandoned = [path for path in archive_dir.glob(".*.tmp") if time.time() - path.stat().st_mtime > _ABANDONED_S]
     for path in (*replaced, *too_many, *abandoned):
         path.unlink(missing_ok=True)
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from service.replica import archive
 from service.replica.archive import DamagedArchiveError, Stamp
 
+_log = logging.getLogger(__name__)
 STORES = VLLM, FLASHINFER = "vllm", "flashinfer"
-_NOBODY = "nobody"  # where the engine's paths lead until the machine is known: importing torch makes directories there
-_COMPACT_AT = 8  # archives on a shelf; then one with everything replaces those that are in it
+_UNKNOWN = (
+    "unknown"  # where the engine's paths lead until the hardware is known: importing torch makes directories there
+)
+_COMPACT_AT = 8  # archives in a directory; then one with everything replaces those that are in it
 _KEPT_SOFTWARE = 3
 
 # Temporary: inductor and vLLM `*.tmp`, startup_plan `*.tmp.<pid>`, Triton `tmp.pid_*`, DeepGEMM and FlashInfer `tmp/`,
@@ -38,8 +42,7 @@ class Caches:
         local: A directory on local disk, the same path on every replica: Triton and ninja keep absolute paths.
         software: Versions of all that compiles, such as `{"vllm": "0.32.0"}`; the processor's architecture is added.
         volumes: Where the volume of each of `STORES` is mounted; none where `local` itself outlives the engine.
-        model: Names what vLLM's graphs are compiled for: replicas take in their own. FlashInfer's kernels are for all.
-        say: Called with a sentence when something was left out.
+        model: Names what vLLM's graphs are compiled for: replicas load their own. FlashInfer's kernels are for all.
     """
 
     def __init__(
@@ -49,20 +52,18 @@ class Caches:
         volumes: Mapping[str, Path] | None = None,
         *,
         model: str = "any",
-        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._software = _digest({"architecture": platform.machine(), **software})
         self._root = local.absolute() / self._software
         self._volumes = {store: path / "compiled" for store, path in (volumes or {}).items()}
         self._scopes = {VLLM: _name(model), FLASHINFER: "shared"}
-        self._say = say
-        self._machine = ""
+        self._fingerprint = ""
         self._known: dict[Path, dict[str, Stamp]] = {}  # by directory: the files that the volumes have
-        self._taken: set[Path] = set()
+        self._loaded: set[Path] = set()
         self._damaged: set[Path] = set()
 
     def env(self) -> dict[str, str]:
-        """Return the variables that lead the engine here; it is spawned after `take_in` or `choose`.
+        """Return the variables that lead the engine here; it is spawned after `load` or `select_hardware`.
 
         Source: vllm 0.32.0 envs.py, utils/deep_gemm.py, compilation/decorators.py (sets inductor's anew per graph);
         torch 2.13.0 _inductor/runtime/cache_dir_utils.py; triton 3.7.1 knobs.py; tilelang 0.1.12 env.py; flashinfer
@@ -80,54 +81,54 @@ class Caches:
             "TRTLLM_DG_CACHE_DIR": str(flashinfer / "deep_gemm"),
         }
 
-    def take_in(self) -> int:
+    def load(self) -> int:
         """Copy in what has come to the volumes since the last call; return its bytes.
 
-        Before `choose`: of every machine that ran this software, so that a snapshot holds it. After: of this machine.
-        A snapshot may be older than the caches, so a second call after the restore is worth its while.
+        Before `select_hardware`: of all hardware that ran this software, so that a snapshot has it. After: of this.
+        A snapshot may be older than the caches, so a second call after the restore can find more.
         """
         if not (self._root / "current").is_symlink():
-            self._lead_to(_NOBODY)
+            self._lead_to(_UNKNOWN)
         try:
-            arrived = [(path, store) for store in self._volumes for path in self._arrived(store)]
+            arrived = [(path, store) for store in self._volumes for path in self._new_archives(store)]
         except OSError as error:
-            self._say(f"The compile caches' volumes cannot be read ({error}); the engine compiles again.")
+            _log.warning("The volumes of the compile caches cannot be read (%s); the engine compiles again.", error)
             return 0
         return sum(self._unpack(path, store) for path, store in arrived)
 
-    def choose(self, machine: str) -> None:
-        """Lead the engine to what this machine made, before it reads any; to an empty place where that is nothing.
+    def select_hardware(self, fingerprint: str) -> None:
+        """Lead the engine, before it reads any, to what this hardware compiled; to an empty place where there is none.
 
         Args:
-            machine: What `Hardware.fingerprint` returns. With "" the engine compiles for itself alone.
+            fingerprint: What `Hardware.fingerprint` returns. With "" the engine's caches are not shared.
         """
-        self._machine = _name(machine) if self._lead_to(_name(machine) or _NOBODY) else ""
+        self._fingerprint = _name(fingerprint) if self._lead_to(_name(fingerprint) or _UNKNOWN) else ""
 
-    def copy_out(self) -> int:
-        """Write what is new to the volumes, an archive each; return its bytes. The caller commits the volumes.
+    def save(self) -> int:
+        """Write what is new to the volumes, one archive each; return its bytes. The caller commits the volumes.
 
         Files that vanish, change or may still be being written are left for the next call or boot.
         """
-        return sum(self._write_news(store) for store in self._volumes) if self._machine else 0
+        return sum(self._save_new(store) for store in self._volumes) if self._fingerprint else 0
 
-    def _lead_to(self, machine: str) -> bool:
+    def _lead_to(self, fingerprint: str) -> bool:
         link, new = self._root / "current", self._root / f".current-{os.getpid()}"
         try:
             for store in STORES:
-                (self._root / machine / store).mkdir(parents=True, exist_ok=True)
+                (self._root / fingerprint / store).mkdir(parents=True, exist_ok=True)
             new.unlink(missing_ok=True)
-            new.symlink_to(machine)
+            new.symlink_to(fingerprint)
             new.replace(link)
         except OSError as error:
-            self._say(f"The compile caches cannot be used ({error}); the engine compiles for itself alone.")
+            _log.warning("The compile caches cannot be used (%s); this engine's will not be shared.", error)
             return False
         return True
 
-    def _arrived(self, store: str) -> list[Path]:
-        """Return the archives that were not taken in yet, oldest first; of all, the newest that a boot may take."""
-        shelves = self._volumes[store].glob(f"{self._software}/{self._machine or '*'}/{self._scopes[store]}")
-        newest, _ = archive.divide(path for shelf in shelves for path in archive.on(shelf))
-        return [path for path in reversed(newest) if path not in self._taken | self._damaged]
+    def _new_archives(self, store: str) -> list[Path]:
+        """Return the archives that were not loaded yet, oldest first; of all, the newest that a boot may load."""
+        directories = self._volumes[store].glob(f"{self._software}/{self._fingerprint or '*'}/{self._scopes[store]}")
+        newest, _ = archive.divide(path for archive_dir in directories for path in archive.archives_in(archive_dir))
+        return [path for path in reversed(newest) if path not in self._loaded | self._damaged]
 
     def _unpack(self, path: Path, store: str) -> int:
         directory = self._root / path.parent.parent.name / store
@@ -135,36 +136,38 @@ class Caches:
             files = archive.unpack(path, directory)
         except DamagedArchiveError as error:
             self._damaged.add(path)
-            self._say(f"Compile cache {path} is damaged ({error}); the engine compiles again.")
+            _log.warning("Compile cache %s is damaged (%s); the engine compiles again.", path, error)
             return 0
         except OSError as error:
-            self._say(f"Compile cache {path} was not copied in ({error}); the engine compiles again.")
+            _log.warning("Compile cache %s was not loaded (%s); the engine compiles again.", path, error)
             return 0
-        self._taken.add(path)
+        self._loaded.add(path)
         self._known.setdefault(directory, {}).update(files)
         return sum(size for size, _ in files.values())
 
-    def _write_news(self, store: str) -> int:
-        directory = self._root / self._machine / store
+    def _save_new(self, store: str) -> int:
+        directory = self._root / self._fingerprint / store
         software = self._volumes[store] / self._software
-        shelf = software / self._machine / self._scopes[store]
+        archive_dir = software / self._fingerprint / self._scopes[store]
         known = self._known.setdefault(directory, {})
         found = archive.files(directory, but=_STAYS)
         try:
-            compact = len(list(archive.on(shelf))) >= _COMPACT_AT
+            compact = len(list(archive.archives_in(archive_dir))) >= _COMPACT_AT
             chosen = found if compact else {name: stamp for name, stamp in found.items() if known.get(name) != stamp}
-            done = archive.write(shelf, directory, chosen) if chosen else None
+            done = archive.write(archive_dir, directory, chosen) if chosen else None
             if done is None:
                 return 0
         except OSError as error:
-            self._say(f"The compile caches were not copied out ({error}); the next boot compiles again.")
+            _log.warning("The compile caches were not saved (%s); the next boot compiles again.", error)
             return 0
         path, files = done
         known |= files
-        replaced = {old for old in self._damaged | (self._taken if compact else set()) if old.parent == shelf} - {path}
-        self._taken = self._taken - replaced | {path}
-        with suppress(OSError):  # whoever writes next tries again
-            archive.tidy(shelf, replaced)
+        replaced = {
+            old for old in self._damaged | (self._loaded if compact else set()) if old.parent == archive_dir
+        } - {path}
+        self._loaded = self._loaded - replaced | {path}
+        with suppress(OSError):  # the next writer tries again
+            archive.tidy(archive_dir, replaced)
             _drop_old_software(software)
         return sum(size for size, _ in files.values())
 

@@ -1,14 +1,17 @@
-"""One replica's life, the same on Modal and on a laptop: prepare, (checkpoint), start, stop.
+"""The lifecycle of one replica, the same on Modal and on a laptop: prepare, (checkpoint), start, stop.
 
 `snapshot` says how far `prepare` goes before a checkpoint may be taken, and so what is left to `start`:
 - `off`: the weights are there; nothing is running.
-- `cpu`: the engine's program is running, has imported what asks for no GPU, and is held with no socket open.
-- `gpu`: the engine is built and warmed up, has sung its canary, and sleeps with no port and no key. It must wake and
-  sing the same; else it is killed and booted cold, in the same `start`.
+- `cpu`: the engine process is running, has imported what needs no GPU, and is held with no socket open.
+- `gpu`: the engine is built and warmed up, has recorded its canary generation, and is in sleep mode, with no port and
+  no keys. After waking it must generate the same; else it is killed and booted cold, in the same `start`.
+
+The lines of the engine's output are records of the logger `service.engine.output`, with the model's key as `model`.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -28,9 +31,11 @@ from service.in_engine.vllm_service.events import Event
 from service.keys import digest
 from service.replica.plan import Plan, Snapshot
 from service.replica.readahead import Readahead
-from service.replica.results import Afterwards
+from service.replica.results import BootResults
 from service.weights import store
 
+_log = logging.getLogger(__name__)
+_output = logging.getLogger("service.engine.output")
 _HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint
 
 
@@ -38,33 +43,31 @@ class Replica:
     """One engine and the order in which it is brought up. Methods block.
 
     Args:
-        plan: What it is to be.
-        say: Called with a sentence for people when something takes its time or did not go as it should.
-        on_line: Called with every line of the engine's output, from a thread.
+        plan: Its model, engine, strategy and limits.
         on_event: Called with each event of the engine's boot, from a thread.
         on_death: Called once, from a thread, when the engine dies or hangs after it was ready; before, `start` raises.
         on_record: Called with the record of each boot that has ended, well or not.
-        persist: Called when a cache or the records have news: makes them seen by other replicas.
+        commit_weights: Makes fetched weights visible to other replicas; called before the engine opens a file.
+        commit_caches: Makes new caches and records visible to other replicas.
     """
 
     def __init__(
         self,
         plan: Plan,
         *,
-        say: Callable[[str], None] = lambda _: None,
-        on_line: Callable[[str], None] = lambda _: None,
         on_event: Callable[[Event], None] = lambda _: None,
         on_death: Callable[[EngineError], None] = lambda _: None,
         on_record: Callable[[BootRecord], None] = lambda _: None,
-        persist: Callable[[], None] = lambda: None,
+        commit_weights: Callable[[], None] = lambda: None,
+        commit_caches: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan = plan
         self.id = records.new_id()
         self.phases = Phases()
         self.ready_after_s: float | None = None
         self.own_key: str | None = None
-        self._say, self._on_line, self._on_event, self._on_death = say, on_line, on_event, on_death
-        self._afterwards = Afterwards(plan, on_record, persist, say)
+        self._on_event, self._on_death, self._commit_weights = on_event, on_death, commit_weights
+        self._results = BootResults(plan, on_record, commit_caches)
         self._at = datetime.now(UTC)
         self._deadline = self._prepared_at = time.monotonic()
         self._restored = self._serving = self._compiled_here = False
@@ -82,29 +85,25 @@ class Replica:
             EngineError: `prepare` and `start` have not come yet.
         """
         if self._engine is None:
-            raise EngineError("There is no engine yet: prepare() and start() come first.")
+            raise EngineError("There is no engine yet.", hint="Call prepare() and start() first.")
         return self._engine
 
-    def prepare(self, share: Callable[[], None] = lambda: None) -> None:
-        """Do all that may come before a checkpoint; see the module's docstring.
-
-        Args:
-            share: Called when weights were fetched, before the engine opens any: makes the cache's news seen elsewhere.
-        """
-        with self._nothing_left_on_failure():
+    def prepare(self) -> None:
+        """Do all that may come before a checkpoint; see the module's docstring."""
+        with self._stopped_on_failure():
             self.plan.check()
             with self.phases.during("weights"):
                 self._weights = store.ensure(self.plan.spec, self.plan.lock)
                 if self._weights.fetched:
-                    share()
+                    self._commit_weights()
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
             if self.plan.snapshot == "cpu":
-                self._take_in_caches()  # for any hardware: which it will be is not visible here
+                self._load_caches()  # for any hardware: which it will be is not visible here
                 self._spawn()
                 self.engine.wait_for(State.IMPORTED, self._left_s())
             elif self.plan.snapshot == "gpu":
                 self._probe_hardware()
-                self._take_in_caches()
+                self._load_caches()
                 self._spawn()
                 self._read_ahead()
                 self._compiled_here = True
@@ -115,7 +114,7 @@ class Replica:
         """Bring the engine to READY; on any failure nothing is left running.
 
         Args:
-            digests: SHA-256 of the keys that are accepted, and whose they are; empty: no key is asked for. They come
+            digests: SHA-256 of the keys that are accepted, and the name of each; empty: no key is needed. They come
                 this late so that no snapshot holds them.
             restored: An earlier replica prepared, and this one goes on from its snapshot.
 
@@ -125,15 +124,15 @@ class Replica:
         """
         self._begin(restored)
         accepted = self._accepted(digests or {})
-        with self._nothing_left_on_failure():
-            not_woken = self._wake(accepted) if self.plan.snapshot == "gpu" else None
-            if self.plan.snapshot != "gpu" or not_woken:
+        with self._stopped_on_failure():
+            cold_reason = self._wake(accepted) if self.plan.snapshot == "gpu" else None
+            if self.plan.snapshot != "gpu" or cold_reason:
                 self._boot(accepted)
             with self._serving_lock:
                 self.engine.wait_for(State.READY, 0)  # it may have died since; from here on `on_death` tells
                 self._serving = True
-            self._record("cold" if not_woken else "ready", not_woken)
-        self._afterwards.hand_on(compiled=self._compiled_here)
+            self._record("cold" if cold_reason else "ready", cold_reason)
+        self._results.publish_caches(compiled=self._compiled_here)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Let streams finish within the grace, then end everything. Idempotent; never raises for a dead engine."""
@@ -142,7 +141,7 @@ class Replica:
         if self._engine:
             self._engine.stop(self.plan.shutdown.drain_s if grace_s is None else grace_s)
         if grace_s is None:
-            self._afterwards.finish(self.plan.shutdown.flush_s)
+            self._results.flush(self.plan.shutdown.flush_s)
 
     def _begin(self, restored: bool) -> None:
         """Begin the boot that this replica is, which under a snapshot may not be the one that prepared."""
@@ -156,7 +155,7 @@ class Replica:
             self.phases.add("restore", self._prepared_at, time.monotonic())
 
     def _wake(self, accepted: list[str]) -> str | None:
-        """Wake the sleeping engine; return why it is not the one that went to sleep, if so. It is gone then."""
+        """Wake the sleeping engine. Return None, or why it did not wake as it fell asleep; it is gone then."""
         within_s = min(self.plan.effective_wake_timeout_s, self._left_s() / 2)
         try:
             self._release(accepted)
@@ -170,7 +169,7 @@ class Replica:
         self.engine.stop(0)
         self.engine.wait_ended(self._left_s() / 2)  # the driver takes back tens of GB first
         self._engine = self.ready_after_s = None
-        self._say(f"boot {self.id}: the engine did not wake as it fell asleep, so it is booted cold. {reason}")
+        _log.warning("boot %s: the engine did not wake as it fell asleep, so it is booted cold. %s", self.id, reason)
         return reason
 
     def _boot(self, accepted: list[str]) -> None:
@@ -179,7 +178,7 @@ class Replica:
         hardware = self._probe_hardware()
         if self._engine is None:
             self._spawn(hold="imported")
-        self._take_in_caches()  # while it imports
+        self._load_caches()  # while it imports
         self._release(accepted)
         self._compiled_here = True
         if self.plan.device == "cuda":
@@ -191,7 +190,7 @@ class Replica:
         self.engine.release(accepted)
 
     def _accepted(self, digests: Mapping[str, str]) -> list[str]:
-        """Return the digests to accept: the users', and where those ask for a key, one for this process alone."""
+        """Return the digests to accept: the users', and where there are any, one for this process alone."""
         if not digests:
             return []
         self.own_key = secrets.token_urlsafe(32)
@@ -201,13 +200,13 @@ class Replica:
         """Find out what this runs on, which is visible only outside a CPU snapshot, and use the caches that fit it."""
         self._hardware = found = self.plan.hardware or probe()
         if self.plan.caches:
-            self.plan.caches.choose(found.fingerprint(self.plan.device))
+            self.plan.caches.select_hardware(found.fingerprint(self.plan.device))
         return found
 
-    def _take_in_caches(self) -> None:
+    def _load_caches(self) -> None:
         if self.plan.caches:
             with self.phases.during("caches"):
-                self.plan.caches.take_in()
+                self.plan.caches.load()
 
     def _read_ahead(self) -> None:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
@@ -253,7 +252,7 @@ class Replica:
         return max(0.0, self._deadline - time.monotonic())
 
     @contextmanager
-    def _nothing_left_on_failure(self) -> Iterator[None]:
+    def _stopped_on_failure(self) -> Iterator[None]:
         """Modal runs no exit hook after a hook that failed or was interrupted: end the engine here."""
         try:
             yield
@@ -261,11 +260,11 @@ class Replica:
             self.stop(0)
             self._record("failed", str(error) or type(error).__name__)
             if isinstance(error, ServiceError):
-                self._afterwards.persist()
+                self._results.commit()
             raise
 
     def _record(self, outcome: str, reason: str | None) -> None:
-        """Say how the boot went, and keep it; a full disk keeps nobody from serving."""
+        """Record how the boot went; a full disk must not keep the replica from serving."""
         record = self.plan.record(
             self._hardware,
             id=self.id,
@@ -277,7 +276,7 @@ class Replica:
             reason=reason,
             seconds=round(self.phases.seconds, 3),
         )
-        self._afterwards.keep(record)
+        self._results.save(record)
 
     def _died(self, engine: EngineProcess, error: EngineError) -> None:
         with self._serving_lock:
@@ -287,16 +286,16 @@ class Replica:
 
     def _note(self, engine: EngineProcess, event: Event, fields: dict[str, Any]) -> None:
         if engine is not self._engine:
-            return  # it was given up
+            return  # it was replaced by a cold boot
         self.phases.mark(event, fields["at"])
         if event is Event.READY:
             self.ready_after_s = self.phases.seconds
         if event is Event.LOADED and self._readahead:
             self._readahead.stop()
         for failure in fields.get("failures", ()):
-            self._say(f"boot {self.id}: a request of the warm-up failed, {failure}")
+            _log.warning("boot %s: a request of the warm-up failed, %s", self.id, failure)
         self._on_event(event)
 
     def _read(self, line: str) -> None:
         self.phases.read(line)
-        self._on_line(line)
+        _output.info("%s", line, extra={"model": self.plan.spec.key})

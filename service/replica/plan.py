@@ -1,4 +1,4 @@
-"""What a replica is to be: model, engine, strategy, and how long each thing may take."""
+"""The plan of a replica: model, engine, strategy, and how long each step may take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNKNOWN_GB = 100.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a replica is to be.
+    """How one replica is to run.
 
     Attributes:
         spec: The model.
@@ -65,7 +65,7 @@ class Plan:
     records: Path | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be.
+        """Refuse a plan that cannot work.
 
         Raises:
             GpuCountError: A GPU memory snapshot of several GPUs.

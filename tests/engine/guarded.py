@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import requests
 
 from service.engine.environment import EngineEnv
+from service.engine.log import EngineLog
 from service.keys import digest
 from service.registry.models import Registry
 from service.replica.lifecycle import Replica
@@ -34,14 +35,14 @@ class Guarded:
         key: One of the keys that the guard accepts; None: it asks for none.
         routes: Path -> methods of every route of vLLM's application.
         pid: Process id of the engine, which leads its session.
-        log: Lines of the engine's output; they go on.
+        log: The engine's output, which goes on.
     """
 
     port: int
     key: str | None
     routes: dict[str, set[str]]
     pid: int
-    log: list[str]
+    log: EngineLog
 
     @property
     def url(self) -> str:
@@ -97,13 +98,12 @@ def guarded(env: EngineEnv, keys: tuple[str, ...] = (), extra_args: tuple[str, .
         extra_args: Of the registry entry.
     """
     spec = Registry.load().specs["tiny"].model_copy(update={"extra_args": extra_args})
-    log: list[str] = []
     plan = Plan(spec, spec.key, env.device, env.python, os.environ, port=free_port())
-    replica = Replica(plan, on_line=log.append)
+    replica = Replica(plan)
     try:
         replica.prepare()
         replica.start({digest(key.encode()): f"user{number}" for number, key in enumerate(keys)})
-        routes = registered_routes("\n".join(log), f"http://127.0.0.1:{plan.port}")
-        yield Guarded(plan.port, keys[0] if keys else None, routes, replica.engine.pid, log)
+        routes = registered_routes("\n".join(replica.engine.log.lines), f"http://127.0.0.1:{plan.port}")
+        yield Guarded(plan.port, keys[0] if keys else None, routes, replica.engine.pid, replica.engine.log)
     finally:
         replica.stop(0)

@@ -39,14 +39,14 @@ def replica(tmp_path: Path) -> Callable[[], Caches]:
 
 
 def boot(caches: Caches, python: str) -> dict[str, Any]:
-    """Spawn before the machine is known and compile after; return inductor's counters."""
+    """Spawn before the hardware is known and compile after; return inductor's counters."""
     with subprocess.Popen(
         [python, "-c", SCRIPT], env=dict(os.environ) | caches.env(), text=True, stdin=-1, stdout=-1
     ) as child:
         assert child.stdin
         assert child.stdout
         assert child.stdout.readline() == "imported\n"
-        caches.choose(probe().fingerprint("cpu"))
+        caches.select_hardware(probe().fingerprint("cpu"))
         print(file=child.stdin, flush=True)
         counted: dict[str, Any] = json.loads(child.stdout.readline())
     return counted
@@ -61,20 +61,20 @@ def libraries(caches: Caches) -> dict[Path, int]:
 def test_second_replica_compiles_nothing_anew(
     engine_python: str, replica: Callable[[], Caches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one made is found by the next on an empty disk, and there is nothing new to copy out."""
+    """What one made is found by the next on an empty disk, and there is nothing new to save."""
     monkeypatch.setattr("service.replica.archive._SETTLED_S", 0)  # the child has ended: nothing is being written
     first = replica()
-    first.take_in()
+    first.load()
     assert boot(first, engine_python)["fxgraph_cache_miss"] == 1
     built = libraries(first)
     assert built
-    assert first.copy_out() > 0
+    assert first.save() > 0
 
     second = replica()
-    assert second.take_in() > 0
+    assert second.load() > 0
     counted = boot(second, engine_python)
 
     assert counted["fxgraph_cache_hit"] == 1
     assert "fxgraph_cache_miss" not in counted
     assert libraries(second) == built
-    assert second.copy_out() == 0
+    assert second.save() == 0

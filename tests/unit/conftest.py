@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -69,6 +70,19 @@ def plan(fake_python: str, port: int) -> Iterator[Plan]:
     tiny = Registry.load().specs["tiny"]
     yield Plan(tiny, "tiny", "cpu", fake_python, {"PATH": os.defpath}, port=port, startup_timeout_s=20)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that returns the warnings which the service has logged."""
+    return lambda: [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def engine_output(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that returns the lines of engines' output which were logged."""
+    caplog.set_level(logging.INFO, "service.engine.output")
+    return lambda: [one.getMessage() for one in caplog.records if one.name == "service.engine.output"]
 
 
 @pytest.fixture

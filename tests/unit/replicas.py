@@ -19,17 +19,16 @@ class Place:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.volumes = {store: root / f"{store}-volume" for store in compile_caches.STORES}
-        self.said: list[str] = []
 
     def replica(self, disk: str, software: dict[str, str] | None = None, model: str = "tiny") -> Caches:
-        """Return the caches of a replica that does not know its machine yet."""
-        return Caches(self.root / disk, software or SOFTWARE, self.volumes, model=model, say=self.said.append)
+        """Return the caches of a replica that does not know its hardware yet."""
+        return Caches(self.root / disk, software or SOFTWARE, self.volumes, model=model)
 
     def booted(self, disk: str, gpu: str = H100, software: dict[str, str] | None = None, model: str = "tiny") -> Caches:
         """Return the caches of a replica whose engine may begin."""
         replica = self.replica(disk, software, model)
-        replica.choose(gpu)
-        replica.take_in()
+        replica.select_hardware(gpu)
+        replica.load()
         return replica
 
     def archives(self) -> list[Path]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,37 +15,39 @@ import pytest
 from service.replica import archive
 from tests.unit.replicas import H100, OLD_NS, Place, make
 
+Warnings = Callable[[], list[str]]
 
-def put(shelf: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    """Put an archive with these members on a shelf, under the name that its bytes ask for."""
+
+def put(directory: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    """Put an archive with these members into a directory, named by its digest."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         for member, content in members:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    path = shelf / f"{hashlib.sha256(data.getvalue()).hexdigest()}.tar"
+    path = directory / f"{hashlib.sha256(data.getvalue()).hexdigest()}.tar"
     path.write_bytes(data.getvalue())
     return path
 
 
-def test_damaged_archive_is_said_skipped_and_removed_by_the_next_writer(place: Place) -> None:
+def test_damaged_archive_is_logged_skipped_and_removed_by_the_next_writer(place: Place, warnings: Warnings) -> None:
     """A cache is a convenience: the boot goes on, and compiles."""
     first = place.booted("a")
     make(first, "vllm/x", b"x" * 100_000)
-    first.copy_out()
+    first.save()
     (damaged,) = place.archives()
     damaged.write_bytes(damaged.read_bytes()[:50_000])
 
     second = place.booted("b")
     assert place.local("b") == {}
     make(second, "vllm/x", b"x" * 100_000)
-    second.copy_out()
+    second.save()
 
-    assert len(place.said) == 1
-    assert str(damaged) in place.said[0]
-    assert "damaged" in place.said[0]
-    assert place.booted("c").copy_out() == 0
-    assert len(place.said) == 1
+    assert len(warnings()) == 1
+    assert str(damaged) in warnings()[0]
+    assert "damaged" in warnings()[0]
+    assert place.booted("c").save() == 0
+    assert len(warnings()) == 1
 
 
 def odd(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -67,11 +70,11 @@ def odd(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.Tar
     ],
     ids=["parent", "absolute", "symlink-out", "symlink", "hardlink", "fifo", "device"],
 )
-def test_archive_with_an_odd_member_is_refused_whole(place: Place, member: tarfile.TarInfo) -> None:
+def test_archive_with_an_odd_member_is_refused_whole(place: Place, member: tarfile.TarInfo, warnings: Warnings) -> None:
     """Nothing of it is written, not even its good files."""
     first = place.booted("a")
     make(first, "vllm/x")
-    first.copy_out()
+    first.save()
     (good,) = place.archives()
     put(good.parent, (tarfile.TarInfo("good"), b"good"), (member, b""))
     outside = sorted(place.root.iterdir())
@@ -79,7 +82,7 @@ def test_archive_with_an_odd_member_is_refused_whole(place: Place, member: tarfi
     place.booted("b")
 
     assert place.local("b") == {"vllm/x": b"compiled"}
-    assert len(place.said) == 1
+    assert len(warnings()) == 1
     assert sorted(place.root.iterdir()) == sorted([*outside, place.root / "b"])
 
 
@@ -89,60 +92,62 @@ def full(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace", "mkdir"])
-def test_full_volume_is_said_and_leaves_nothing_behind(
-    place: Place, monkeypatch: pytest.MonkeyPatch, where: str
+def test_full_volume_is_logged_and_leaves_nothing_behind(
+    place: Place, monkeypatch: pytest.MonkeyPatch, where: str, warnings: Warnings
 ) -> None:
     """The boot goes on, and the next copy out finds the same news."""
     replica = place.booted("a")
     make(replica, "vllm/x")
     with monkeypatch.context() as patch:
         patch.setattr(os if where == "fsync" else Path, where, full)
-        assert replica.copy_out() == 0
+        assert replica.save() == 0
 
-    assert len(place.said) == 1
-    assert "No space left on device" in place.said[0]
+    assert len(warnings()) == 1
+    assert "No space left on device" in warnings()[0]
     assert [path for path in place.root.glob("vllm-volume/**/*") if path.is_file()] == []
-    assert replica.copy_out() == len(b"compiled")
+    assert replica.save() == len(b"compiled")
 
 
-def test_full_local_disk_is_said_and_leaves_no_half_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_local_disk_is_logged_and_leaves_no_half_file(
+    place: Place, monkeypatch: pytest.MonkeyPatch, warnings: Warnings
+) -> None:
     """What did not fit is compiled."""
     first = place.booted("a")
     make(first, "vllm/x")
-    first.copy_out()
+    first.save()
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", full)
         second = place.booted("b")
 
-    assert "No space left on device" in place.said[0]
+    assert "No space left on device" in warnings()[0]
     assert place.local("b") == {}
-    assert second.take_in() == len(b"compiled")
+    assert second.load() == len(b"compiled")
 
 
-def test_local_disk_that_cannot_be_written_is_said(place: Place) -> None:
+def test_local_disk_that_cannot_be_written_is_logged(place: Place, warnings: Warnings) -> None:
     """The engine then compiles for itself; nothing is copied out, and nothing raises."""
     (place.root / "file").touch()
     replica = place.replica("file")
 
-    replica.take_in()
-    replica.choose(H100)
+    replica.load()
+    replica.select_hardware(H100)
 
-    assert replica.copy_out() == 0
-    assert len(place.said) == 2
-    assert "compile caches" in place.said[0]
+    assert replica.save() == 0
+    assert len(warnings()) == 2
+    assert "compile caches" in warnings()[0]
 
 
-def test_archives_are_merged_after_eight(place: Place) -> None:
+def test_archives_are_merged_after_eight(place: Place, warnings: Warnings) -> None:
     """The first boot's archive, which has nearly everything, must not be the one that falls off."""
     for i in range(10):
         replica = place.booted(f"disk{i}")
         make(replica, f"vllm/{i}")
-        replica.copy_out()
+        replica.save()
         assert len(place.archives()) <= 8
     place.booted("last")
 
     assert set(place.local("last")) == {f"vllm/{i}" for i in range(10)}
-    assert place.said == []
+    assert warnings() == []
 
 
 def test_archives_of_many_writers_are_merged_without_news(place: Place) -> None:
@@ -150,13 +155,13 @@ def test_archives_of_many_writers_are_merged_without_news(place: Place) -> None:
     replicas = [place.booted(f"disk{i}") for i in range(9)]
     for i, replica in enumerate(replicas):
         make(replica, "vllm/x", mtime_ns=OLD_NS + i)
-        replica.copy_out()
+        replica.save()
     assert len(place.archives()) == 9
 
-    assert place.booted("b").copy_out() == len(b"compiled")
+    assert place.booted("b").save() == len(b"compiled")
 
     assert len(place.archives()) == 1
-    assert place.booted("c").copy_out() == 0
+    assert place.booted("c").save() == 0
 
 
 def test_oldest_archives_go_when_there_is_too_much(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +170,7 @@ def test_oldest_archives_go_when_there_is_too_much(place: Place, monkeypatch: py
     replica = place.booted("a")
     for i in range(4):
         make(replica, f"vllm/{i}", b"%d" % i * 15_000)
-        replica.copy_out()
+        replica.save()
         for path in place.archives():  # each a day older than the next
             os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
     place.booted("b")
@@ -179,7 +184,7 @@ def test_caches_of_old_versions_are_removed(place: Place) -> None:
     for i in range(5):
         replica = place.booted(f"disk{i}", software={"vllm": f"0.{i}"})
         make(replica, "vllm/x")
-        replica.copy_out()
+        replica.save()
         for path in (place.volumes["vllm"] / "compiled").iterdir():
             os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
 
@@ -194,12 +199,12 @@ def test_abandoned_temporary_archive_is_removed(place: Place) -> None:
     """A replica may be killed while it writes; another may be writing right now."""
     replica = place.booted("a")
     make(replica, "vllm/x")
-    replica.copy_out()
-    shelf = place.archives()[0].parent
-    (shelf / ".dead.tmp").touch()
-    os.utime(shelf / ".dead.tmp", ns=(OLD_NS, OLD_NS))
-    (shelf / ".alive.tmp").touch()
+    replica.save()
+    directory = place.archives()[0].parent
+    (directory / ".dead.tmp").touch()
+    os.utime(directory / ".dead.tmp", ns=(OLD_NS, OLD_NS))
+    (directory / ".alive.tmp").touch()
     make(replica, "vllm/y")
-    replica.copy_out()
+    replica.save()
 
-    assert [path.name for path in shelf.glob(".*")] == [".alive.tmp"]
+    assert [path.name for path in directory.glob(".*")] == [".alive.tmp"]

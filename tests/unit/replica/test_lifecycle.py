@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from service.weights import store
 from tests.unit.engines import eventually, group, scripted
+
+Output = Callable[[], list[str]]
 
 
 def test_replica_without_a_snapshot_prepares_weights_only(plan: Plan) -> None:
@@ -74,31 +78,29 @@ def test_replica_tells_its_phases_as_they_pass(plan: Plan) -> None:
     replica.stop(0)
 
 
-def test_replica_with_keys_makes_one_for_itself(plan: Plan) -> None:
-    """`complete` needs a key where strangers do; it lives in this process only."""
-    lines: list[str] = []
-    replica = Replica(plan, on_line=lines.append)
+def test_replica_with_keys_makes_one_for_itself(plan: Plan, engine_output: Output) -> None:
+    """`complete` needs a key where API clients do; it exists in this process only."""
+    replica = Replica(plan)
     replica.prepare()
     replica.start({"ab" * 32: "alice"})
     replica.stop()
 
     assert replica.own_key is not None
-    told = next(line for line in lines if line.startswith("release "))
+    told = next(line for line in engine_output() if line.startswith("release "))
     assert "ab" * 32 in told
     assert hashlib.sha256(replica.own_key.encode()).hexdigest() in told
     assert replica.own_key not in told
 
 
-def test_replica_without_keys_makes_none(plan: Plan) -> None:
-    """Modal's proxy, or loopback, keeps strangers out."""
-    lines: list[str] = []
-    replica = Replica(plan, on_line=lines.append)
+def test_replica_without_keys_makes_none(plan: Plan, engine_output: Output) -> None:
+    """Modal's proxy, or loopback, keeps others out."""
+    replica = Replica(plan)
     replica.prepare()
     replica.start()
     replica.stop()
 
     assert replica.own_key is None
-    assert '"digests": []' in next(line for line in lines if line.startswith("release "))
+    assert '"digests": []' in next(line for line in engine_output() if line.startswith("release "))
 
 
 @pytest.mark.parametrize("snapshot", ["off", "cpu", "gpu"])
@@ -205,28 +207,26 @@ def test_replica_stop_is_idempotent_and_comes_any_time(plan: Plan) -> None:
     assert replica.engine.state is State.STOPPED
 
 
-def test_replica_stop_gives_the_plans_grace(plan: Plan) -> None:
+def test_replica_stop_gives_the_plans_grace(plan: Plan, engine_output: Output) -> None:
     """Modal gives less time than a terminal does."""
-    lines: list[str] = []
     replica = Replica(
-        dataclasses.replace(plan, shutdown=dataclasses.replace(MODAL_SHUTDOWN, drain_s=7.0, cancel_s=0.5)),
-        on_line=lines.append,
+        dataclasses.replace(plan, shutdown=dataclasses.replace(MODAL_SHUTDOWN, drain_s=7.0, cancel_s=0.5))
     )
     replica.prepare()
     replica.start()
     replica.stop()
 
-    assert 'drain {"grace_s": 7.0, "cancel_s": 0.5}' in lines
+    assert 'drain {"grace_s": 7.0, "cancel_s": 0.5}' in engine_output()
 
 
-def test_replica_shares_weights_only_when_they_were_fetched(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replica_commits_weights_only_when_they_were_fetched(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume's commit is for news, and comes before the engine opens a file."""
-    shared: list[str] = []
-    Replica(plan).prepare(share=lambda: shared.append("found"))
+    committed: list[str] = []
+    Replica(plan, commit_weights=lambda: committed.append("found")).prepare()
     monkeypatch.setattr(store, "ensure", lambda *_: store.Weights(Path("/w"), fetched=True))
-    Replica(plan).prepare(share=lambda: shared.append("fetched"))
+    Replica(plan, commit_weights=lambda: committed.append("fetched")).prepare()
 
-    assert shared == ["fetched"]
+    assert committed == ["fetched"]
 
 
 @pytest.mark.parametrize(("snapshot", "before_the_checkpoint"), [("off", 0), ("cpu", 0), ("gpu", 1)])
@@ -255,3 +255,16 @@ def test_replica_probes_its_hardware_once_a_boot(
     replica.start()
     replica.stop(0)
     assert len(found) == 1
+
+
+def test_replica_logs_the_output_of_its_engine_with_the_model(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    """Each line is a record of its own logger, whose handler can tell the models apart."""
+    caplog.set_level(logging.INFO, "service.engine.output")
+    replica = Replica(scripted(plan, script={"output": ["Loading weights 17% {}"]}))
+    replica.prepare()
+    replica.start()
+    replica.stop(0)
+    records = [record for record in caplog.records if record.name == "service.engine.output"]
+
+    assert "Loading weights 17% {}" in [record.getMessage() for record in records]
+    assert {getattr(record, "model", None) for record in records} == {"tiny"}

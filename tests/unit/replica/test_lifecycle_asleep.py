@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -17,35 +18,35 @@ from service.replica.lifecycle import Replica
 from service.replica.plan import Plan
 from tests.unit.engines import READY_S, eventually, group, scripted
 
+Warnings = Callable[[], list[str]]
+
 
 class Watched(Replica):
-    """A replica that keeps what it says, and the engine that it put to sleep."""
+    """A replica that keeps its warnings, events and records, and the engine that it put to sleep."""
 
     def __init__(self, plan: Plan) -> None:
-        self.said: list[str] = []
         self.events: list[str] = []
         self.deaths: list[EngineError] = []
         self.records: list[BootRecord] = []
         super().__init__(
             plan,
-            say=self.said.append,
             on_event=self.events.append,
             on_death=self.deaths.append,
             on_record=self.records.append,
         )
 
-    def prepare(self, *arguments: Any) -> None:
+    def prepare(self) -> None:
         """Prepare, and keep the engine."""
-        super().prepare(*arguments)
+        super().prepare()
         self.sleeper: EngineProcess = self.engine
 
-    def assert_booted_cold(self, reason: str) -> None:
-        """Insist that another engine is READY, the first gone whole, and that it is said why."""
+    def assert_booted_cold(self, reason: str, warnings: list[str]) -> None:
+        """Insist that another engine is READY, the first is gone, and the reason was logged."""
         assert self.engine is not self.sleeper
         self.engine.wait_for(State.READY, 0)
         assert group(self.sleeper.pid) == []
-        assert reason in self.said[0]
-        assert f"boot {self.id}: " in self.said[0]
+        assert reason in warnings[0]
+        assert f"boot {self.id}: " in warnings[0]
         assert [(record.outcome, reason in str(record.reason)) for record in self.records] == [("cold", True)]
         assert self.deaths == []
 
@@ -71,7 +72,7 @@ def test_replica_under_a_gpu_snapshot_is_held_asleep_with_no_port(plan: Plan) ->
         replica.stop()
 
 
-def test_replica_that_wakes_is_ready_with_the_same_engine(plan: Plan) -> None:
+def test_replica_that_wakes_is_ready_with_the_same_engine(plan: Plan, warnings: Warnings) -> None:
     """Nothing is imported or loaded a second time."""
     replica = asleep(plan)
     replica.start()
@@ -80,52 +81,52 @@ def test_replica_that_wakes_is_ready_with_the_same_engine(plan: Plan) -> None:
         replica.engine.wait_for(State.READY, 0)
         assert replica.events[7:] == ["awake", "woken", "opening", "ready"]
         assert [(record.outcome, record.reason) for record in replica.records] == [("ready", None)]
-        assert replica.said == []
+        assert warnings() == []
     finally:
         replica.stop()
 
 
-def test_replica_that_wakes_as_another_is_booted_cold(plan: Plan) -> None:
+def test_replica_that_wakes_as_another_is_booted_cold(plan: Plan, warnings: Warnings) -> None:
     """A restore that brought its memory back wrong must never answer anybody."""
     replica = asleep(plan, script={"different": True, "grandchild": True})
     replica.start()
     try:
-        replica.assert_booted_cold("token 1 is 9 instead of 1")
+        replica.assert_booted_cold("token 1 is 9 instead of 1", warnings())
         assert "opening" not in replica.events[: replica.events.index("started", 1)]
         assert psutil.Process(replica.engine.pid).environ()["ENGINE_HOLD"] == "imported"
     finally:
         replica.stop()
 
 
-def test_replica_that_does_not_wake_in_time_is_booted_cold(plan: Plan) -> None:
+def test_replica_that_does_not_wake_in_time_is_booted_cold(plan: Plan, warnings: Warnings) -> None:
     """A wake that hangs costs its time-out, and no more."""
     script = {"hang_at": "awake", "ignore_sigterm": True, "grandchild": True}
     replica = asleep(plan, wake_timeout_s=0.5, script=script)
     replica.start()
     try:
-        replica.assert_booted_cold("did not wake within 0.5 s")
+        replica.assert_booted_cold("did not wake within 0.5 s", warnings())
     finally:
         replica.stop(0)
 
 
-def test_replica_whose_engine_died_asleep_is_booted_cold(plan: Plan) -> None:
+def test_replica_whose_engine_died_asleep_is_booted_cold(plan: Plan, warnings: Warnings) -> None:
     """What a restore did not bring back at all is found at once."""
     replica = asleep(plan, script={"grandchild": True})
     os.kill(replica.engine.pid, signal.SIGKILL)
     replica.start()
     try:
-        replica.assert_booted_cold("SIGKILL")
+        replica.assert_booted_cold("SIGKILL", warnings())
     finally:
         replica.stop()
 
 
 @pytest.mark.parametrize("step", ["awake", "woken", "opening", "listening"])
-def test_replica_whose_engine_dies_while_it_wakes_is_booted_cold(plan: Plan, step: str) -> None:
+def test_replica_whose_engine_dies_while_it_wakes_is_booted_cold(plan: Plan, step: str, warnings: Warnings) -> None:
     """At any step until it is ready."""
     replica = asleep(plan, script={"die_at": step, "code": 7, "only": "asleep"})
     replica.start()
     try:
-        replica.assert_booted_cold("code 7")
+        replica.assert_booted_cold("code 7", warnings())
     finally:
         replica.stop()
 

@@ -1,4 +1,4 @@
-"""What a boot leaves behind: its record, and what it compiled, each at its moment."""
+"""What a boot leaves behind: its record, and what it compiled, each at the right time."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ VERSIONS = {"vllm": "1.2.3"}
 
 
 class Noted(Caches):
-    """Caches that note in a row, which others write to as well, when they are asked for something."""
+    """Caches that write each call into a list that is shared with others."""
 
     def __init__(self, local: Path, volume: Path, row: list[str]) -> None:
         super().__init__(local, VERSIONS, {"vllm": volume})
         self._row = row
 
-    def take_in(self) -> int:
-        """Take in."""
-        self._row.append("take_in")
-        return super().take_in()
+    def load(self) -> int:
+        """Load."""
+        self._row.append("load")
+        return super().load()
 
-    def choose(self, machine: str) -> None:
-        """Choose."""
-        self._row.append("choose")
-        super().choose(machine)
+    def select_hardware(self, fingerprint: str) -> None:
+        """Select."""
+        self._row.append("select")
+        super().select_hardware(fingerprint)
 
-    def copy_out(self) -> int:
-        """Copy out."""
-        self._row.append("copy_out")
-        return super().copy_out()
+    def save(self) -> int:
+        """Save."""
+        self._row.append("save")
+        return super().save()
 
     def env(self) -> Mapping[str, str]:  # type: ignore[override]
         """Lead the engine here."""
@@ -63,7 +63,7 @@ def cached(plan: Plan, tmp_path: Path, row: list[str]) -> Plan:
 
 
 class Noting(Replica):
-    """A replica that notes the release, sleep and READY, its record, and what it persists."""
+    """A replica that notes release, sleep and READY, its record, and its commits."""
 
     def __init__(self, plan: Plan, row: list[str]) -> None:
         self._row = row
@@ -71,7 +71,7 @@ class Noting(Replica):
             plan,
             on_event=lambda event: row.append(event) if event in {"asleep", "ready"} else None,
             on_record=lambda record: row.append(f"recorded {record.outcome}"),
-            persist=lambda: row.append("persist"),
+            commit_caches=lambda: row.append("commit"),
         )
 
     def _release(self, accepted: list[str]) -> None:
@@ -93,12 +93,12 @@ def boot(plan: Plan, **options: Any) -> Replica:
 @pytest.mark.parametrize("snapshot", ["off", "cpu", "gpu"])
 def test_boot_that_is_ready_keeps_its_record(plan: Plan, tmp_path: Path, snapshot: Any) -> None:
     """One file, of this boot's id, with what it was and how long it took; the same goes to `on_record`."""
-    told: list[records.BootRecord] = []
+    received: list[records.BootRecord] = []
     changes = {"snapshot": snapshot, "versions": VERSIONS, "records": tmp_path / "boots", "fast_boot": False}
-    replica = boot(scripted(plan, **changes), on_record=told.append)
+    replica = boot(scripted(plan, **changes), on_record=received.append)
     kept = records.load(tmp_path / "boots")
 
-    assert kept == told
+    assert kept == received
     assert (kept[0].id, kept[0].model, kept[0].strategy, kept[0].gpu) == (replica.id, "tiny", snapshot, "cpu")
     assert (kept[0].outcome, kept[0].reason, kept[0].restored, kept[0].fast_boot) == ("ready", None, False, False)
     assert kept[0].versions == VERSIONS
@@ -130,7 +130,7 @@ def test_boot_that_fails_keeps_why(plan: Plan, tmp_path: Path, snapshot: Any) ->
 
 
 def test_boot_that_is_interrupted_keeps_that(plan: Plan, tmp_path: Path) -> None:
-    """An interrupt has no words of its own."""
+    """An interrupt has no text of its own."""
 
     def interrupt(event: str) -> None:
         if event == "building":
@@ -143,63 +143,63 @@ def test_boot_that_is_interrupted_keeps_that(plan: Plan, tmp_path: Path) -> None
 
 
 def test_boot_whose_record_cannot_be_kept_is_ready(plan: Plan, tmp_path: Path) -> None:
-    """A full disk keeps nobody from serving."""
+    """A full disk must not keep a replica from serving."""
     (tmp_path / "boots").write_text("in the way")
-    told: list[records.BootRecord] = []
-    boot(scripted(plan, records=tmp_path / "boots"), on_record=told.append)
+    received: list[records.BootRecord] = []
+    boot(scripted(plan, records=tmp_path / "boots"), on_record=received.append)
 
-    assert [record.outcome for record in told] == ["ready"]
+    assert [record.outcome for record in received] == ["ready"]
 
 
-def test_boot_without_a_snapshot_takes_its_caches_in_while_the_engine_imports(cached: Plan, row: list[str]) -> None:
-    """Chosen before the spawn, there before the release; handed on once it serves, and at the end once more."""
+def test_boot_without_a_snapshot_loads_its_caches_while_the_engine_imports(cached: Plan, row: list[str]) -> None:
+    """Selected before the spawn, loaded before the release; saved once it serves, and at the end once more."""
     replica = Noting(cached, row)
     replica.prepare()
     assert row == []
     replica.start()
-    assert eventually(lambda: "persist" in row)
+    assert eventually(lambda: "commit" in row)
     replica.stop()
 
-    assert row[:4] == ["choose", "env", "take_in", "release"]
-    assert row[4:] == ["ready", "recorded ready", "copy_out", "persist", "copy_out"]
+    assert row[:4] == ["select", "env", "load", "release"]
+    assert row[4:] == ["ready", "recorded ready", "save", "commit", "save"]
 
 
-def test_boot_from_a_cpu_snapshot_chooses_its_caches_before_the_release(cached: Plan, row: list[str]) -> None:
+def test_boot_from_a_cpu_snapshot_selects_its_caches_before_the_release(cached: Plan, row: list[str]) -> None:
     """The GPU is seen only after the checkpoint, and the engine reads no cache before the release."""
     replica = Noting(scripted(cached, snapshot="cpu"), row)
     replica.prepare()
-    assert row == ["take_in", "env"]
+    assert row == ["load", "env"]
     replica.start()
-    assert eventually(lambda: "persist" in row)
+    assert eventually(lambda: "commit" in row)
     replica.stop(0)
 
-    assert row[2:] == ["choose", "take_in", "release", "ready", "recorded ready", "copy_out", "persist"]
+    assert row[2:] == ["select", "load", "release", "ready", "recorded ready", "save", "commit"]
 
 
-def test_boot_from_a_gpu_snapshot_copies_out_only_once_it_is_awake(cached: Plan, row: list[str]) -> None:
+def test_boot_from_a_gpu_snapshot_saves_caches_only_once_it_is_awake(cached: Plan, row: list[str]) -> None:
     """A checkpoint that sees a volume's file open cannot be restored."""
     replica = Noting(scripted(cached, snapshot="gpu"), row)
     replica.prepare()
-    assert row == ["choose", "take_in", "env", "asleep"]
+    assert row == ["select", "load", "env", "asleep"]
     replica.start()
-    assert eventually(lambda: "persist" in row)
+    assert eventually(lambda: "commit" in row)
     replica.stop(0)
 
-    assert row[4:] == ["release", "ready", "recorded ready", "copy_out", "persist"]
+    assert row[4:] == ["release", "ready", "recorded ready", "save", "commit"]
 
 
-def test_boot_restored_from_a_gpu_snapshot_has_no_news_for_others(cached: Plan, row: list[str]) -> None:
-    """What its snapshot compiled, the replica that made it has handed on."""
+def test_boot_restored_from_a_gpu_snapshot_saves_no_caches(cached: Plan, row: list[str]) -> None:
+    """What its snapshot compiled was saved by the replica that took the snapshot."""
     replica = Noting(scripted(cached, snapshot="gpu"), row)
     replica.prepare()
     replica.start(restored=True)
-    assert eventually(lambda: "persist" in row)
+    assert eventually(lambda: "commit" in row)
     replica.stop(0)
 
-    assert row[4:] == ["release", "ready", "recorded ready", "persist"]
+    assert row[4:] == ["release", "ready", "recorded ready", "commit"]
 
 
-def test_boot_that_fails_hands_on_its_record_alone(cached: Plan, row: list[str]) -> None:
+def test_boot_that_fails_commits_its_record_alone(cached: Plan, row: list[str]) -> None:
     """What half a boot compiled may be half written; why it failed is worth keeping."""
     replica = Noting(scripted(cached, script={"die_at": "canary"}), row)
     replica.prepare()
@@ -207,12 +207,12 @@ def test_boot_that_fails_hands_on_its_record_alone(cached: Plan, row: list[str])
         replica.start()
     replica.stop()
 
-    assert row[-2:] == ["recorded failed", "persist"]
-    assert "copy_out" not in row
+    assert row[-2:] == ["recorded failed", "commit"]
+    assert "save" not in row
 
 
 def test_boot_with_caches_leads_the_engine_to_them(cached: Plan, tmp_path: Path) -> None:
-    """And to nobody else's, whatever the parent's environment says."""
+    """And to no others, whatever the parent's environment says."""
     plan = scripted(cached, snapshot="cpu")
     replica = Replica(plan)
     replica.prepare()
@@ -224,7 +224,7 @@ def test_boot_with_caches_leads_the_engine_to_them(cached: Plan, tmp_path: Path)
         replica.stop(0)
 
 
-def test_boot_hands_on_what_the_engine_compiled(cached: Plan, tmp_path: Path, row: list[str]) -> None:
+def test_boot_saves_what_the_engine_compiled(cached: Plan, tmp_path: Path, row: list[str]) -> None:
     """An archive on the volume, from the place that the engine was led to."""
     replica = Noting(cached, row)
     replica.prepare()
@@ -238,7 +238,7 @@ def test_boot_hands_on_what_the_engine_compiled(cached: Plan, tmp_path: Path, ro
 
     replica._on_event = compile_
     replica.start()
-    assert eventually(lambda: "persist" in row)
+    assert eventually(lambda: "commit" in row)
     replica.stop(0)
 
     assert [path for path in (tmp_path / "volume").rglob("*") if path.is_file()] != []
