@@ -55,11 +55,13 @@ def find_route(method: str, path: str) -> ApiRoute:
     routes = http_contract.routes_at(path)
     if not routes:
         raise APIError(404, http_contract.no_route(path), kind="not_found_error")
-    route = routes.get(method) or (routes.get("GET") if method == "HEAD" else None)
-    if route is None or (method == "HEAD" and route.model_from and not route.is_own_without_model):
-        allowed = ", ".join(sorted(routes))
-        raise APIError(405, http_contract.not_allowed(method, path, routes), headers={"Allow": allowed})
-    return route
+    allowed = dict(routes)
+    if (get := routes.get("GET")) and (get.model_from is None or get.is_own_without_model):
+        allowed["HEAD"] = get  # HEAD is not forwarded
+    if method not in allowed:
+        headers = {"Allow": ", ".join(sorted(allowed))}
+        raise APIError(405, http_contract.not_allowed(method, path, routes), headers=headers)
+    return allowed[method]
 
 
 def unauthorized() -> APIError:

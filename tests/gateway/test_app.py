@@ -305,6 +305,22 @@ def test_request_that_needs_no_engine_wakes_none(method: str, path: str, status:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("path", "allow"), [("/v1/models", "GET, HEAD"), ("/health", "GET, HEAD"), ("/v1/responses/resp_1", "GET")]
+)
+def test_method_that_is_not_allowed_is_405_with_those_that_are(path: str, allow: str) -> None:
+    """HEAD works where the gateway answers itself, and is forwarded to no engine."""
+
+    async def run() -> None:
+        async with serve_gateway() as gateway:
+            async with gateway.http.delete(gateway.url + path) as answer:
+                assert (answer.status, answer.headers["Allow"]) == (405, allow)
+            async with gateway.http.head(gateway.url + path) as answer:
+                assert answer.status == (200 if "HEAD" in allow else 405)
+
+    asyncio.run(run())
+
+
 def test_adapter_on_a_gpu_is_that_adapter() -> None:
     """A GPU after its name changes where it runs, not which adapter it is."""
     spec = ModelSpec(key="base", path="x", adapters=(Adapter(name="SQL", path="y"),))
