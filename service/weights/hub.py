@@ -1,7 +1,8 @@
 """What the service needs of a model hub, and which hub has a repository.
 
 A second hub is one new module with a class that has these members, and one entry in `HUBS`: its repositories are then
-written `<name>:<owner>/<repository>` in a registry entry's hub_id. Nothing else in `service.weights` knows a hub.
+written `<name>:<owner>/<repository>` in a registry entry's hub_id, and the class gets that whole hub_id. No other
+module of `service.weights` knows a hub.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from service.errors import UsageError
+from service.errors import UsageError, did_you_mean
 from service.weights.files import RepositorySpec
 from service.weights.huggingface import HuggingFace
 from service.weights.manifest import Manifest
@@ -59,7 +60,7 @@ class Hub(Protocol):
 
 
 DEFAULT = HuggingFace()
-HUBS: dict[str, Hub] = {"huggingface": DEFAULT}
+HUBS: dict[str, Hub] = {"": DEFAULT}
 
 
 def hub_for(hub_id: str) -> Hub:
@@ -68,12 +69,10 @@ def hub_for(hub_id: str) -> Hub:
     Raises:
         UsageError: There is no hub of the name before the colon.
     """
-    name, colon, _ = hub_id.partition(":")
-    if not colon:
-        return DEFAULT
+    name = hub_id.rpartition(":")[0]
     if name not in HUBS:
         raise UsageError(
-            f"'{hub_id}' names the hub '{name}', which is unknown. Known: {', '.join(HUBS)}.",
-            hint="Correct the entry's hub_id; without a colon it is on Hugging Face.",
+            f"hub_id '{hub_id}' names the hub '{name}', which is unknown.{did_you_mean(name, HUBS)}",
+            hint="Correct the entry's hub_id; one without a colon is on Hugging Face.",
         )
     return HUBS[name]

@@ -113,7 +113,7 @@ def test_second_hub_is_prefetched_from(memory_hub: MemoryHub) -> None:
     assert store.find(SPEC) is None
 
 
-def test_unknown_hub_is_refused_with_the_known_ones() -> None:
+def test_unknown_hub_is_refused_with_the_nearest(memory_hub: MemoryHub) -> None:
     """A mistyped name before the colon."""
-    with pytest.raises(UsageError, match=r"'hugginface:org/mine' names the hub 'hugginface'.*Known: huggingface"):
-        hub.hub_for("hugginface:org/mine")
+    with pytest.raises(UsageError, match=r"names the hub 'memry', which is unknown\. Did you mean 'memory'"):
+        hub.hub_for("memry:org/mine")
