@@ -1,4 +1,4 @@
-"""What people see of pins that are behind the hub. To stdout."""
+"""Prints which pinned commits are older than the hub's, to stdout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.cli.terminal import print_json, print_table, results_console
 from service.weights.outdated import Pin
 
 _ADVICE = (
-    "To take it, write it into the entry's revision; where the entry names none: "
+    "To serve it, write it into the entry's revision; for an entry that names none: "
     "vllm-service prefetch <model> --update."
 )
 
@@ -28,8 +28,10 @@ def show(pins: Sequence[Pin], as_json: bool) -> None:
         if pin.refusal:
             console.print(f"{pin.model}: {pin.refusal}", markup=False)
         elif not pin.revision:
-            console.print(f"{pin.model}: {pin.hub_id} names no commit and none is recorded yet", markup=False)
-    told = sum(bool(pin.newest) for pin in pins)
-    console.print(f"{len(outdated)} of {told} repositories that the hub told of have a newer commit.", markup=False)
+            console.print(
+                f"{pin.model}: {pin.hub_id} has no revision in its entry, and none is recorded yet", markup=False
+            )
+    known = sum(bool(pin.newest) for pin in pins)
+    console.print(f"{len(outdated)} of {known} repositories have a newer commit on the hub.", markup=False)
     if outdated:
         console.print(_ADVICE, markup=False)

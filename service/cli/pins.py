@@ -1,4 +1,4 @@
-"""What people see of `vllm-service models --pin`. To stdout."""
+"""Prints what `vllm-service models --pin` pinned, to stdout."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def follow(request: PrefetchRequest, events: Iterable[PrefetchEvent], as_json: b
             else:
                 (ready if isinstance(event, ModelReady) else removed).append(event)  # type: ignore[arg-type]
                 if not as_json:
-                    results.print(sentence(event), markup=False)
+                    results.print(describe(event), markup=False)
     if as_json:
         kinds: dict[str, list[Any]] = {"models": ready, "failed": failed, "freed": removed}
         print_json({name: [asdict(result) for result in found] for name, found in kinds.items()})
@@ -160,7 +160,7 @@ def _announcement(request: PrefetchRequest) -> str:
     return f"{len(request.specs)} models, {total}{more} when nothing is in the cache yet"
 
 
-def sentence(event: ModelReady | RevisionRemoved) -> str:
+def describe(event: ModelReady | RevisionRemoved) -> str:
     """Return a result in words."""
     if isinstance(event, RevisionRemoved):
         return f"removed {event.hub_id} at {event.revision}: {size(event.size)} freed"
@@ -170,8 +170,8 @@ def sentence(event: ModelReady | RevisionRemoved) -> str:
     if event.damage:
         return "\n".join([f"{at} is damaged", *(f"  {line}" for line in event.damage)])
     if not event.size:
-        return f"{at} is as the hub has it"
-    return f"{at} is complete, {size(event.size)}{'' if event.fetched else ', and was here already'}"
+        return f"{at} matches the hub"
+    return f"{at} is complete, {size(event.size)}{'' if event.fetched else ', already in the cache'}"
 
 
 def size(count: float) -> str:

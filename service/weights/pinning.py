@@ -1,4 +1,4 @@
-"""Pins what names no commit: asks the hub once, and writes the answers into the lock file. Fetches nothing."""
+"""Pins entries without a revision: asks the hub for newest commits and writes the lock file. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from service.weights import revisions
 
 @dataclass(frozen=True)
 class Pins:
-    """What a run of `pin` came to.
+    """The result of `pin`.
 
     Attributes:
         file: The lock file.
-        pinned: Repository -> commit that was written.
-        failed: Repository -> why the hub named no commit.
+        pinned: Hub id -> commit that was written.
+        failed: Hub id -> why the hub named no commit.
     """
 
     file: Path
@@ -29,11 +29,11 @@ def pin(registry: Registry, models_file: str | None) -> Pins:
     """Write the newest commit of every repository that neither its entry nor a lock file pins. Blocks.
 
     Args:
-        registry: With the commits of the lock files.
-        models_file: Beside which the lock file is; None: the built-in registry.
+        registry: With the revisions of the lock files.
+        models_file: The lock file is beside it; None: beside the built-in registry.
 
     Raises:
-        RegistryError: The lock file that is there is wrong.
+        RegistryError: The existing lock file is wrong.
         ServiceError: The lock file cannot be written.
     """
     pins = Pins(revisions.lock_file(models_file))

@@ -113,7 +113,7 @@ def test_follow_prints_results_and_records_commits(tmp_path: Path, capsys: pytes
     assert err.splitlines() == [f"org/mine is at {A}, recorded in {lock}", "Fetching org/mine"]
     assert out.splitlines() == [
         f"mine: org/mine at {A} is complete, 9.4 GB",
-        f"other: org/other at {A} is complete, 830 kB, and was here already",
+        f"other: org/other at {A} is complete, 830 kB, already in the cache",
         "tiny: a directory, nothing to fetch",
         f"removed org/old at {A}: 2.0 MB freed",
     ]
@@ -137,7 +137,7 @@ def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixtur
         f"mine: org/mine at {A} is damaged",
         "  a.safetensors is damaged",
         "  b.safetensors is missing",
-        f"other: org/other at {A} is as the hub has it",
+        f"other: org/other at {A} matches the hub",
     ]
 
 

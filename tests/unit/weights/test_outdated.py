@@ -75,8 +75,8 @@ def test_outdated_pins_are_shown_with_the_way_to_update_them(capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
 
     assert lines[1].split() == ["a", "org/a", COMMIT[:12], NEW[:12]]
-    assert lines[2:4] == ["c: org/c names no commit and none is recorded yet", "d: org/d is gated."]
-    assert lines[4] == "1 of 3 repositories that the hub told of have a newer commit."
+    assert lines[2:4] == ["c: org/c has no revision in its entry, and none is recorded yet", "d: org/d is gated."]
+    assert lines[4] == "1 of 3 repositories have a newer commit on the hub."
     assert "--update" in lines[5]
 
 
