@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 
 class ServiceError(Exception):
-    """Anything this service refuses or fails at. `exit_code` is what a command ends with.
+    """Any error of this service that a user can read. `exit_code` is what a command ends with.
 
     Args:
         message: What happened: one or more sentences.
@@ -61,7 +61,7 @@ class RegistryError(UsageError):
 
 
 class UnknownModelError(UsageError):
-    """No registry entry answers to this name."""
+    """No registry entry has this name."""
 
 
 class UnknownGpuError(UsageError):

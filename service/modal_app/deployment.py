@@ -86,7 +86,7 @@ class Deployment:
         """Return the model of a replica, with the commits that all replicas serve.
 
         Raises:
-            UnknownModelError: Nothing answers to the name.
+            UnknownModelError: No entry has the name.
             WeightsError: An entry names no commit, none is recorded, and the hub is not in reach.
         """
         spec = self.registry.resolve(name, self.settings.model).spec

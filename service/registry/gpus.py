@@ -1,4 +1,4 @@
-"""The GPUs that Modal offers: memory and price. Pure data and look-up; what this machine has is `hardware.py`'s.
+"""The GPUs that Modal offers: memory and price. Pure data and look-up; `hardware.py` probes this machine.
 
 Prices are per GPU, before CPU and memory; a choice of region multiplies them by 1.5 to 1.75.
 Source: modal.com/pricing as transcribed on 2026-09-26, Modal's GPU guide as of 2026-08-22.

@@ -1,4 +1,4 @@
-"""The registry: which models there are and how the engine is to run each. Data in `models.toml`, rules here.
+"""The registry: the models, and how the engine runs each. The data is in `models.toml`, the rules are here.
 
 A name is a key (`gemma-3-12b`), an alias, a hub id in any case, `llm` for the default model, or any of these with a GPU
 behind it (`gemma-3-12b-h100`).
@@ -31,7 +31,7 @@ class _Entry(BaseModel):
 
 
 class Speculative(_Entry):
-    """A draft model whose guesses the served model verifies: several tokens a step, same output."""
+    """Speculative decoding: the served model verifies the tokens of a draft, several a step, with the same output."""
 
     method: Literal["eagle", "eagle3", "mtp", "ngram", "draft_model"]
     num_speculative_tokens: int = Field(ge=1, le=32)
@@ -40,7 +40,7 @@ class Speculative(_Entry):
 
 
 class Adapter(_Entry):
-    """A LoRA adapter that is served beside its model: a request that names it gets the model so adapted."""
+    """A LoRA adapter that is served beside its model, under its own name."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     hub_id: str | None = Field(None, pattern=_HUB_ID)
@@ -137,7 +137,7 @@ class ModelSpec(_Entry):
 
     @property
     def repositories(self) -> tuple[tuple[str, str | None], ...]:
-        """Hub id and revision of all that it is made of: model, draft, adapters."""
+        """Hub id and revision of its repositories: model, draft, adapters."""
         parts: list[ModelSpec | Speculative | Adapter] = [self, *self.adapters]
         if self.speculative:
             parts.insert(1, self.speculative)
@@ -146,7 +146,7 @@ class ModelSpec(_Entry):
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What a name stands for: a model, a GPU when the name ended in one, and the name without it, in lower case."""
+    """What a name means: a model, the GPU when the name ends in one, and the name without it, in lower case."""
 
     spec: ModelSpec
     gpu: Gpu | None = None
@@ -179,7 +179,7 @@ class Registry:
         """Read the built-in models and then those of `models_file`, which may replace one by its key.
 
         Raises:
-            RegistryError: The file is missing, is no TOML, or an entry is wrong; the sentence names entry and field.
+            RegistryError: The file is missing, is no TOML, or an entry is wrong; the error names entry and field.
         """
         specs = _read(BUILT_IN)
         if models_file:
@@ -190,10 +190,10 @@ class Registry:
             raise RegistryError(f"Models file '{models_file or BUILT_IN}': {error.message}", hint=error.hint) from error
 
     def resolve(self, name: str, default: str | None = None) -> ModelChoice:
-        """Return what `name` stands for; `llm` is `default`.
+        """Return what `name` means; `llm` means `default`.
 
         Raises:
-            UnknownModelError: Nothing answers to the name; the sentence offers the nearest.
+            UnknownModelError: No entry has the name; the error offers the nearest.
         """
         lowered = name.lower()
         if lowered == DEFAULT_ALIAS and default:

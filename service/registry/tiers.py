@@ -1,4 +1,4 @@
-"""GPU tiers: a GPU type and a count make one deployed app. How each is named, and whether a model's weights fit."""
+"""GPU tiers: a GPU type and a count make one deployed app. Their names, prices, and whether a model's weights fit."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def count_label(gpu_name: str, n_gpu: int) -> str:
 
 
 def tier_of(spec: ModelSpec, gpu: Gpu | None = None, n_gpu: int | None = None) -> Tier:
-    """Return where a model runs: GPU and count as given, else its entry's; on a GPU other than the entry's, one."""
+    """Return the tier of a model: GPU and count as given, else its entry's; one GPU if it is not the entry's type."""
     chosen = gpu or spec.tier.gpu
     return Tier(chosen, n_gpu or (spec.n_gpu if chosen == spec.tier.gpu else 1))
 
 
 def check_weights(spec: ModelSpec, tier: Tier, written: Callable[[Tier], str]) -> None:
-    """Refuse a tier whose memory is less than a model's weights; the sentence names tiers that fit.
+    """Refuse a tier whose memory is less than a model's weights; the hint names tiers that fit.
 
     Args:
         spec: The model.
         tier: Where it is to run.
-        written: Returns how whoever asked writes a tier, such as `SERVICE_GPU=H100` or the name of a model.
+        written: Returns a tier as the caller writes it: `SERVICE_GPU=H100`, or the name of a model.
 
     Raises:
         GpuMemoryError: The engine would run out of memory while it loads the weights.

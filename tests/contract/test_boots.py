@@ -1,4 +1,4 @@
-"""`vllm-service boots --modal`: the real client reads what replicas left in the volume."""
+"""`vllm-service boots --modal`: the real client reads the replicas' records from the volume."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RECORD = BootRecord(
 
 
 def boots(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as somebody who has an account of the plane's."""
+    """Run the command with an account of the control plane."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
     return subprocess.run(
         [str(COMMAND), "boots", "--modal", *arguments],
@@ -57,12 +57,12 @@ def record(minute: int) -> BootRecord:
 
 
 def files(*records: BootRecord) -> dict[str, bytes]:
-    """Return what the replicas leave in the volume."""
+    """Return the files that replicas write to the volume."""
     return {f"boots/{one.id}.json": one.to_line().encode() for one in records}
 
 
 def test_boots_of_modal_are_read_from_the_volume(plane: ModalPlane) -> None:
-    """Oldest first, without what is damaged, a part, another's, or beside the directory."""
+    """Oldest first, without damaged, partial and foreign files, and without those outside the directory."""
     wanted = [record(minute) for minute in range(40)]
     others = {"boots/half.json": b'{"id": "x"', "boots/.x.json.part": b"", "boots/deep/x.json": b"{}", "x.json": b"{}"}
     plane.volumes.put(VOLUME, files(*reversed(wanted)) | others | {"boots/empty.json": b""})
@@ -89,7 +89,7 @@ def test_boots_of_modal_with_a_volume_prefix_are_read_from_that_volume(plane: Mo
 
 
 def test_boots_of_modal_before_the_first_are_none(plane: ModalPlane) -> None:
-    """The volume is there since the deploy; no replica has booted."""
+    """The deploy has made the volume; no replica has booted."""
     plane.volumes.put(VOLUME, {"torch_compile_cache/x": b"1"})
     plain, as_json = boots(plane), boots(plane, "--json")
 
@@ -99,7 +99,7 @@ def test_boots_of_modal_before_the_first_are_none(plane: ModalPlane) -> None:
 
 
 def test_boots_of_modal_without_the_volume_say_how_it_is_made(plane: ModalPlane) -> None:
-    """Nothing was deployed, or it was elsewhere; none is created by looking."""
+    """Nothing was deployed, or in another workspace; the command creates no volume."""
     done = boots(plane, "--json")
 
     assert (done.returncode, done.stdout) == (1, "")
@@ -110,7 +110,7 @@ def test_boots_of_modal_without_the_volume_say_how_it_is_made(plane: ModalPlane)
 
 
 def test_boots_of_a_modal_out_of_reach_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one sentence. The client gives up after a minute; here it does at once."""
+    """The error is one line. The client gives up after a minute; here it does at once."""
 
     def refused(_: object) -> None:
         raise modal.exception.ConnectionError("Could not connect to the Modal server.\nhttp://127.0.0.1:9")

@@ -29,10 +29,10 @@ VOLUMES = {
 
 @dataclass(frozen=True)
 class Published:
-    """The class as a deploy left it, with what its ids stand for."""
+    """The published class, with the names behind its ids."""
 
     function: pb.Function
-    secrets: dict[str, list[str]]  # name -> keys that the deploy insisted on
+    secrets: dict[str, list[str]]  # name -> keys that the deploy required
     container: dict[str, str]  # the environment that the image gives
     layers: list[str]
     volumes: list[str]
@@ -140,7 +140,7 @@ SETTINGS: dict[str, tuple[str, str | None, Read, Any, Any]] = {
     ),
     "SERVICE_PORT": ("8123", None, lambda p: p.web.web_server_port, 8123, 8000),
 }
-ELSEWHERE = {"SERVICE_HANG_S": "99", "SERVICE_HOLD_S": "9"}  # for the container's eyes, and the gateway's
+ELSEWHERE = {"SERVICE_HANG_S": "99", "SERVICE_HOLD_S": "9"}  # read in the container, and by the gateway
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,13 @@ def team(tmp_path_factory: pytest.TempPathFactory, client_mount: Path) -> Iterat
 def test_deploy_with_a_setting_publishes_it_and_the_next_one_replaces_it(
     team: tuple[Published, Published], setting: str
 ) -> None:
-    """What a deploy says is what the class has; a later one that says otherwise, or nothing, takes it back."""
+    """The class has each deploy's value; a later deploy with another value, or none, replaces it."""
     _, _, read, *expected = SETTINGS[setting]
     assert [read(published) for published in team] == expected
 
 
 def test_deploy_has_a_field_for_every_setting() -> None:
-    """A setting that no deploy publishes is one that is read in the container, or a file that is shipped."""
+    """A setting that no deploy publishes is read in the container, or names a file that is shipped."""
     names = {f"SERVICE_{field.upper()}" for field in Settings.model_fields}
     assert names - set(SETTINGS) == {*ELSEWHERE, "SERVICE_MODELS_FILE"}
 
@@ -216,7 +216,7 @@ def test_deploy_twice_publishes_the_same_class_and_uploads_nothing_new(plane: Mo
 
 
 def _definition(plane: ModalPlane) -> tuple[str, list[tuple[str, str]]]:
-    """Return all that is published of the class, as text; and the package's files, for the id of the mount is new."""
+    """Return all that is published of the class, as text; and the package's files, since the id of the mount is new."""
     function = pb.Function()
     function.CopyFrom(plane.function("vllm-h100", "Server"))
     assert len(function.mount_ids) == 2, "the client's and the package's"
@@ -290,12 +290,12 @@ def test_deploy_of_an_ungated_model_needs_no_hub_token(plane: ModalPlane, values
 def test_deploy_with_wrong_input_publishes_nothing(
     plane: ModalPlane, environment: dict[str, str], sentence: str
 ) -> None:
-    """Wrong settings and missing secrets end the deploy with one sentence that says what to put right."""
+    """Wrong settings and missing secrets end the deploy with an error and a hint."""
     _refused(plane, environment, sentence)
 
 
 def _refused(plane: ModalPlane, environment: dict[str, str], sentence: str) -> None:
-    """Deploy, and insist that this is how it ends, first thing said, with nothing published."""
+    """Deploy, and check that it ends with this error before any other output, with nothing published."""
     done = modal_cli(plane, "deploy", "-m", "service.server", **environment)
     assert done.returncode == 1
     said = " ".join((done.stdout + done.stderr).split())

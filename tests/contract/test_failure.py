@@ -1,4 +1,4 @@
-"""What goes wrong on Modal, with the real entrypoint and engine: each end is a reported one, and nothing is left."""
+"""Failures on Modal, with the real entrypoint and engine: each is reported, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
 
 
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
-    """A pool of a model that nobody registered fails with the service's own sentence and starts no engine."""
+    """A pool of an unregistered model fails with the service's own error and starts no engine."""
     with pytest.raises(Exception, match="Did you mean 'tiny'"):
         pool_of(plane, "tini").complete.remote("/health")
     plane.wait_until(lambda: tasks_of(plane, "tini")[-1].state is TaskState.DEAD, 20, "the container's end")
@@ -72,15 +72,15 @@ def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) ->
 
 
 def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalPlane) -> None:
-    """An engine that dies before it is ready fails the boot with the root line and leaves nothing running."""
+    """An engine that dies before it is ready fails the boot with the root cause and leaves nothing running."""
     with pytest.raises(Exception, match=r"unrecognized arguments: --no-such-flag"):
         pool_of(plane, "bad-flag").complete.remote("/health")
     plane.wait_until(lambda: tasks_of(plane, "bad-flag")[-1].state is TaskState.DEAD, 20, "the container's end")
     assert not tasks_of(plane, "bad-flag")[-1].left_behind
 
 
-def test_full_cache_volume_is_said_and_the_replica_serves(plane: ModalPlane) -> None:
-    """What the engine compiled cannot be kept for the next replica, and nobody waits or fails for that."""
+def test_full_cache_volume_is_logged_and_the_replica_serves(plane: ModalPlane) -> None:
+    """The compile caches cannot be saved for the next replica; no request waits or fails for that."""
     volume = plane.volumes["vllm-cache"]
     volume.capacity_bytes = 1
     try:
@@ -121,7 +121,7 @@ def test_full_volume_ends_the_hook_with_both_figures(plane: ModalPlane) -> None:
 
 
 def test_preemption_during_prepare_leaves_nothing(plane: ModalPlane) -> None:
-    """SIGINT while the engine's program imports ends it at once, and the request is served by another replica."""
+    """SIGINT while the engine imports ends it at once, and the request is served by another replica."""
     pool = pool_of(plane, "TINY")
     running = pool.complete.spawn("/health")
     plane.wait_until(lambda: any(len(t.members()) > 1 for t in tasks_of(plane, "TINY")), 30, "the engine's process")
@@ -146,7 +146,7 @@ def test_failing_restore_boots_a_fresh_replica(plane: ModalPlane) -> None:
 
 
 def test_engine_killed_during_a_stream_ends_it_and_is_replaced(plane: ModalPlane) -> None:
-    """The stream breaks off, the container ends by itself, and the next request gets a fresh replica."""
+    """The stream is interrupted, the container ends by itself, and the next request gets a fresh replica."""
     pool = pool_of(plane, "llm")
     assert pool.complete.remote("/health") == (200, {"status": "ok"})
     first = tasks_of(plane, "llm")[-1]

@@ -1,4 +1,4 @@
-"""The image: its pins resolve to exactly what the committed lock says, and hold all that the container imports."""
+"""The image: its pins resolve to exactly what the committed lock says, and contain all that the container imports."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane
 PLATFORM = "x86_64-manylinux_2_35"  # glibc of the image's base, Ubuntu 22.04
 PIN = re.compile(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", re.MULTILINE)
 
-# Runs each statement that comes in, in a process that finds the modal client last, as a container does; prints what
-# failed, and from which file each package came.
+# Runs each statement of its input with the modal client last on the path, as in a container; prints what failed, and
+# the file of each package.
 RUN = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -99,7 +99,7 @@ def test_image_has_what_the_container_imports_early_and_late(image_packages: str
 def test_container_with_only_the_images_packages_imports_the_service(
     tmp_path: Path, client_mount: Path, image_packages: str
 ) -> None:
-    """A replica with the image's packages but no vLLM boots up to the engine's program, which is what is missing."""
+    """A replica with the image's packages but no vLLM boots up to the engine's start, which is what fails."""
     with ModalPlane(tmp_path, container=ContainerRuntime(python=image_packages, client_path=client_mount)) as plane:
         deploy(plane, SERVICE_MODEL="tiny")
         pool = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="tiny")

@@ -1,4 +1,4 @@
-"""One replica's life in the real container entrypoint and engine: prepare, checkpoint, start, serve, stop."""
+"""The lifecycle of a replica in the real container entrypoint and engine: prepare, checkpoint, start, serve, stop."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def h200(tiny: ModalPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _ended_by_itself(task: Any) -> bool:
-    """Tell whether the exit hook let the engine end, and it did: nothing was killed."""
+    """Tell whether the engine ended by the exit hook, without being killed."""
     return task.exit_code == 0 and not task.left_behind and "Application shutdown complete" in task.log
 
 
-def test_replica_serves_over_http_after_a_checkpoint_and_stops_clean(tiny: ModalPlane) -> None:
+def test_replica_serves_over_http_after_a_checkpoint_and_stops_cleanly(tiny: ModalPlane) -> None:
     """A request with a proxy token boots a replica through its checkpoint and is answered; so is a stream, in pieces.
 
     Preemption ends the replica clean.
@@ -111,7 +111,7 @@ def _check_stream(plane: ModalPlane, task: Any) -> None:
 
 
 def test_variant_on_another_gpu_answers_complete(tiny: ModalPlane, h200: Any) -> None:
-    """`service.pools.variant` gives a pool of its own, with its options, and `complete` reaches its engine."""
+    """`service.pools.variant` returns a pool of its own, with its options, and `complete` reaches its engine."""
     answers_right(h200)
     assert h200.complete.remote("/health") == (200, {"status": "ok"})
     status, answer = h200.complete.remote("/invocations", {"model": "llm", **QUESTION})
@@ -131,7 +131,7 @@ def test_cancelled_complete_on_another_gpu_stops_the_generation(tiny: ModalPlane
 
 
 def test_idle_replica_ends_by_itself(tiny: ModalPlane, h200: Any) -> None:
-    """After the scaledown window the exit hook lets the engine end, long before Modal would kill it."""
+    """After the scaledown window the exit hook stops the engine, long before Modal would kill it."""
     assert h200.complete.remote("/health") == (200, {"status": "ok"})
     task = tiny.pools[-1].tasks[-1]
     h200.complete.autoscaler.update(scaledown_window=2)
@@ -154,7 +154,7 @@ def test_two_parameter_sets_at_once_are_two_replicas(tiny: ModalPlane) -> None:
 
 
 def test_websocket_gets_no_further_than_the_engines_guard(tiny: ModalPlane) -> None:
-    """Modal's proxy in the container is refused its handshake and fails; without a proxy token nobody asks it."""
+    """Modal's proxy in the container is refused its handshake and fails; without a proxy token it is not asked."""
     url = f"{tiny.url_of('vllm-l4', 'Server', 'serve')}/v1/realtime?model=llm"
     assert refused_websocket(url, {}) == 401
     assert refused_websocket(url, tiny.proxy_tokens.create().headers) == 500

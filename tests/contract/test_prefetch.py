@@ -1,4 +1,4 @@
-"""`vllm-service prefetch --modal`: a function without a GPU fills the volume, once for all, and replicas boot from it.
+"""`vllm-service prefetch --modal`: a function without a GPU fills the volume once, and replicas boot from it.
 
 The real client and the real container runtime on the control plane, the real hub client against a hub on loopback.
 """
@@ -88,7 +88,7 @@ def _runtime(python: str, client_mount: Path, hub: Hub, **environment: str) -> C
 
 
 def started(plane: ModalPlane, models: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the command as somebody who has an account of the plane's and no way to the hub."""
+    """Start the command with an account of the control plane and without access to the hub."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_", "HF_"))}
     ours |= {"SERVICE_MODELS_FILE": str(models), "HF_ENDPOINT": "http://127.0.0.1:9", **plane.env, **environment}
     line = [str(COMMAND), "prefetch", "--modal", *arguments]
@@ -115,7 +115,7 @@ def askers(plane: ModalPlane) -> set[str]:
 
 
 def test_prefetch_fills_the_committed_volume_without_a_gpu(plane: ModalPlane, models: Path, hub: Hub) -> None:
-    """The function asks for no GPU, tells its progress here, and commits; a second run finds all complete."""
+    """The function has no GPU, reports its progress here, and commits; a second run finds everything complete."""
     done = prefetched(plane, models, "pinned")
 
     assert done.returncode == 0, done.stderr
@@ -149,7 +149,7 @@ def test_prefetch_with_a_volume_prefix_fills_that_volume(plane: ModalPlane, mode
 
 
 def test_prefetch_of_an_entry_without_a_revision_records_the_commit(plane: ModalPlane, models: Path, hub: Hub) -> None:
-    """The hub is asked where the download happens; the lock file here and the volume there say the same then."""
+    """The container asks the hub; the lock file here and the record on the volume then have the same commit."""
     done = prefetched(plane, models, "loose")
     lock = models.with_name("my-models.lock.toml")
     assert f"me/loose is at {NEWEST}, recorded in {lock}" in done.stderr
@@ -166,8 +166,8 @@ def test_prefetch_of_an_entry_without_a_revision_records_the_commit(plane: Modal
     assert f'"me/loose" = "{NEWEST}"'.encode() in record, "what is deployed goes on with what it serves"
 
 
-def test_prefetch_verify_names_what_is_damaged_and_prefetch_mends_it(plane: ModalPlane, models: Path) -> None:
-    """A flipped byte in the volume is found, with the file's name, and fetched again."""
+def test_prefetch_verify_names_what_is_damaged_and_prefetch_repairs_it(plane: ModalPlane, models: Path) -> None:
+    """A flipped byte in the volume is reported with the file's name, and the file fetched again."""
     assert prefetched(plane, models, "pinned").returncode == 0
     volume = plane.volumes["huggingface-cache"]
     blob = (volume.path / f"hub/models--me--pinned/snapshots/{PINNED}/model.safetensors").resolve()
@@ -243,7 +243,7 @@ def test_prefetches_at_once_download_once(plane: ModalPlane, models: Path, hub: 
     assert sum("Fetching me/pinned" in err for err in said) == 1
 
 
-def test_prefetch_goes_on_in_place_of_a_holder_that_is_gone(plane: ModalPlane, models: Path) -> None:
+def test_prefetch_continues_after_the_lease_of_a_dead_holder_expired(plane: ModalPlane, models: Path) -> None:
     """A container that was killed releases nothing: its lease expires."""
     plane.dicts.put(LOCKS)["me/pinned"] = ("somebody who died", 3)
     began = time.monotonic()
@@ -256,7 +256,7 @@ def test_prefetch_goes_on_in_place_of_a_holder_that_is_gone(plane: ModalPlane, m
 
 
 def test_prefetch_interrupted_keeps_what_was_finished(plane: ModalPlane, models: Path, hub: Hub) -> None:
-    """Ctrl-C ends command and container with one sentence; the model that was complete is in the volume."""
+    """Ctrl-C ends command and container; the model that was complete is in the volume."""
     hub.faults.append(Fault("GET /me/pinned/resolve/", times=-1, stalls=True))
     with started(plane, models, "loose", "pinned") as process:
         assert process.stdout is not None
@@ -291,7 +291,7 @@ def test_prefetch_without_an_account_says_how_to_get_one(models: Path, tmp_path:
 def test_replicas_boot_from_what_was_prefetched_with_the_hub_gone(
     tmp_path: Path, engine_runtime: ContainerRuntime, client_mount: Path, hub: Hub, models: Path
 ) -> None:
-    """The lock file travels with the deploy: a replica serves the recorded commit, and asks nobody."""
+    """The lock file travels with the deploy: a replica serves the recorded commit, and asks no hub."""
     runtime = _runtime(str(engine_runtime.python), client_mount, hub, **engine_runtime.environment)
     with ModalPlane(tmp_path / "plane", container=runtime) as plane:
         assert prefetched(plane, models, "loose").returncode == 0

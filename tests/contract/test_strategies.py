@@ -33,13 +33,13 @@ def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRun
 
 @contextmanager
 def _before_restore(plane: ModalPlane, change: Callable[[Any], None]) -> Iterator[None]:
-    """Do something to the frozen container of the next restore."""
+    """Change the frozen container before its restore."""
     plane.snapshots.before_restore.append(change)
     yield
     plane.snapshots.before_restore.remove(change)
 
 
-def test_gpu_snapshot_holds_an_engine_that_sleeps_and_wakes_right(
+def test_gpu_snapshot_holds_a_sleeping_engine_that_wakes_and_answers(
     plane: ModalPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the checkpoint the engine is built and has no port; later it answers, and its record counts from the restore.
@@ -76,7 +76,7 @@ def test_gpu_snapshot_holds_an_engine_that_sleeps_and_wakes_right(
 
 
 def test_restore_with_wrong_memory_boots_cold_in_the_same_hook(plane: ModalPlane, tiny_norm: bytes) -> None:
-    """The engine wakes and would talk nonsense: its canary gives it away, and the request is served right."""
+    """The engine wakes and would generate nonsense: its canary differs, and a cold boot serves the request."""
 
     def break_memory(task: Any) -> None:
         assert sum(overwrite(pid, tiny_norm, bytes(len(tiny_norm))) for pid in task.members()) > 0

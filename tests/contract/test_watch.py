@@ -1,4 +1,4 @@
-"""Without snapshots, on Modal's real entrypoint: what a boot consists of, and how one that hangs is noticed."""
+"""Without snapshots, on Modal's real entrypoint: the phases of a boot, and an engine that hangs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime) -> Iterator[ModalPlane]:
-    """A plane with the tier deployed without snapshots, whose engines may not be silent for long."""
+    """A plane with the tier deployed without snapshots, whose engines are replaced after a short hang."""
     settings = {"SERVICE_SNAPSHOT": "off", "SERVICE_HANG_S": "10"}
     with deployed(tmp_path_factory.mktemp("plain"), engine_runtime, **settings) as plane:
         yield plane
@@ -43,7 +43,7 @@ def test_preemption_of_a_loading_engine_leaves_nothing(plain: ModalPlane) -> Non
 
 
 def test_engine_that_hangs_after_ready_is_replaced(plain: ModalPlane) -> None:
-    """`/health` stays green while the engine gives no token: it is noticed without a request, and replaced."""
+    """`/health` stays green while the engine generates no token: the watchdog notices, and the replica is replaced."""
     pool = pool_of(plain, "TINY")
     answers_right(pool)
     first = tasks_of(plain, "TINY")[-1]

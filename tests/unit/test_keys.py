@@ -1,4 +1,4 @@
-"""Keys: how they are written in the environment, and that no error shows one."""
+"""Keys: their forms in the environment, and errors that never show one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HEX = hashlib.sha256(b"opensesame").hexdigest()
 
 
 def test_keys_with_none_set_are_none() -> None:
-    """Nothing set, or nothing in it: no key is asked for."""
+    """Unset and empty variables mean that no key is required."""
     assert digests({}) == digests({"API_KEY": "", "API_KEYS": " , "}) == {}
 
 
 def test_keys_with_one_key_are_its_digest() -> None:
-    """One key has the name `default`; spaces around it are nobody's intention."""
+    """One key has the name `default`; spaces around it are removed."""
     assert digests({"API_KEY": " opensesame "}) == {HEX: "default"}
 
 
@@ -37,7 +37,7 @@ def test_keys_with_an_equals_sign_in_a_key_keep_it() -> None:
 
 @pytest.mark.parametrize("written", [f"sha256:{HEX}", f"sha256:{HEX.upper()}"])
 def test_keys_given_as_a_digest_are_taken_as_they_are(written: str) -> None:
-    """Whoever keeps the service's secret need not know the key."""
+    """The deployer need not know the key itself."""
     assert digests({"API_KEY": written}) == digests({"API_KEYS": f"default={written}"}) == {HEX: "default"}
 
 
@@ -45,7 +45,7 @@ def test_keys_given_as_a_digest_are_taken_as_they_are(written: str) -> None:
     "written", ["sha256:", "sha256:abc", f"sha256:{HEX[:-1]}", f"sha256:{HEX}0", f"sha256:{HEX[:-1]}g"]
 )
 def test_keys_given_as_a_broken_digest_are_refused(written: str) -> None:
-    """A digest that was cut must not become a key that anybody can read off the secret's name."""
+    """An incomplete digest must not be accepted as a key in clear text."""
     for environ in ({"API_KEY": written}, {"API_KEYS": f"alice={written}"}):
         with pytest.raises(UsageError, match="64"):
             digests(environ)
@@ -58,7 +58,7 @@ def test_keys_in_both_variables_are_all_accepted() -> None:
 
 @pytest.mark.parametrize("text", ["t0psecret", "alice=", "=t0psecret", "alice=a,t0psecret", "alice=a,=t0psecret"])
 def test_keys_pair_without_name_or_key_is_refused_without_showing_it(text: str) -> None:
-    """The sentence counts the pairs: what stands in one may be a key."""
+    """The error gives the pair's position: its text may be a key."""
     with pytest.raises(UsageError) as caught:
         digests({"API_KEYS": text})
 
@@ -68,7 +68,7 @@ def test_keys_pair_without_name_or_key_is_refused_without_showing_it(text: str) 
 
 
 @pytest.mark.parametrize("environ", [{"API_KEYS": "alice=old,alice=new"}, {"API_KEYS": "alice=new,bob=b,alice=old"}])
-def test_keys_with_one_name_twice_are_both_its_own(environ: dict[str, str]) -> None:
+def test_keys_with_one_name_twice_are_both_valid(environ: dict[str, str]) -> None:
     """While keys are rotated the old and the new one are valid side by side."""
     owners = digests(environ)
 
@@ -78,8 +78,8 @@ def test_keys_with_one_name_twice_are_both_its_own(environ: dict[str, str]) -> N
 @pytest.mark.parametrize(
     "environ", [{"API_KEYS": "alice=t0psecret,bob=t0psecret"}, {"API_KEY": "t0psecret", "API_KEYS": "bob=t0psecret"}]
 )
-def test_keys_of_two_names_that_are_one_are_refused_without_showing_it(environ: dict[str, str]) -> None:
-    """Whose requests they are nobody could tell."""
+def test_keys_of_two_names_that_are_the_same_are_refused_without_showing_it(environ: dict[str, str]) -> None:
+    """Requests of the two could not be told apart."""
     with pytest.raises(UsageError, match="the same key") as caught:
         digests(environ)
 

@@ -1,4 +1,4 @@
-"""Settings: every field's bounds, what a wrong value is told, and the round trip through the environment."""
+"""Settings: every field's bounds, the errors of wrong values, and the round trip through the environment."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load(**fields: str) -> Settings:
 
 
 def refusal(**fields: str) -> str:
-    """Return the sentence with which these fields are refused."""
+    """Return the error of these fields."""
     with pytest.raises(SettingsError) as caught:
         load(**fields)
     return str(caught.value)
@@ -93,7 +93,7 @@ def test_settings_at_its_bounds_is_accepted(field: str, text: str, meant: object
     [(field, text, expected) for field, (texts, expected) in WRONG.items() for text in texts],
 )
 def test_settings_with_a_wrong_value_names_variable_value_and_range(field: str, text: str, expected: str) -> None:
-    """The sentence names the variable, the value and what would be valid."""
+    """The error names the variable, the value and the valid range."""
     sentence = refusal(**{field: text})
 
     assert f"SERVICE_{field.upper()}" in sentence
@@ -103,8 +103,8 @@ def test_settings_with_a_wrong_value_names_variable_value_and_range(field: str, 
 
 
 @pytest.mark.parametrize("field", sorted(WRONG))
-def test_settings_with_a_wrong_value_speaks_no_python(field: str) -> None:
-    """People read these sentences: no class name of a library in them."""
+def test_settings_with_a_wrong_value_shows_no_python(field: str) -> None:
+    """Users read these errors: they contain no class name of a library."""
     sentence = refusal(**{field: WRONG[field][0][0]})
 
     for jargon in ("Metadata", "metadata", "MinLen", "pattern=", "pydantic", "NoneType", "input_value"):
@@ -135,7 +135,7 @@ def test_settings_with_an_unknown_name_and_no_value_is_refused() -> None:
         Settings.load({"SERVICE_GPUS": ""})
 
 
-def test_settings_that_are_wrong_are_told_all_at_once() -> None:
+def test_settings_that_are_wrong_are_all_in_one_error() -> None:
     """Names, values and contradictions: three typos must not cost three deploys."""
     given = {"SERVICE_GPUS": "2", "SERVICE_PORT": "http", "SERVICE_GPU": "H1000", "SERVICE_HOLD_S": "2m"}
     with pytest.raises(SettingsError) as caught:
@@ -201,19 +201,19 @@ def test_settings_to_env_leaves_out_what_is_unset() -> None:
     ],
 )
 def test_settings_with_a_duration_offers_its_seconds(field: str, text: str, seconds: int) -> None:
-    """Somebody who writes `2m` is told the number to write."""
+    """`2m` gets the number of seconds to write."""
     assert refusal(**{field: text}).endswith(f" Write SERVICE_{field.upper()}={seconds}.")
 
 
 @pytest.mark.parametrize(("field", "text"), [("hold_s", "2h"), ("startup_timeout_s", "5s"), ("port", "2m")])
 def test_settings_with_a_duration_outside_the_range_offers_none(field: str, text: str) -> None:
-    """A number that would be refused next is no help."""
+    """A number that is out of range is not offered."""
     assert "write" not in refusal(**{field: text}).lower()
 
 
 @pytest.mark.parametrize("text", ["²m", "m", "s", "-2m", "1.5h"])
-def test_settings_with_what_only_resembles_a_duration_is_refused_in_words(text: str) -> None:
-    """The hint must not fail over what it cannot read."""
+def test_settings_with_what_only_resembles_a_duration_is_refused(text: str) -> None:
+    """The hint must not fail on what it cannot parse."""
     assert "a whole number from 0 to 3600" in refusal(hold_s=text)
 
 
@@ -223,7 +223,7 @@ def test_settings_with_a_count_behind_the_gpu_names_both_variables() -> None:
 
 
 def test_settings_with_more_gpus_than_a_container_holds_is_refused() -> None:
-    """An A10 comes four at most."""
+    """Modal attaches at most four A10 to a container."""
     sentence = refusal(gpu="A10", n_gpu="5")
 
     assert "SERVICE_N_GPU" in sentence
@@ -238,7 +238,7 @@ def test_settings_with_more_gpus_than_a_container_holds_is_refused() -> None:
         ({"min_containers": "2", "max_containers": "1"}, ("SERVICE_MIN_CONTAINERS=2", "SERVICE_MAX_CONTAINERS=1")),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused_with_both(
+def test_settings_that_contradict_each_other_are_refused_with_both_names(
     fields: dict[str, str], words: tuple[str, str]
 ) -> None:
     """Each is valid alone; together they make no sense."""
@@ -254,7 +254,7 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_settings_defaults_are_the_contract() -> None:
-    """What design.md and the README promise to whoever sets nothing."""
+    """The README documents them."""
     settings = Settings.load({})
 
     assert (settings.model, settings.port, settings.hang_s) == ("qwen3-8b", 8000, 180)

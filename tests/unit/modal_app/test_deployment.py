@@ -1,4 +1,4 @@
-"""What a deploy is to be, resolved from settings and registry; and the small pure parts that go with it."""
+"""The deploy that settings and registry describe, its image, volumes and pools."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_deployment_resolves_the_same_in_the_container(fields: dict[str, str]) -
     ],
 )  # fmt: skip
 def test_deployment_asks_for_the_secrets_it_needs(fields: dict[str, str], secrets: dict[str, list[str]]) -> None:
-    """The hub's for gated models, the keys' where the engine keeps strangers out, no other."""
+    """The hub's for gated models, the keys' where the engine authenticates requests, no other."""
     assert resolve(**fields).secrets == secrets
 
 
@@ -215,13 +215,13 @@ def test_deployment_turns_settings_into_the_classs_options(
     ],
 )
 def test_deployment_compiles_where_a_snapshot_keeps_it(fields: dict[str, str], fast_boot: bool) -> None:
-    """Compilation and graphs are paid once under a GPU snapshot, at each boot elsewhere; the deployer's word counts."""
+    """Compilation and graphs are paid once under a GPU snapshot, at each boot elsewhere; an explicit setting wins."""
     assert resolve(**fields).fast_boot is fast_boot
 
 
 @pytest.mark.parametrize("fields", [{"n_gpu": "2"}, {"model": "qwen3-235b"}])
 def test_deployment_of_several_gpus_is_refused_a_gpu_snapshot(fields: dict[str, str]) -> None:
-    """Whether the setting or the entry asks for them; the sentence has the ways out."""
+    """Whether the setting or the entry requests them; the hint has the alternatives."""
     with pytest.raises(SettingsError) as caught:
         resolve(snapshot="gpu", **fields)
 
@@ -231,7 +231,7 @@ def test_deployment_of_several_gpus_is_refused_a_gpu_snapshot(fields: dict[str, 
 
 @pytest.mark.parametrize("fields", [{"n_gpu": "1"}, {"model": "qwen3-235b", "gpu": "B300"}])
 def test_deployment_of_one_gpu_may_have_a_gpu_snapshot(fields: dict[str, str]) -> None:
-    """An entry of several is one GPU's once a larger one is chosen."""
+    """An entry of several GPUs runs on one when a larger one is chosen."""
     assert resolve(snapshot="gpu", **fields).tier.n_gpu == 1
 
 
@@ -249,10 +249,10 @@ def test_deployment_of_one_gpu_may_have_a_gpu_snapshot(fields: dict[str, str]) -
         ({"modle": "x"}, SettingsError, "SERVICE_MODLE"),
     ],
 )
-def test_deployment_of_what_is_wrong_is_the_users_error(
+def test_deployment_with_wrong_input_is_a_usage_error(
     fields: dict[str, str], kind: type[UsageError], named: str
 ) -> None:
-    """Named with the setting; nothing was asked of Modal."""
+    """The error names the setting; Modal was not asked."""
     with pytest.raises(kind) as caught:
         resolve(**fields)
 
@@ -307,7 +307,7 @@ def test_volumes_are_mounted_where_the_caches_are() -> None:
 
 
 class DeployedClass:
-    """Stands for `modal.Cls` of a deployed app: notes how it is used, and knows no other calls."""
+    """A fake `modal.Cls` of a deployed app: it records its calls and has no other methods."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -342,7 +342,7 @@ def test_pool_variant_is_looked_up_in_its_tier_with_parameters_in_one_order(monk
 
 
 @pytest.mark.parametrize("fast_boot", [True, False])
-def test_pool_variant_with_fast_boot_hands_it_on_at_its_place(monkeypatch: pytest.MonkeyPatch, fast_boot: bool) -> None:
+def test_pool_variant_with_fast_boot_passes_it_second(monkeypatch: pytest.MonkeyPatch, fast_boot: bool) -> None:
     """Left out, the deployed value holds, which depends on the snapshot."""
     deployed = DeployedClass()
     monkeypatch.setattr(modal, "Cls", deployed)
@@ -367,7 +367,7 @@ def test_pool_variant_may_come_from_another_app(monkeypatch: pytest.MonkeyPatch)
 def test_pool_variant_on_an_a100_is_found_in_the_tier_that_a_deploy_of_it_makes(
     gpu: str, n_gpu: int, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the card is written."""
+    """Every spelling of the card means the same tier."""
     deployed = DeployedClass()
     monkeypatch.setattr(modal, "Cls", deployed)
     pools.variant("qwen3-8b", gpu, n_gpu)
@@ -378,7 +378,7 @@ def test_pool_variant_on_an_a100_is_found_in_the_tier_that_a_deploy_of_it_makes(
 def test_pool_variant_whose_weights_do_not_fit_is_refused_before_modal_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By any name of a model of the registry; the sentence has arguments that fit. What is unknown here passes."""
+    """By any name of a model of the registry; the hint has arguments that fit. An unknown model is not checked."""
     deployed = DeployedClass()
     monkeypatch.setattr(modal, "Cls", deployed)
     for name in ("gemma-3-27b", "google/gemma-3-27b-it", "gemma-3-27b-h100"):
@@ -391,7 +391,7 @@ def test_pool_variant_whose_weights_do_not_fit_is_refused_before_modal_is_asked(
 
 
 @pytest.mark.parametrize(("gpu", "n_gpu"), [("H1000", 1), ("A10", 5)])
-def test_pool_variant_on_what_modal_has_not_is_refused(gpu: str, n_gpu: int) -> None:
+def test_pool_variant_on_gpus_that_modal_does_not_offer_is_refused(gpu: str, n_gpu: int) -> None:
     """Before Modal is asked."""
     with pytest.raises(UnknownGpuError):
         pools.variant("qwen3-8b", gpu, n_gpu)

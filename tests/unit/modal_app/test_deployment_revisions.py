@@ -1,4 +1,4 @@
-"""What a deploy carries of models that name no commit, and what it leaves to the first replica."""
+"""Models whose entries name no commit: what a deploy carries, and what it leaves to the first replica."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = '[models.mine]\nhub_id = "org/mine"\n[models.fixed]\nhub_id = "org/fixe
 
 
 class Lock:
-    """Whose lock it is does not matter here."""
+    """A lock that is always free."""
 
     @contextmanager
     def held(self, _name: str) -> Iterator[None]:
@@ -41,7 +41,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def hub_with(monkeypatch: pytest.MonkeyPatch, commits: dict[str, str] | None) -> list[str]:
-    """Put a hub in reach that knows these repositories, or none in reach; return what it is asked."""
+    """Make a hub with these repositories reachable, or none; return the repositories it is asked for."""
     asked: list[str] = []
 
     def resolve(_: HuggingFace, hub_id: str) -> str:
@@ -63,7 +63,7 @@ def deployment(models: Path, model: str = "mine") -> Deployment:
 def test_deploy_leaves_what_names_no_commit_to_the_first_replica(
     models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It asks nobody and writes nothing; that replica records the commit on the volume, and a second one reads it."""
+    """No connection, no file; that replica records the commit on the volume, and a second one reads it."""
     asked = hub_with(monkeypatch, {"org/mine": A})
     deployed = deployment(models)
     assert deployed.spec.revision is None
@@ -80,7 +80,7 @@ def test_deploy_leaves_what_names_no_commit_to_the_first_replica(
 def test_deploy_with_a_lock_file_serves_its_commit(
     models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody is asked, by the deploy or by a replica."""
+    """Neither the deploy nor a replica asks the hub."""
     hub_with(monkeypatch, None)
     revisions.record(models.with_name("models.lock.toml"), {"org/mine": B})
     deployed = deployment(models)
@@ -92,7 +92,7 @@ def test_deploy_with_a_lock_file_serves_its_commit(
 
 
 def test_replica_without_hub_and_record_says_what_is_missing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It must not serve whatever it happens to find."""
+    """It must not serve any revision that the cache happens to have."""
     hub_with(monkeypatch, None)
     with pytest.raises(WeightsError, match=r"org/mine is at no known commit.*write the revision into the entry"):
         deployment(models).spec_for_replica("mine", Lock())

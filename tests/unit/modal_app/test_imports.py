@@ -1,4 +1,4 @@
-"""What is deployed can be imported anywhere, by a test or a language server: that asks nobody and leaves nothing."""
+"""Importing a deployed module opens no connection and writes no file: tests and language servers import it too."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class Service:
-    """Answers `complete` for two paths, and knows no others."""
+    """A fake `Server.complete` with two paths; it fails for any other."""
 
     def __init__(self, health: Any = (200, {"status": "ok"}), chat: Any = None) -> None:
         self.health = health
@@ -51,8 +51,8 @@ def test_selftest_holds_its_conversations(capsys: Capture, twice: bool, conversa
 
 
 @pytest.mark.parametrize("health", [(503, None), (200, "ok"), (200, {"status": "no"}), (404, {"error": {}})])
-def test_selftest_of_an_unhealthy_service_fails_with_what_it_said(health: Any) -> None:
-    """No conversation is begun."""
+def test_selftest_of_an_unhealthy_service_fails_with_its_answer(health: Any) -> None:
+    """No conversation follows."""
     service = Service(health=health)
     with pytest.raises(ServiceError, match=f"/health answered {health[0]}"):
         selftest.run(service, None, "x", True)
@@ -60,15 +60,15 @@ def test_selftest_of_an_unhealthy_service_fails_with_what_it_said(health: Any) -
     assert service.bodies == []
 
 
-def test_selftest_of_a_refused_chat_fails_with_what_it_said() -> None:
-    """Status and answer are in the sentence."""
+def test_selftest_of_a_refused_chat_fails_with_its_answer() -> None:
+    """Status and answer are in the error."""
     with pytest.raises(ServiceError, match=r"answered 500: .*boom"):
         selftest.run(Service(chat=(500, {"error": "boom"})), None, "x", True)
 
 
 @pytest.mark.parametrize("message", [{"content": ""}, {"content": None, "reasoning": None}, {"content": "  \n"}])
 def test_selftest_of_an_empty_answer_fails(message: dict[str, Any]) -> None:
-    """An engine that says nothing does not work."""
+    """An engine that generates no text does not work."""
     with pytest.raises(ServiceError, match="answer is empty"):
         selftest.run(Service(chat=(200, {"choices": [{"message": message}]})), None, "x", True)
 
@@ -120,7 +120,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Any]]]:
 def test_selftest_with_a_proxy_token_streams_over_the_web(
     web: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The words come over the public address, with the token in Modal's headers and nowhere in the output."""
+    """The answer is streamed from the public URL, with the token in Modal's headers and nowhere in the output."""
     monkeypatch.setenv("MODAL_KEY", "wk-t0p")
     monkeypatch.setenv("MODAL_SECRET", "ws-t0p")
     selftest.run(Service(), web[0], "x", False)
@@ -135,10 +135,10 @@ def test_selftest_with_a_proxy_token_streams_over_the_web(
     assert "t0p" not in out
 
 
-def test_selftest_over_the_web_fails_with_what_it_said(
+def test_selftest_over_the_web_fails_with_its_answer(
     web: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status and text of the refusal."""
+    """Status and text are in the error."""
     monkeypatch.setenv("MODAL_KEY", "k")
     monkeypatch.setenv("MODAL_SECRET", "s")
 

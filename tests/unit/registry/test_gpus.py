@@ -35,7 +35,7 @@ def test_gpu_slugs_are_distinct_and_fit_an_app_name() -> None:
     [("H100!", "h100-only"), ("B200+", "b200-plus"), ("A100-80GB", "a100"), ("A100-40GB", "a100-40gb"), ("L4", "l4")],
 )
 def test_gpu_slug_spells_out_marks(name: str, slug: str) -> None:
-    """Marks that no name of an app may hold become words."""
+    """Characters that an app's name may not contain become words."""
     assert GPUS[name].slug == slug
 
 
@@ -52,7 +52,7 @@ def test_gpu_of_the_old_name_is_found() -> None:
 
 @pytest.mark.parametrize(("name", "nearest"), [("H10", "H100"), ("L40", "L40S"), ("RTX6000", "RTX-PRO-6000")])
 def test_gpu_unknown_offers_the_nearest_and_all(name: str, nearest: str) -> None:
-    """The sentence has the value, a guess and the whole list."""
+    """The error has the value, the nearest name and the whole list."""
     with pytest.raises(UnknownGpuError) as caught:
         find_gpu(name)
 
@@ -74,13 +74,13 @@ def test_gpu_count_within_a_container_is_accepted(name: str, n_gpu: int) -> None
 
 @pytest.mark.parametrize(("name", "n_gpu"), [("H100", 0), ("H100", 9), ("A10", 5), ("H100", -1)])
 def test_gpu_count_outside_a_container_is_refused(name: str, n_gpu: int) -> None:
-    """The sentence has the count, the GPU and the range."""
+    """The error has the count, the GPU and the range."""
     with pytest.raises(UnknownGpuError, match=f"{n_gpu} x {name} .* 1 to {GPUS[name].max_count}"):
         check_count(GPUS[name], n_gpu)
 
 
 def test_prices_are_positive_and_dated() -> None:
-    """A price without its date is worth nothing."""
+    """Prices change, so the table has its date."""
     assert datetime.date.fromisoformat(PRICES_DATE)
     assert all(gpu.dollars_per_hour > 0 and gpu.memory_gb >= 16 for gpu in GPUS.values())
 

@@ -1,4 +1,4 @@
-"""The registry as it is: which models it has, and every way to name one."""
+"""The built-in registry: its models, and every way to name one."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_registry_entry_says_what_the_table_shows(spec: ModelSpec) -> None:
     assert spec.tool_call_parser
 
 
-def test_registry_gated_models_are_those_that_ask_for_a_licence() -> None:
+def test_registry_gated_models_are_those_with_a_licence_to_accept() -> None:
     """Meta's and Google's of the third generation; the rest downloads without a token."""
     gated = {spec.hub_id for spec in SPECS.values() if spec.gated}
 
@@ -101,7 +101,7 @@ def test_registry_tiny_model_lies_in_the_package() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.key)
-def test_registry_finds_by_key_hub_id_and_alias_in_any_case(spec: ModelSpec) -> None:
+def test_registry_resolves_key_hub_id_and_alias_in_any_case(spec: ModelSpec) -> None:
     """Clients write hub ids as they please."""
     for name in spec.names:
         for spelled in (name, name.upper(), name.lower()):
@@ -110,7 +110,7 @@ def test_registry_finds_by_key_hub_id_and_alias_in_any_case(spec: ModelSpec) -> 
 
 @pytest.mark.parametrize("gpu", sorted(GPUS))
 @pytest.mark.parametrize("key", sorted(SPECS))
-def test_registry_finds_a_key_with_a_gpu_behind(key: str, gpu: str) -> None:
+def test_registry_resolves_a_key_with_a_gpu_suffix(key: str, gpu: str) -> None:
     """`gemma-3-12b-h100`, `qwen3-8b-a100-40gb`, `qwen3-8b-h100-only`, for every pair."""
     choice = REGISTRY.resolve(f"{key}-{GPUS[gpu].slug}")
 
@@ -118,7 +118,7 @@ def test_registry_finds_a_key_with_a_gpu_behind(key: str, gpu: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma-3-27b-a100", "gemma-3-27b-a100-80gb", "google/Gemma-3-27b-it-A100-80GB"])
-def test_registry_finds_the_80_gb_a100_by_its_short_and_its_full_name(name: str) -> None:
+def test_registry_resolves_the_80_gb_a100_by_its_short_and_its_full_name(name: str) -> None:
     """Both mean one tier."""
     choice = REGISTRY.resolve(name)
 
@@ -126,20 +126,20 @@ def test_registry_finds_the_80_gb_a100_by_its_short_and_its_full_name(name: str)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B-FP8-H200", "qwen/qwen3-8b-fp8-h200"])
-def test_registry_finds_a_hub_id_with_a_gpu_behind(name: str) -> None:
-    """Any of the names may have a GPU behind it."""
+def test_registry_resolves_a_hub_id_with_a_gpu_suffix(name: str) -> None:
+    """Any of the names may end in a GPU."""
     choice = REGISTRY.resolve(name)
 
     assert (choice.spec.key, choice.gpu) == ("qwen3-8b", GPUS["H200"])
 
 
-def test_registry_finds_llm_as_the_default_model() -> None:
+def test_registry_resolves_llm_to_the_default_model() -> None:
     """`llm` is whatever the service's default is, by any of its names."""
     assert REGISTRY.resolve("llm", "gemma-3-12b").spec.key == "gemma-3-12b"
     assert REGISTRY.resolve("LLM", "google/gemma-3-12b-it").spec.key == "gemma-3-12b"
 
 
-def test_registry_finds_llm_with_a_gpu_behind() -> None:
+def test_registry_resolves_llm_with_a_gpu_suffix() -> None:
     """`llm` is a name like the others: `llm-h200` is the default model there."""
     choice = REGISTRY.resolve("llm-h200", "gemma-3-12b")
 
@@ -148,7 +148,7 @@ def test_registry_finds_llm_with_a_gpu_behind() -> None:
 
 @pytest.mark.parametrize("name", ["llm", "nothing-like-it", ""])
 def test_registry_without_the_name_raises(name: str) -> None:
-    """`llm` with no default to stand for is unknown too."""
+    """`llm` without a default model is unknown too."""
     with pytest.raises(UnknownModelError):
         REGISTRY.resolve(name)
 
@@ -163,7 +163,7 @@ def test_registry_without_the_name_raises(name: str) -> None:
     ],
 )
 def test_registry_unknown_name_offers_the_nearest_and_all_keys(name: str, nearest: str) -> None:
-    """The sentence has the value, a guess, the list and how to add a model."""
+    """The error has the value, the nearest name, the list, and how to add a model."""
     with pytest.raises(UnknownModelError) as caught:
         REGISTRY.resolve(name)
 
@@ -172,8 +172,8 @@ def test_registry_unknown_name_offers_the_nearest_and_all_keys(name: str, neares
     assert "SERVICE_MODELS_FILE" in str(caught.value)
 
 
-def test_registry_unknown_gpu_behind_a_key_is_an_unknown_model() -> None:
-    """`qwen3-8b-h300` is no name of anything."""
+def test_registry_unknown_gpu_suffix_is_an_unknown_model() -> None:
+    """`qwen3-8b-h300` names no model."""
     with pytest.raises(UnknownModelError, match="qwen3-8b-h300"):
         REGISTRY.resolve("qwen3-8b-h300")
 
@@ -204,7 +204,7 @@ def test_source_is_told_from_a_mistyped_key(name: str, does: bool) -> None:
 
 @pytest.mark.parametrize("name", ["org/", "/name", "org/a b", "./name", "org/na+me", "org/..", "a/模"])
 def test_unregistered_name_that_no_hub_id_can_be_is_refused_in_words(name: str) -> None:
-    """Whatever the name, it is served or refused with a sentence that holds it, never a library's traceback."""
+    """Every name is served, or refused with an error that contains it, never with a library's traceback."""
     if looks_like_a_source(name):
         with pytest.raises(UnknownModelError, match=re.escape(name)):
             unregistered(name)

@@ -1,4 +1,4 @@
-"""LoRA adapters of an entry: what they may say, what they may be called, and what the engine is told."""
+"""LoRA adapters of an entry: their fields, their names, and the engine's arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ A = "a" * 40
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Return where the models file of this test goes."""
+    """Return the path of this test's models file."""
     return tmp_path / "models.toml"
 
 
@@ -27,7 +27,7 @@ def adapter(lines: str) -> str:
 
 
 def refusal(file: Path, text: str) -> str:
-    """Return the sentence with which a models file is refused."""
+    """Return the error of a models file."""
     file.write_text(text)
     with pytest.raises(RegistryError) as caught:
         Registry.load(file)
@@ -115,7 +115,7 @@ def test_adapter_with_a_name_of_its_own_entry_is_refused(file: Path, name: str) 
 
 @pytest.mark.parametrize(("name", "owner"), [("tiny", "model 'tiny'"), ("llm", "the default model")])
 def test_adapter_with_a_name_of_another_model_names_both(file: Path, name: str, owner: str) -> None:
-    """A request must not reach another model than it says."""
+    """A request must not reach another model than the one it names."""
     sentence = refusal(file, adapter(f'name = "{name}"\npath = "x"'))
 
     assert f"'{name}' of model 'mine' is already a name of {owner}. Choose another name." in sentence
@@ -142,7 +142,7 @@ def test_argv_of_many_adapters_sets_memory_aside_for_four_at_once() -> None:
     assert argv[argv.index("--max-loras") + 1] == "4"
 
 
-def test_argv_without_adapters_has_no_word_of_them() -> None:
+def test_argv_without_adapters_has_no_lora_arguments() -> None:
     """Memory is set aside for them only where there are any."""
     argv = engine_command(ModelSpec(key="mine", hub_id="org/mine"), Path("/w")).argv
 

@@ -1,4 +1,4 @@
-"""A models file of the user's own: what it may say, and every way in which it can be wrong."""
+"""A models file of the user's own: its fields, and every error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = '[models.mine]\nhub_id = "org/mine"\n'
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Return where the models file of this test goes."""
+    """Return the path of this test's models file."""
     return tmp_path / "models.toml"
 
 
@@ -25,7 +25,7 @@ def loaded(file: Path, text: str) -> Registry:
 
 
 def refusal(file: Path, text: str) -> str:
-    """Return the sentence with which a models file is refused; it always names the file, in one line."""
+    """Return the error of a models file, after checking that it names the file, in one line."""
     file.write_text(text)
     with pytest.raises(RegistryError) as caught:
         Registry.load(file)
@@ -35,7 +35,7 @@ def refusal(file: Path, text: str) -> str:
 
 
 def test_models_file_adds_an_entry(file: Path) -> None:
-    """The built-in models stay; the own one comes behind them."""
+    """The built-in models stay; the user's one comes after them."""
     registry = loaded(file, GOOD)
 
     assert registry.resolve("org/MINE").spec.key == "mine"
@@ -105,20 +105,20 @@ def test_models_file_two_entries_may_serve_one_repository(file: Path) -> None:
 
 
 def test_models_file_missing_is_named(tmp_path: Path) -> None:
-    """The sentence has the path, the reason and the variable."""
+    """The error has the path, the reason and the variable."""
     with pytest.raises(RegistryError, match=r"nowhere\.toml.*No such file.*SERVICE_MODELS_FILE"):
         Registry.load(tmp_path / "nowhere.toml")
 
 
 def test_models_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
-    """A directory can be opened by nobody."""
+    """A directory is no models file."""
     with pytest.raises(RegistryError, match="directory"):
         Registry.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[models.mine\n", "just words", '[models.a]\nhub_id = "a/b"\n[models.a]\n'])
 def test_models_file_that_is_no_toml_is_named_with_the_place(file: Path, text: str) -> None:
-    """Broken syntax, prose and a table that stands twice."""
+    """Wrong syntax, prose, and a table that is there twice."""
     sentence = refusal(file, text)
 
     assert f"'{file}' is not TOML" in sentence
@@ -143,8 +143,8 @@ def test_models_file_that_is_no_text_is_named(file: Path) -> None:
         ("[models]\nmine = 'a/b'\n", "model 'mine': 'a/b' is not a table"),
     ],
 )
-def test_models_file_of_another_shape_is_told_the_right_one(file: Path, text: str, said: str) -> None:
-    """The sentence names the file and shows how an entry begins."""
+def test_models_file_of_another_shape_shows_the_right_one(file: Path, text: str, said: str) -> None:
+    """The error names the file and shows how an entry begins."""
     sentence = refusal(file, text)
 
     assert str(file) in sentence
@@ -206,7 +206,7 @@ def test_models_file_with_a_wrong_source_names_the_field(file: Path, line: str) 
 
 
 @pytest.mark.parametrize("fields", ["", "hub_id = 'a/b'\npath = 'c'\n"])
-def test_models_file_with_no_source_or_two_is_told_to_give_one(file: Path, fields: str) -> None:
+def test_models_file_with_no_source_or_two_is_refused(file: Path, fields: str) -> None:
     """Exactly one of hub_id and path."""
     assert "model 'mine': give exactly one of hub_id" in refusal(file, f"[models.mine]\n{fields}")
 
@@ -233,7 +233,7 @@ def test_models_file_with_an_unknown_field_offers_the_nearest(file: Path, line: 
 
 
 def test_models_file_with_several_errors_names_all_of_them(file: Path) -> None:
-    """In one entry and in several; whoever corrects one of them must not find the next only then."""
+    """Of one entry and of several: a user corrects them in one go."""
     sentence = refusal(file, f"{GOOD}n_gpu = 9\ngpu = 'H1000'\nmax_len = 5\n[models.other]\nhub_id = 'no-slash'\n")
 
     for words in (
@@ -246,7 +246,7 @@ def test_models_file_with_several_errors_names_all_of_them(file: Path) -> None:
 
 
 def test_models_file_with_a_missing_field_names_it(file: Path) -> None:
-    """A draft needs to be told how many tokens it guesses."""
+    """Speculative decoding needs the number of draft tokens."""
     sentence = refusal(file, f"{GOOD}speculative = {{ method = 'mtp' }}\n")
 
     assert "field 'speculative.num_speculative_tokens' is missing" in sentence
@@ -267,7 +267,7 @@ def test_models_file_with_an_unknown_gpu_offers_the_nearest(file: Path) -> None:
 
 
 def test_models_file_with_more_gpus_than_a_container_holds_names_the_entry(file: Path) -> None:
-    """An A10 comes four at most."""
+    """Modal attaches at most four A10 to a container."""
     sentence = refusal(file, f"{GOOD}gpu = 'A10'\nn_gpu = 8\n")
 
     assert "model 'mine': 8 x A10" in sentence
@@ -279,7 +279,7 @@ def test_models_file_with_more_gpus_than_a_container_holds_names_the_entry(file:
      ("Qwen/Qwen3-4B-Instruct-2507", "model 'qwen3-4b'")],
 )  # fmt: skip
 def test_models_file_with_a_taken_alias_names_both_models(file: Path, alias: str, owner: str) -> None:
-    """A name means one model: neither a key, nor an alias, nor another's hub id may be taken over."""
+    """A name means one model: neither a key, nor an alias, nor another's hub id may be reused."""
     sentence = refusal(file, f"{GOOD}aliases = ['{alias}']\n")
 
     assert f"'{alias}' of model 'mine' is already a name of {owner}" in sentence
@@ -293,7 +293,7 @@ def test_models_file_with_one_alias_in_two_entries_names_both(file: Path) -> Non
 
 
 def test_models_file_with_a_taken_alias_names_the_file(file: Path) -> None:
-    """Whoever has several files must be told which one is wrong."""
+    """A user may have several files."""
     assert str(file) in refusal(file, f"{GOOD}aliases = ['qwen3-4b']\n")
 
 
