@@ -32,10 +32,12 @@ def engine_image(settings: Settings, spec: ModelSpec) -> modal.Image:
     Raises:
         RegistryError: The model is a directory of this machine, which no container has.
     """
-    for named, path in (("", spec.path), *((f"Adapter '{part.name}' of m", part.path) for part in spec.adapters)):
+    sources = {f"Model '{spec.key}'": spec.path}
+    sources |= {f"Adapter '{adapter.name}' of model '{spec.key}'": adapter.path for adapter in spec.adapters}
+    for source, path in sources.items():
         if path and Path(path).is_absolute():
             raise RegistryError(
-                f"{named or 'M'}odel '{spec.key}' is the directory {path} of this machine, which no container has.",
+                f"{source} is the directory {path} of this machine, which no container has.",
                 hint="Give its entry a hub_id to deploy it.",
             )
     image = (

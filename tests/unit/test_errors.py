@@ -15,6 +15,12 @@ def test_error_as_text_joins_message_and_hint(hint: str, expected: str) -> None:
     assert str(ServiceError("It broke.", hint=hint)) == expected
 
 
+@pytest.mark.parametrize(("hint", "expected"), [("", "error: Full."), ("Free some.", "error: Full.\nhint: Free some.")])
+def test_error_on_a_terminal_has_a_line_for_message_and_hint(hint: str, expected: str) -> None:
+    """The hint's line is there only where there is a hint."""
+    assert DiskSpaceError("Full.", hint=hint).to_terminal() == expected
+
+
 def test_error_that_crossed_a_process_is_the_same() -> None:
     """Its class decides the exit code."""
     fields = json.loads(json.dumps(DiskSpaceError("Full.", hint="Free some.").to_fields()))
