@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import re
 import threading
@@ -230,3 +232,17 @@ def test_local_lock_in_a_cache_that_cannot_be_written_names_it(tmp_path: Path, m
 
     with pytest.raises(WeightsError, match=r"file/hub' cannot be written: .*Point HF_HOME"):
         LocalLock().held("o/m").__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_local_lock_on_a_file_system_without_locks_is_not_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A network file system may have none; two processes then only download the same twice."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with LocalLock().held("org/mine"), LocalLock().held("org/mine"):
+        pass
