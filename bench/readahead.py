@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 
 from bench.report import Report
 from service.engine import environment
-from service.engine.args import engine_command
+from service.engine.args import EngineOptions, engine_command
 from service.engine.process import EngineProcess, State
 from service.hardware import available_bytes, check_disk_space
 from service.ports import free_port
@@ -168,7 +168,12 @@ def _boot(directory: Path, gb: float, env: environment.EngineEnv, ahead: bool) -
     small = ("--kv-cache-memory-bytes", str(256 * 1024**2))
     spec = ModelSpec(key="random", path=str(directory), max_model_len=1024, weights_gb=gb, extra_args=small)
     command = engine_command(
-        spec, directory, default_key="random", device=env.device, port=free_port(), parent_env=os.environ
+        spec,
+        directory,
+        EngineOptions(port=free_port()),
+        default_key="random",
+        device=env.device,
+        parent_env=os.environ,
     )
     events: dict[str, float] = {}
     engine = EngineProcess(

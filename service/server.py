@@ -95,19 +95,16 @@ class Server:
     def _plan(self) -> Plan:
         lock = weights_lease(VOLUMES[HUB_CACHE])
         spec = DEPLOYMENT.spec_for_replica(self.model, lock)
-        return Plan(
+        return Plan.from_settings(
+            SETTINGS,
             spec=spec,
             default_key=SETTINGS.model,
             device=os.environ.get("ENGINE_DEVICE", "cuda"),
             python=sys.executable,
             parent_env=os.environ,
-            snapshot=SETTINGS.snapshot,
             fast_boot=self.fast_boot,
             n_gpu=self.n_gpu,
             host="0.0.0.0",  # noqa: S104 - Modal's proxy comes by the container's own address
-            port=SETTINGS.port,
-            startup_timeout_s=SETTINGS.startup_timeout_s,
-            hang_s=SETTINGS.hang_s,
             lock=lock,
             versions=VERSIONS,
             caches=Caches(Path.home() / LOCAL_CACHES, VERSIONS, compile_caches(), model=spec.key),

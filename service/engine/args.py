@@ -40,20 +40,37 @@ class EngineCommand:
     port: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What settings and the place of the run decide about an engine, whatever its model.
+
+    A setting of the same name fills a field (`Plan.from_settings`). A new one needs a line here, and its flag below.
+
+    Attributes:
+        n_gpu: GPUs to spread the model over.
+        fast_boot: Skip compilation and CUDA graphs.
+        host: Address to listen on.
+        port: Port to listen on.
+        shutdown: How long each step of the end may take.
+    """
+
+    n_gpu: int = 1
+    fast_boot: bool = True
+    host: str = "127.0.0.1"
+    port: int = 8000
+    shutdown: ShutdownBudget = MODAL_SHUTDOWN
+
+
 def engine_command(
     spec: ModelSpec,
     weights: Path,
+    options: EngineOptions | None = None,
     *,
     draft: Path | None = None,
     adapters: Mapping[str, Path] | None = None,
     default_key: str | None = None,
     device: str = "cuda",
-    n_gpu: int = 1,
-    fast_boot: bool = True,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     sleeps: bool = False,
-    shutdown: ShutdownBudget = MODAL_SHUTDOWN,
     parent_env: Mapping[str, str] | None = None,
 ) -> EngineCommand:
     """Return the command that serves `spec` from the directory `weights`.
@@ -61,22 +78,19 @@ def engine_command(
     Args:
         spec: The registry entry.
         weights: Directory with config, tokenizer and safetensors; never a hub id, so the engine asks no hub.
+        options: What settings decide.
         draft: Directory of the draft model, for entries with `speculative`.
         adapters: Directory of each LoRA adapter by the name it is served under.
         default_key: Key of the default model; the entry of that key also answers to `llm`.
         device: `cuda` or `cpu`.
-        n_gpu: GPUs to spread the model over.
-        fast_boot: Skip compilation and CUDA graphs.
-        host: Address to listen on.
-        port: Port to listen on.
         sleeps: It will be put to sleep, its weights in host memory, and woken from a GPU memory snapshot.
-        shutdown: How long the engine itself may take to end.
         parent_env: The environment to pass on, less secrets and settings.
     """
+    options = options or EngineOptions()
     argv = [
         *_identity(spec, weights, default_key),
-        *_listening(host, port, shutdown),
-        *_execution(spec, device, n_gpu, fast_boot),
+        *_listening(options),
+        *_execution(spec, device, options),
         *_sleep(device, sleeps),
         *_parsers(spec),
         *_limits(spec, device),
@@ -84,7 +98,8 @@ def engine_command(
         *_adapters(spec, adapters or {}),
         *spec.extra_args,
     ]
-    return EngineCommand(tuple(argv), _environment(parent_env or {}, device, fast_boot, sleeps), host, port)
+    env = _environment(parent_env or {}, device, options.fast_boot, sleeps)
+    return EngineCommand(tuple(argv), env, options.host, options.port)
 
 
 def cpu_memory_bytes(spec: ModelSpec) -> int:
@@ -104,12 +119,12 @@ def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[s
     return ["--model", str(weights), "--served-model-name", *names]
 
 
-def _listening(host: str, port: int, shutdown: ShutdownBudget) -> list[str]:
+def _listening(options: EngineOptions) -> list[str]:
     """Where it listens, and our guard as the outermost layer: vLLM's own key leaves many routes open."""
     return [
-        *("--host", host, "--port", str(port)),
+        *("--host", options.host, "--port", str(options.port)),
         *("--middleware", f"{PLUGIN}.guard.Guard"),
-        *("--shutdown-timeout", str(shutdown.vllm_s)),
+        *("--shutdown-timeout", str(options.shutdown.vllm_s)),
         *("--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
 
@@ -123,12 +138,12 @@ def _sleep(device: str, sleeps: bool) -> list[str]:
     return flags
 
 
-def _execution(spec: ModelSpec, device: str, n_gpu: int, fast_boot: bool) -> list[str]:
-    flags = ["--enforce-eager" if fast_boot else "--no-enforce-eager"]
+def _execution(spec: ModelSpec, device: str, options: EngineOptions) -> list[str]:
+    flags = ["--enforce-eager" if options.fast_boot else "--no-enforce-eager"]
     if device == "cpu":
         flags += ["--distributed-executor-backend", "uni"]  # with the variable below: no worker process
-    elif n_gpu > 1:
-        flags += ["--tensor-parallel-size", str(n_gpu)]
+    elif options.n_gpu > 1:
+        flags += ["--tensor-parallel-size", str(options.n_gpu)]
     if spec.async_scheduling is not None:
         flags.append("--async-scheduling" if spec.async_scheduling else "--no-async-scheduling")
     return flags

@@ -111,20 +111,19 @@ class LocalPlanner:
         self.reporter.phase(Event.ENVIRONMENT)  # all checks have passed: from here on things are built
         env = environment.ensure(on_progress=self.reporter.installing, hardware=self.hardware)
         versions = environment.versions(env.device)
-        return Plan(
+        return Plan.from_settings(
+            self.settings,
             spec=spec,
             default_key=spec.key,
             device=env.device,
             python=env.python,
             hardware=self.hardware,
             parent_env={**self.environ, **_visible(gpus)},
+            snapshot="off",
             fast_boot=self.settings.fast_boot is not False,
             n_gpu=self.n_gpu(spec),
-            host="127.0.0.1",
             port=port,
-            startup_timeout_s=self.settings.startup_timeout_s,
             shutdown=LOCAL_SHUTDOWN,
-            hang_s=self.settings.hang_s,
             versions=versions,
             caches=Caches(environment.compiled(), versions, model=spec.key),
             records=records.local_directory(),

@@ -222,15 +222,11 @@ class Replica:
         command = engine_command(
             plan.spec,
             self._weights.model,
+            plan,
             draft=self._weights.draft,
             adapters=self._weights.adapters,
             default_key=plan.default_key,
             device=plan.device,
-            n_gpu=plan.n_gpu,
-            fast_boot=plan.fast_boot,
-            host=plan.host,
-            port=plan.port,
-            shutdown=plan.shutdown,
             sleeps=plan.snapshot == "gpu" and hold is None,
             parent_env={**plan.parent_env, **(plan.caches.env() if plan.caches else {})},
         )

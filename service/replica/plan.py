@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from service.boots.records import BootRecord
+from service.engine.args import EngineOptions
 from service.engine.process import HANG_S
-from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
 from service.errors import GpuCountError
 from service.hardware import Hardware
 from service.registry.models import ModelSpec
 from service.registry.tiers import count_label
 from service.replica.compile_caches import Caches
+from service.settings import Settings
 from service.weights.locks import Lock
 
 Snapshot = Literal["off", "cpu", "gpu"]
@@ -23,8 +24,8 @@ _UNKNOWN_GB = 100.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one replica is to run.
+class Plan(EngineOptions):
+    """How one replica is to run: the options of its engine, and all that the engine itself is not told.
 
     Attributes:
         spec: The model.
@@ -36,7 +37,6 @@ class Plan:
         snapshot: How far `prepare` goes.
         startup_timeout_s: What a boot may take, once the weights are there.
         wake_timeout_s: What waking may take before the engine is booted cold; None: by the size of the weights.
-        shutdown: How long each step of the end may take.
         lock: Keeps replicas from fetching the same weights at once; None: processes of this machine.
         hang_s: How long a ready engine may give no sign of life.
         versions: What the engine consists of, for the record.
@@ -50,19 +50,25 @@ class Plan:
     python: str
     parent_env: Mapping[str, str]
     snapshot: Snapshot = "off"
-    fast_boot: bool = True
-    n_gpu: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8000
     startup_timeout_s: float = 1800
     wake_timeout_s: float | None = None
-    shutdown: ShutdownBudget = MODAL_SHUTDOWN
     hang_s: float = HANG_S
     hardware: Hardware | None = None
     lock: Lock | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     caches: Caches | None = None
     records: Path | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings, **facts: Any) -> Plan:
+        """Return a plan whose fields come from the settings of the same names.
+
+        Args:
+            settings: Of the deploy or the run.
+            facts: The other fields, and those that replace a setting.
+        """
+        shared = {field.name for field in fields(cls)} & Settings.model_fields.keys()
+        return cls(**({name: getattr(settings, name) for name in shared} | facts))
 
     def check(self) -> None:
         """Refuse a plan that cannot work.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.engine.args import engine_command
+from service.engine.args import EngineOptions, engine_command
 from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs
@@ -25,8 +25,8 @@ WRONG = {
 def argv(spec: ModelSpec, device: str, fast_boot: bool) -> list[str]:
     """Return the entry's command line."""
     draft = DRAFT if spec.speculative and spec.speculative.hub_id else None
-    options: dict[str, Any] = {"device": device, "n_gpu": spec.n_gpu, "fast_boot": fast_boot}
-    return list(engine_command(spec, WEIGHTS, draft=draft, default_key="tiny", **options).argv)
+    options = EngineOptions(n_gpu=spec.n_gpu, fast_boot=fast_boot)
+    return list(engine_command(spec, WEIGHTS, options, draft=draft, default_key="tiny", device=device).argv)
 
 
 def name_of(key: str, device: str, fast_boot: bool) -> str:

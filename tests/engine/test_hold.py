@@ -9,7 +9,7 @@ import urllib.request
 from typing import Any
 
 from service.engine import environment
-from service.engine.args import engine_command
+from service.engine.args import EngineOptions, engine_command
 from service.engine.process import EngineProcess, State
 from service.registry.models import Registry
 
@@ -24,7 +24,12 @@ def test_engine_held_asleep_has_no_port_and_wakes_with_the_same_canary() -> None
     assert spec.directory
     port = free_port()
     command = engine_command(
-        spec, spec.directory, default_key="tiny", device=env.device, port=port, parent_env=os.environ
+        spec,
+        spec.directory,
+        EngineOptions(port=port),
+        default_key="tiny",
+        device=env.device,
+        parent_env=os.environ,
     )
     events: dict[str, dict[str, Any]] = {}
     engine = EngineProcess(command, python=env.python, hold="asleep", on_event=events.__setitem__)

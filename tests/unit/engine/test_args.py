@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.args import IN_ENGINE, EngineCommand, engine_command
+from service.engine.args import IN_ENGINE, EngineCommand, EngineOptions, engine_command
 from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs
@@ -32,9 +32,9 @@ DOOR = (
 WORKER = ("--worker-extension-cls", "vllm_service.worker_extension.WorkerExtension")
 
 
-def command(key: str, **options: object) -> EngineCommand:
+def command(key: str, options: EngineOptions | None = None, **more: object) -> EngineCommand:
     """Return the command for a registry entry."""
-    return engine_command(SPECS[key], WEIGHTS, **options)  # type: ignore[arg-type]
+    return engine_command(SPECS[key], WEIGHTS, options, **more)  # type: ignore[arg-type]
 
 
 def value(argv: tuple[str, ...], flag: str) -> str:
@@ -81,7 +81,7 @@ def test_argv_of_a_model_with_images_limits_them() -> None:
 def test_argv_of_gpt_oss_has_every_acceleration() -> None:
     """EAGLE3 from a directory, FP8 KV cache, FlashInfer's MoE, asynchronous scheduling, fusion passes, compiled."""
     speculative = '{"method":"eagle3","num_speculative_tokens":7,"model":"/draft"}'
-    assert command("gpt-oss-120b", draft=Path("/draft"), fast_boot=False).argv == (
+    assert command("gpt-oss-120b", EngineOptions(fast_boot=False), draft=Path("/draft")).argv == (
         *("--model", "/weights", "--served-model-name", "gpt-oss-120b", "openai/gpt-oss-120b"),
         *DOOR,
         *("--no-enforce-eager", "--async-scheduling"),
@@ -102,7 +102,7 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
 
 def test_argv_of_a_model_over_two_gpus_splits_its_tensors() -> None:
     """The count comes from the caller, who has compared it with what is visible."""
-    argv = command("qwen3-235b", n_gpu=2).argv
+    argv = command("qwen3-235b", EngineOptions(n_gpu=2)).argv
 
     assert value(argv, "--tensor-parallel-size") == "2"
 
@@ -203,7 +203,7 @@ def test_argv_of_a_draft_without_a_repository_names_no_model() -> None:
 
 def test_command_carries_host_and_port() -> None:
     """What the supervisor polls is what the engine was told."""
-    made = command("tiny", host="0.0.0.0", port=9)
+    made = command("tiny", EngineOptions(host="0.0.0.0", port=9))
 
     assert (made.host, made.port) == ("0.0.0.0", 9)
     assert [value(made.argv, flag) for flag in ("--host", "--port")] == ["0.0.0.0", "9"]
@@ -256,7 +256,7 @@ def test_env_on_cpu_asks_for_one_process() -> None:
 def test_env_on_cpu_with_fast_boot_compiles_nothing() -> None:
     """A small function that vLLM compiles on its own would need a C++ compiler, and seconds of a request."""
     assert command("tiny", device="cpu").env["TORCHDYNAMO_DISABLE"] == "1"
-    assert "TORCHDYNAMO_DISABLE" not in command("tiny", device="cpu", fast_boot=False).env
+    assert "TORCHDYNAMO_DISABLE" not in command("tiny", EngineOptions(fast_boot=False), device="cpu").env
     assert "TORCHDYNAMO_DISABLE" not in command("tiny").env
 
 
