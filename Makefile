@@ -1,4 +1,4 @@
-# `make serve` and `make test` build all they need; the light environment is .venv, the engine's is in the user's cache.
+# `make serve` and `make test` build what they need. The light environment is .venv; the engine's is in the user's cache directory.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,8 +12,8 @@ serve: $(VENV)/light
 
 install: $(VENV)/light
 
-# The containers of the contract tests wait more than they work, so three files of theirs run at a time: as they are named,
-# the short ones of tests/fakes last, so that no third waits for the others. Of the rest, whose engines work, two.
+# The containers of the contract tests mostly wait, so three of these files run at a time, in the order of their names: with the short
+# ones of tests/fakes last, the three workers end at about the same time. The other tests keep engines busy, so two run at a time.
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/contract --ignore tests/fakes
@@ -22,7 +22,7 @@ check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 	@find service -name '*.py' -exec awk 'END { if (NR > 300) print "note: " FILENAME " has " NR " lines; is it two modules?" }' {} \;
 
-# what takes too long for every run of the tests
+# Lifecycle tests that take too long for `make test`.
 soak: $(VENV)/dev
 	@$(BIN)/python -m bench.soak
 
@@ -34,7 +34,7 @@ bench-boot: $(VENV)/dev
 bench-gateway: $(VENV)/dev
 	@$(BIN)/python -m bench.gateway
 
-# on a machine with an NVIDIA GPU
+# Needs an NVIDIA GPU.
 bench-gpu: $(VENV)/dev
 	@$(BIN)/python -m bench.gpu_boot
 
@@ -47,7 +47,7 @@ bench-weights: $(VENV)/dev
 bench-contract: $(VENV)/dev
 	@$(BIN)/python -m bench.contract
 
-# The pins of every environment, with hashes and without index addresses.
+# Lock files of every environment, with hashes and without index addresses.
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 locks: $(VENV)/light
 	$(COMPILE) --extra install pyproject.toml -o $(PINS)/light.lock
