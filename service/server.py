@@ -93,7 +93,7 @@ class Server:
         self.replica.stop()
 
     def _plan(self) -> Plan:
-        lock = weights_lease(VOLUMES[HUB_CACHE])
+        lock = weights_lease(VOLUMES[HUB_CACHE], SETTINGS.volume_prefix)
         spec = DEPLOYMENT.spec_for_replica(self.model, lock)
         return Plan.from_settings(
             SETTINGS,

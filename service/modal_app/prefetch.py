@@ -53,19 +53,19 @@ def fetch(request: str, volume_prefix: str | None) -> Iterator[str | PrefetchEve
     yield modal.current_function_call_id() or ""
     volume = volumes(volume_prefix)[HUB_CACHE]
     try:
-        yield from prefetch_here(PrefetchRequest.model_validate_json(request), weights_lease(volume))
+        yield from prefetch_here(PrefetchRequest.model_validate_json(request), weights_lease(volume, volume_prefix))
         volume.commit()  # what was removed; each download was committed when its lease was released
     except ServiceError as error:
         yield error.to_fields()
 
 
-def weights_lease(volume: modal.Volume) -> Lease:
-    """Return the lease that keeps containers from fetching the same repository at once.
+def weights_lease(volume: modal.Volume, volume_prefix: str | None) -> Lease:
+    """Return the lease that keeps containers from fetching the same repository into this volume at once.
 
     Its holder sees what others have committed, and commits before releasing it.
     """
     return Lease(
-        lambda: modal.Dict.from_name(LOCKS, create_if_missing=True),
+        lambda: modal.Dict.from_name(f"{volume_prefix or ''}{LOCKS}", create_if_missing=True),
         on_acquired=volume.reload,
         before_release=volume.commit,
         expiry_s=float(os.environ.get("LEASE_EXPIRY_S", EXPIRY_S)),  # the tests of a dead holder wait for less

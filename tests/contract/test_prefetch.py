@@ -139,10 +139,13 @@ def test_prefetch_fills_the_committed_volume_without_a_gpu(plane: ModalPlane, mo
 
 
 def test_prefetch_with_a_volume_prefix_fills_that_volume(plane: ModalPlane, models: Path) -> None:
-    """The one that a deploy with the same setting mounts."""
+    """The one that a deploy with the same setting mounts; its leases are its own too."""
+    plane.dicts.put(LOCKS)["me/pinned"] = ("a container of another deployment", 3)
     done = prefetched(plane, models, "pinned", SERVICE_VOLUME_PREFIX="team-")
 
     assert done.returncode == 0, done.stderr
+    assert "Another container" not in done.stderr
+    assert plane.dicts[f"team-{LOCKS}"].keys() == []
     assert [volume.name for volume in plane.volumes] == ["team-huggingface-cache"]
     files = plane.volumes["team-huggingface-cache"].files()
     assert f"hub/models--me--pinned/snapshots/{PINNED}/config.json" in files
