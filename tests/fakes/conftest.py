@@ -1,4 +1,4 @@
-"""Planes for the plane's own tests: one shared by tests that use pools of their own, and fresh ones."""
+"""Planes for the plane's own tests: one that tests with pools of their own share, and fresh ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> ContainerRuntime:
 
 @pytest.fixture
 def plane(tmp_path: Path, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
-    """A plane of the test's own."""
+    """A plane for one test."""
     with running(tmp_path, runtime) as plane:
         yield plane
 

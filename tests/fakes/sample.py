@@ -1,4 +1,4 @@
-"""What the plane's tests share: the sample app deployed, called and read."""
+"""Helpers of the plane's tests: deploy the sample app, call it, read its events."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(plane: ModalPlane, *arguments: str, **environment: str) -> subproces
 
 
 def deploy(plane: ModalPlane, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Deploy the sample and insist that it worked."""
+    """Deploy the sample; assert that it worked."""
     done = command(plane, "deploy", "-m", "sample.server", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -61,7 +61,7 @@ def get(url: str, headers: dict[str, str] | None = None, data: bytes | None = No
 
 @contextlib.contextmanager
 def connection(url: str) -> Iterator[http.client.HTTPConnection]:
-    """Open a connection that shows a response byte by byte and follows no redirect."""
+    """Open a connection that returns a response as it arrives and follows no redirect."""
     parts = urlsplit(url)
     with contextlib.closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)) as opened:
         yield opened
@@ -86,7 +86,7 @@ def names(plane: ModalPlane, model: str) -> list[str]:
 
 @contextlib.contextmanager
 def running(directory: Path, runtime: ContainerRuntime) -> Iterator[ModalPlane]:
-    """A plane with what the sample needs; the plane's own mistakes fail the test."""
+    """Run a plane with the sample's secret; errors inside the plane fail the test."""
     with ModalPlane(directory, container=runtime) as plane:
         plane.secrets.put("sample-secret", {"TOKEN": "t0"})
         yield plane

@@ -42,7 +42,7 @@ def container(plane: ModalPlane) -> Any:
 
 
 def test_asgi_app_is_deployed_as_a_plain_function(asgi: ModalPlane) -> None:
-    """What the decorators say is in the definition: no class, no GPU, many inputs, a snapshot, a secret, the image."""
+    """The definition has what the decorators set: no class, no GPU, many inputs, a snapshot, a secret, the image."""
     function = asgi.function(*ASGI_APP)
     assert not function.is_class
     assert not function.resources.gpu_config.gpu_type
@@ -54,7 +54,7 @@ def test_asgi_app_is_deployed_as_a_plain_function(asgi: ModalPlane) -> None:
 
 
 def test_asgi_app_is_made_after_the_restore(asgi: ModalPlane, url: str) -> None:
-    """Imports are in the snapshot; the function's body runs in the restored container, then the lifespan."""
+    """Imports are in the snapshot; the function's body and then the lifespan run in the restored container."""
     status, body = get(f"{url}/health")
     assert (status, json.loads(body)) == (200, {"started": True, "method": "GET"})
     task = container(asgi)
@@ -90,7 +90,7 @@ def test_asgi_app_idle_scales_to_zero(plane: ModalPlane) -> None:
 
 
 def test_asgi_app_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) -> None:
-    """The tokens guard functions as they guard methods."""
+    """Proxy auth applies to functions as it does to methods."""
     url = deploy_asgi(plane, SAMPLE_AUTH="1")
     assert get(f"{url}/health")[0] == 401
     assert plane.tasks == []
@@ -98,7 +98,7 @@ def test_asgi_app_with_proxy_auth_refuses_before_a_container(plane: ModalPlane) 
 
 
 def test_asgi_response_streams_in_order(url: str) -> None:
-    """Each piece is there when it was sent, in order."""
+    """Each piece arrives when it was sent, in order."""
     with connection(url) as opened:
         began = time.monotonic()
         opened.request("GET", "/slow?n=2&s=2")
@@ -110,7 +110,7 @@ def test_asgi_response_streams_in_order(url: str) -> None:
 
 
 def test_asgi_request_streams_in_while_the_response_streams_out(url: str) -> None:
-    """A piece of the body comes back before the next one is sent: nothing waits for the end of either."""
+    """A piece of the body comes back before the next one is sent; neither direction waits for the end of the other."""
     with connection(url) as opened:
         opened.putrequest("POST", "/echo")
         opened.putheader("Transfer-Encoding", "chunked")
@@ -128,7 +128,7 @@ def test_asgi_request_streams_in_while_the_response_streams_out(url: str) -> Non
 
 @pytest.mark.parametrize("size", [1, 3 * MIB, 32 * MIB])
 def test_asgi_request_body_comes_in_pieces(url: str, size: int) -> None:
-    """Whatever its size, the body arrives whole and not as one message."""
+    """A body of any size arrives whole and in more than one message."""
     body = _pattern(size)
     status, answer = get(f"{url}/digest", data=body)
     measured = json.loads(answer)
@@ -144,14 +144,14 @@ def test_asgi_response_of_many_megabytes_is_whole(url: str) -> None:
 
 
 def test_asgi_large_body_on_a_cold_app_waits_for_the_container(plane: ModalPlane) -> None:
-    """The body is taken before there is anybody to read it."""
+    """The plane reads the body before the container can read it."""
     body = _pattern(32 * MIB)
     measured = json.loads(get(f"{deploy_asgi(plane)}/digest", data=body)[1])
     assert measured["sha256"] == hashlib.sha256(body).hexdigest()
 
 
 def test_asgi_response_waits_for_a_slow_reader(asgi: ModalPlane, url: str) -> None:
-    """With a reader that takes nothing the application is stopped by what Modal's client buffers; nothing is lost."""
+    """When the reader pauses, the application blocks once Modal's client has filled its buffers; no byte is lost."""
     pieces = 6 * 1024  # of 16 KiB
     with connection(url) as opened:
         opened.request("GET", f"/flood?n={pieces}")
@@ -164,7 +164,7 @@ def test_asgi_response_waits_for_a_slow_reader(asgi: ModalPlane, url: str) -> No
 
 
 def test_asgi_client_that_leaves_a_stalled_response_is_noticed(asgi: ModalPlane, url: str) -> None:
-    """An application that waits for its reader hears that there is none."""
+    """An application that waits for its reader gets the disconnect."""
     with connection(url) as opened:
         opened.request("GET", "/flood?n=1000000")
         opened.getresponse()
@@ -194,7 +194,7 @@ def test_asgi_client_that_leaves_before_the_answer_is_noticed_within_a_second(as
 
 
 def test_asgi_app_without_a_first_byte_redirects_and_keeps_the_body(plane: ModalPlane) -> None:
-    """The 303 comes with the body taken; who follows it gets the answer to that body."""
+    """The plane has read the body when it answers 303; the URL of the redirect returns the response to that body."""
     url = deploy_asgi(plane)
     get(f"{url}/health")
     plane.web_endpoints.redirect_after_s = 0.4
@@ -204,15 +204,15 @@ def test_asgi_app_without_a_first_byte_redirects_and_keeps_the_body(plane: Modal
         answer = opened.getresponse()
         location = answer.getheader("Location") or ""
     assert answer.status == 303
-    status, said = get(location)
+    status, answer = get(location)
     while status == 303:
-        status, said = get(location)
-    assert json.loads(said)["sha256"] == hashlib.sha256(body).hexdigest()
+        status, answer = get(location)
+    assert json.loads(answer)["sha256"] == hashlib.sha256(body).hexdigest()
     assert traced(plane, "web") == traced(plane, "web")[:1], "one container, one call"
 
 
 def test_asgi_app_that_raises_answers_500(url: str) -> None:
-    """Before the first byte it is a status; after it the connection breaks off, so that nobody takes it for the end."""
+    """An exception before the first byte is a 500; after it the connection is aborted, and the response incomplete."""
     assert (get(f"{url}/fail")[0], b"told to fail" in get(f"{url}/fail")[1]) == (500, True)
     with connection(url) as opened:
         opened.request("GET", "/cut")
@@ -222,11 +222,11 @@ def test_asgi_app_that_raises_answers_500(url: str) -> None:
 
 
 def test_asgi_app_looks_a_pool_of_another_app_up(asgi: ModalPlane, url: str) -> None:
-    """URL and statistics of a pool come by the container's own client, and wake nothing."""
+    """The container's own client reads URL and statistics of a pool without waking it."""
     theirs = asgi.url_of("sample", "Server", "serve")
     count = len(asgi.tasks)
-    asked = json.loads(get(f"{url}/pool?model=looked-up")[1])
-    assert asked == {"url": theirs, "backlog": 0, "runners": 0}
+    found = json.loads(get(f"{url}/pool?model=looked-up")[1])
+    assert found == {"url": theirs, "backlog": 0, "runners": 0}
     assert len(asgi.tasks) == count
 
     assert get(f"{theirs}/health?model=looked-up")[0] == 200
@@ -235,7 +235,7 @@ def test_asgi_app_looks_a_pool_of_another_app_up(asgi: ModalPlane, url: str) -> 
 
 
 def test_asgi_app_reaches_the_url_of_an_app_that_was_deployed_later(asgi: ModalPlane, url: str) -> None:
-    """From inside its own network a container streams from another app's container, cold or warm."""
+    """A container streams from another app's container, cold or warm, from inside its own network."""
     theirs = asgi.url_of("sample", "Server", "serve")
     escaped = f"{theirs}/slow%3Fmodel=reached%26n=2%26s=2"
     assert get(f"{url}/fetch?url={escaped}") == (200, b"0\n1\n")
@@ -249,13 +249,13 @@ def test_asgi_app_reaches_the_url_of_an_app_that_was_deployed_later(asgi: ModalP
 
 
 def test_asgi_app_that_leaves_another_app_is_noticed_there(asgi: ModalPlane, url: str) -> None:
-    """A connection that a container resets is closed at the other end too, though neither says a word."""
+    """A connection that a container resets is closed at the other end too."""
     assert get(f"{url}/reset?port={urlsplit(url).port}")[0] == 200
     _check_noticed(asgi, traced(asgi, "reset")[-1]["at"])
 
 
 def test_asgi_app_sees_a_container_that_dies_break_its_stream(asgi: ModalPlane, url: str) -> None:
-    """A killed container is no clean end for who streams from it inside another one."""
+    """A stream from a container that is killed ends with an error in the container that reads it."""
     theirs = asgi.url_of("sample", "Server", "serve")
     get(f"{theirs}/health?model=killed")
     pool = next(task for task in asgi.tasks if task.parameters.get("model") == "killed")

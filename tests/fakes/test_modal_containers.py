@@ -1,4 +1,4 @@
-"""Containers of the plane: life, calls, scaling, failure. The real container runtime, a sample app."""
+"""Containers of the plane: start and stop, calls, scaling, failures. The real container runtime, a sample app."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_two_pools_share_port_8000(shared: ModalPlane) -> None:
 
 
 def test_query_and_python_parameters_are_one_pool(shared: ModalPlane, client: modal.Client) -> None:
-    """A pool that HTTP has opened serves Python calls with the same parameters."""
+    """A pool that an HTTP request has created serves Python calls with the same parameters."""
     get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=one")
     answer = server(client)(model="one").complete.remote("/p", {"x": 1})
     mine = [task for task in shared.tasks if task.parameters.get("model") == "one"]
@@ -75,13 +75,13 @@ def test_map_and_spawn_return_in_order(client: modal.Client) -> None:
 
 
 def test_raising_method_raises_at_the_caller(client: modal.Client) -> None:
-    """The exception of a method is the caller's, type and text."""
+    """The caller gets the exception of a method with its type and text."""
     with pytest.raises(ValueError, match="told to fail"):
         server(client)(model="raising").fail.remote()
 
 
 def test_cancelled_call_is_cancelled_in_the_container(shared: ModalPlane, client: modal.Client) -> None:
-    """Cancelling a call cancels the coroutine that works on it, and the container goes on."""
+    """Cancelling a call cancels the coroutine that processes it; the container continues."""
     instance = server(client)(model="cancelled")
     call = long_call(instance)
     shared.wait_until(lambda: "working" in names(shared, "cancelled"), BOOT_S, "the call to be worked on")
@@ -93,12 +93,12 @@ def test_cancelled_call_is_cancelled_in_the_container(shared: ModalPlane, client
 
 
 def test_plain_function_is_called(client: modal.Client) -> None:
-    """Functions without a class work too."""
+    """A function without a class can be called."""
     assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
 
 
 def test_inputs_beyond_concurrency_start_a_second_container(shared: ModalPlane, client: modal.Client) -> None:
-    """Ten inputs at four a container start two, which is the maximum."""
+    """Ten inputs at four per container start two containers, the maximum."""
     instance = server(client)(model="many")
     answers = list(instance.complete.map(["/x"] * 10, [{}] * 10, kwargs={"seconds": 3.0}))
     assert len({answer["task"] for answer in answers}) == 2
@@ -106,7 +106,7 @@ def test_inputs_beyond_concurrency_start_a_second_container(shared: ModalPlane, 
 
 
 def test_concurrency_of_a_variant_is_its_own(shared: ModalPlane, client: modal.Client) -> None:
-    """`with_concurrency` decides how many inputs a container takes; the class keeps its four."""
+    """`with_concurrency` sets the inputs per container of the variant; the class keeps its four."""
     cls = server(client)
     one, ten = (cls.with_concurrency(max_inputs=most)(model="concurrency") for most in (1, 10))
     calls = [long_call(one) for _ in range(2)] + [long_call(ten) for _ in range(8)]
@@ -120,7 +120,7 @@ def test_concurrency_of_a_variant_is_its_own(shared: ModalPlane, client: modal.C
 
 
 def test_options_of_a_variant_reach_its_pool(shared: ModalPlane, client: modal.Client) -> None:
-    """What the autoscaler heeds it has; where the variant runs is recorded."""
+    """The pool's autoscaler has the variant's limits, and the variant's region is recorded."""
     limits = {"scaledown_window": 7, "max_containers": 1, "buffer_containers": 3}
     places = {"region": "us", "cloud": "aws", "routing_region": "us-east"}
     variant = server(client).with_options(**limits, **places)(model="optional")
@@ -132,7 +132,7 @@ def test_options_of_a_variant_reach_its_pool(shared: ModalPlane, client: modal.C
 
 
 def test_option_that_the_plane_does_not_apply_is_refused(client: modal.Client) -> None:
-    """An option is never dropped in silence: the error has its name."""
+    """An option that the plane does not support is an error with its name."""
     bucket = modal.CloudBucketMount("bucket")
     variant = server(client).with_options(volumes={"/bucket": bucket})(model="bucket")
     with pytest.raises(modal.exception.UnimplementedError, match="cloud_bucket_mounts"):
@@ -140,7 +140,7 @@ def test_option_that_the_plane_does_not_apply_is_refused(client: modal.Client) -
 
 
 def test_autoscaler_limits_and_releases_a_pool(shared: ModalPlane, client: modal.Client) -> None:
-    """The maximum lets inputs wait, a killed minimum container comes back, and without a minimum an idle one ends."""
+    """Inputs beyond the maximum wait; a killed container is replaced up to the minimum; an idle one above it stops."""
     instance = server(client)(model="scaled")
     autoscaler = instance.serve.autoscaler
     autoscaler.update(min_containers=1, max_containers=1)
@@ -163,17 +163,17 @@ def test_idle_container_stops_after_the_window(plane: ModalPlane) -> None:
     deploy(plane, SAMPLE_SCALEDOWN_WINDOW="3")
     url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=idle"
     get(url)
-    asked = time.monotonic()
+    called = time.monotonic()
     get(url)
     plane.wait_until(lambda: plane.tasks[0].state is TaskState.DEAD, BOOT_S, "the scale-down")
-    assert time.monotonic() - asked > 3
+    assert time.monotonic() - called > 3
     assert names(plane, "idle")[-1] == "stop"
     assert plane.tasks[0].exit_code == 0
     assert "left-at-exit.txt" in plane.volumes["sample-cache"].files()
 
 
 def test_autoscaler_minimum_starts_a_container(shared: ModalPlane, client: modal.Client) -> None:
-    """`autoscaler.update(min_containers=1)` warms a pool that nobody has called."""
+    """`autoscaler.update(min_containers=1)` starts a container in a pool without calls."""
     instance = server(client)(model="warm")
     assert instance.serve.autoscaler.update(min_containers=1).min_containers == 1
     warm = lambda: [t for t in shared.tasks if t.parameters.get("model") == "warm" and t.state is TaskState.READY]  # noqa: E731
@@ -182,7 +182,7 @@ def test_autoscaler_minimum_starts_a_container(shared: ModalPlane, client: modal
 
 
 def test_preempted_container_runs_its_exit_hook_and_hands_its_input_on(plane: ModalPlane) -> None:
-    """SIGINT ends the container in its grace; another one takes what it worked on."""
+    """SIGINT ends the container within its grace; another one gets its inputs."""
     deploy(plane)
     instance = server(plane.client())(model="p")
     call = instance.complete.spawn("/p", {}, seconds=2.0)
@@ -195,7 +195,7 @@ def test_preempted_container_runs_its_exit_hook_and_hands_its_input_on(plane: Mo
 
 
 def test_preempted_container_that_stays_is_killed_after_the_grace(plane: ModalPlane) -> None:
-    """What does not end within the grace is killed, without its exit hook."""
+    """A container that does not end within the grace is killed, without its exit hook."""
     deploy(plane)
     get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=stays")
     task = plane.tasks[0]
@@ -208,7 +208,7 @@ def test_preempted_container_that_stays_is_killed_after_the_grace(plane: ModalPl
 
 
 def test_killed_container_fails_its_call_and_is_replaced(shared: ModalPlane, client: modal.Client) -> None:
-    """A death that nobody asked for fails the input; the next call gets a fresh container."""
+    """An unexpected death fails the input; the next call gets a fresh container."""
     instance = server(client)(model="dies")
     with pytest.raises(modal.exception.InternalFailure, match="exited with code 7"):
         instance.die.remote()
@@ -216,7 +216,7 @@ def test_killed_container_fails_its_call_and_is_replaced(shared: ModalPlane, cli
 
 
 def test_raising_hook_fails_callers_with_its_exception(shared: ModalPlane, client: modal.Client) -> None:
-    """What a hook raises is what a Python caller sees, and a 500 over HTTP."""
+    """A Python caller gets the exception of a hook; an HTTP client gets a 500."""
     with pytest.raises(RuntimeError, match="boom in prepare"):
         server(client)(model="fails-in-prepare").complete.remote("/x", {})
     status, body = get(f"{shared.url_of('sample', 'Server', 'serve')}/health?model=fails-in-prepare")
@@ -225,7 +225,7 @@ def test_raising_hook_fails_callers_with_its_exception(shared: ModalPlane, clien
 
 
 def test_close_leaves_no_process(tmp_path: Path, runtime: ContainerRuntime) -> None:
-    """Closing kills what a container started, in a session of its own too."""
+    """Closing kills all processes of a container, those in sessions of their own too."""
     with running(tmp_path, runtime) as plane:
         deploy(plane)
         get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=o")
@@ -237,7 +237,7 @@ def test_close_leaves_no_process(tmp_path: Path, runtime: ContainerRuntime) -> N
 
 
 def test_input_beyond_its_timeout_fails_and_is_cancelled(shared: ModalPlane, client: modal.Client) -> None:
-    """A variant with a short timeout gives up on a long call, in the container too."""
+    """A call that exceeds its variant's timeout fails and is cancelled in the container."""
     instance = server(client).with_options(timeout=5)(model="times-out")
     with pytest.raises(modal.exception.FunctionTimeoutError, match="hit its timeout of 5s"):
         instance.complete.remote("/long", {}, seconds=50.0)
@@ -245,7 +245,7 @@ def test_input_beyond_its_timeout_fails_and_is_cancelled(shared: ModalPlane, cli
 
 
 def test_variants_are_listed(shared: ModalPlane, client: modal.Client) -> None:
-    """Every pool that was bound is a variant of its class, for `modal function variants` too."""
+    """Every bound pool is listed as a variant of its class, by `modal function variants` too."""
     instance = server(client).with_options(gpu="L4")(model="listed")
     assert instance.complete.remote("/x", {})["model"] == "listed"
     done = command(shared, "function", "variants", "sample/Server.*", "--json")
@@ -254,8 +254,8 @@ def test_variants_are_listed(shared: ModalPlane, client: modal.Client) -> None:
     assert "L4" in done.stdout
 
 
-def test_preemption_during_prepare_costs_a_container_not_the_request(plane: ModalPlane) -> None:
-    """A container that is taken away while it starts is replaced, and the waiting request is answered."""
+def test_preemption_during_prepare_does_not_fail_the_request(plane: ModalPlane) -> None:
+    """A container that is preempted while it starts is replaced, and the waiting request is answered."""
     deploy(plane)
     url = f"{plane.url_of('sample', 'Server', 'serve')}/health?model=slow-in-prepare"
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
@@ -266,8 +266,8 @@ def test_preemption_during_prepare_costs_a_container_not_the_request(plane: Moda
     assert [task.ready_at is None for task in plane.tasks] == [True, False]
 
 
-def test_preemption_during_a_stream_breaks_it_off(plane: ModalPlane) -> None:
-    """A client must not take half a stream for a whole one."""
+def test_preemption_during_a_stream_aborts_the_connection(plane: ModalPlane) -> None:
+    """The client sees an incomplete response, not the end of the stream."""
     deploy(plane)
     with connection(plane.url_of("sample", "Server", "serve")) as opened:
         opened.request("GET", "/slow?model=stream&n=100&s=0.05")
@@ -281,7 +281,7 @@ def test_preemption_during_a_stream_breaks_it_off(plane: ModalPlane) -> None:
 
 
 def test_container_that_cannot_be_laid_out_fails_its_request(tmp_path: Path, runtime: ContainerRuntime) -> None:
-    """A secret that is gone when a container starts is a failure of the plane's test, told at once."""
+    """A secret that was removed before a container starts fails the request at once and is recorded as a failure."""
     with ModalPlane(tmp_path, container=runtime) as plane:
         plane.secrets.put("sample-secret", {"TOKEN": "t"})
         deploy(plane)

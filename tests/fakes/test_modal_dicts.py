@@ -1,4 +1,4 @@
-"""The plane's dictionaries, asked by the real client; and what the lock over them needs: each call is atomic."""
+"""The plane's dictionaries with the real client, and what a lease in one needs: each call is atomic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .modal import ModalPlane
 from .sample import command
 
 
-def test_dict_holds_what_the_client_puts(plane: ModalPlane) -> None:
-    """Every word that the client has for one dictionary means what it means in Python."""
+def test_dict_methods_of_the_client_work_as_in_python(plane: ModalPlane) -> None:
+    """Every method of the client's dictionary does what it does in Python."""
     shared = modal.Dict.from_name("d", create_if_missing=True, client=plane.client())
     assert shared.put("a", ("x", 1))
     shared["b"] = None
@@ -32,8 +32,8 @@ def test_dict_holds_what_the_client_puts(plane: ModalPlane) -> None:
     assert shared.len() == 0
 
 
-def test_dict_keeps_a_value_that_is_not_to_be_replaced(plane: ModalPlane) -> None:
-    """The client is told whether its value was stored."""
+def test_dict_with_skip_if_exists_keeps_the_first_value(plane: ModalPlane) -> None:
+    """`put` returns whether it stored the value."""
     shared = modal.Dict.from_name("d", create_if_missing=True, client=plane.client())
 
     assert shared.put("a", 1, skip_if_exists=True)
@@ -41,8 +41,8 @@ def test_dict_keeps_a_value_that_is_not_to_be_replaced(plane: ModalPlane) -> Non
     assert shared["a"] == 1
 
 
-def test_dict_lets_one_of_many_have_a_key(plane: ModalPlane) -> None:
-    """Of clients that put at once, one is told that it did."""
+def test_dict_with_concurrent_puts_stores_one(plane: ModalPlane) -> None:
+    """Of several clients that put a key at once, exactly one stores its value."""
     client = plane.client()
     handles = [modal.Dict.from_name("d", create_if_missing=True, client=client) for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
@@ -52,15 +52,15 @@ def test_dict_lets_one_of_many_have_a_key(plane: ModalPlane) -> None:
     assert plane.dicts["d"]["a"] == put.index(True)
 
 
-def test_dict_that_nobody_made_is_not_found(plane: ModalPlane) -> None:
-    """A look-up creates nothing."""
+def test_dict_that_does_not_exist_is_not_found(plane: ModalPlane) -> None:
+    """A look-up does not create a dictionary."""
     with pytest.raises(modal.exception.NotFoundError, match="Dict 'd' not found"):
         modal.Dict.from_name("d", client=plane.client()).get("a")
     assert list(plane.dicts) == []
 
 
 def test_dict_of_a_test_is_seen_by_clients(plane: ModalPlane) -> None:
-    """A test may say what another container would have."""
+    """Clients see the entries that a test writes."""
     plane.dicts.put("d")["a"] = ("x", 1)
 
     assert modal.Dict.from_name("d", client=plane.client())["a"] == ("x", 1)
@@ -69,7 +69,7 @@ def test_dict_of_a_test_is_seen_by_clients(plane: ModalPlane) -> None:
 
 
 def test_cli_lists_and_deletes_dicts(plane: ModalPlane) -> None:
-    """What a person would do with a lock that is in the way."""
+    """The `modal dict` commands list, show and delete dictionaries."""
     plane.dicts.put("vllm-locks")["a"] = 1
 
     assert "vllm-locks" in command(plane, "dict", "list").stdout

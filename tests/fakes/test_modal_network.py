@@ -1,4 +1,4 @@
-"""The network of a container: a namespace of its own, the host's ports that it is given, life without one."""
+"""The network of a container: its own namespace, forwarded ports of the host, and a container without a namespace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sample import deploy, get, running, server
 
 
 def test_host_port_is_reachable_inside(tmp_path: Path, runtime: ContainerRuntime) -> None:
-    """A server of the test answers inside the container's network under its own port; others do not."""
+    """A container reaches a server of the test under its port, and no other port of the host."""
     with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as host:
         threading.Thread(target=host.serve_forever).start()
         try:
@@ -34,7 +34,7 @@ def test_host_port_is_reachable_inside(tmp_path: Path, runtime: ContainerRuntime
 
 
 def test_container_without_a_namespace_works_alone(tmp_path: Path, runtime: ContainerRuntime) -> None:
-    """Where no namespace can be made a single container still serves, on the host's loopback."""
+    """Without a namespace a single container still serves, on the host's loopback."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with running(tmp_path, dataclasses.replace(runtime, isolate_network=False)) as plane:
@@ -43,9 +43,9 @@ def test_container_without_a_namespace_works_alone(tmp_path: Path, runtime: Cont
         assert plane.tasks[0].namespace is None
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_network_of_a_user_without_rights_is_made_by_a_user_namespace() -> None:
-    """Nobody gets a network of their own too."""
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change its user id")
+def test_network_of_an_unprivileged_user_is_created_in_a_user_namespace() -> None:
+    """The user `nobody` gets a network namespace too."""
     steps = [
         f"import ctypes, os, sys; sys.path.append({str(Path(__file__).with_name('modal'))!r})",
         "import container_network",

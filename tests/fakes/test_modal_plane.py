@@ -1,4 +1,4 @@
-"""Deploys against the plane, and the plane itself: the real client, a sample app."""
+"""Deploys against the plane, the plane itself, and its command: the real client, a sample app."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, ru
 
 def test_plane_start_is_quick(tmp_path: Path, runtime: ContainerRuntime) -> None:
     """Starting and closing a plane takes less than half a second."""
-    began = (
-        time.process_time()
-    )  # the clock's time is measured by bench/contract.py: here other processes have their share
+    began = time.process_time()  # bench/contract.py measures wall time; here other processes run at the same time
     with ModalPlane(tmp_path, container=runtime):
         pass
     assert time.process_time() - began < 0.5
 
 
 def test_deploy_sample_publishes_its_definition(shared: ModalPlane) -> None:
-    """What the decorator says is what the plane has."""
+    """The definition on the plane has what the decorators set."""
     definition = shared.function("sample", "Server")
     assert definition.resources.gpu_config.gpu_type == "H100"
     assert definition.max_concurrent_inputs == 4
@@ -52,8 +50,8 @@ def test_deploy_image_is_recorded_layer_by_layer(shared: ModalPlane) -> None:
     assert shared.images.env(image_id)["SAMPLE_NOTE"] == "a b 'c'"
 
 
-def test_deploy_waits_for_nothing(plane: ModalPlane) -> None:
-    """The whole command, the interpreter's start included, is quick: bench/contract.py insists on three seconds."""
+def test_deploy_is_quick(plane: ModalPlane) -> None:
+    """The whole command is quick, the interpreter's start included; bench/contract.py has a target of three seconds."""
     began = time.monotonic()
     deploy(plane)
     assert time.monotonic() - began < 15
@@ -87,7 +85,7 @@ def test_deploy_with_an_unknown_gpu_publishes_nothing(plane: ModalPlane) -> None
 
 
 def test_failed_redeploy_leaves_the_version_before(plane: ModalPlane) -> None:
-    """A deploy that fails on the way changes nothing that is live."""
+    """A deploy that fails leaves the previous version deployed."""
     deploy(plane)
     command(plane, "deploy", "-m", "sample.server", SAMPLE_GPU="H900")
     assert plane.function("sample", "Server").resources.gpu_config.gpu_type == "H100"
@@ -108,7 +106,7 @@ def test_redeploy_keeps_the_url_and_retires_containers(plane: ModalPlane) -> Non
 
 
 def test_handle_from_before_a_redeploy_reaches_the_new_version(plane: ModalPlane) -> None:
-    """Who holds a bound class or a variant goes on with it; what its autoscaler was told is over."""
+    """Handles of a bound class or a variant reach the new version; their autoscaler updates are dropped."""
     deploy(plane)
     held = server(plane.client())(model="held")
     variant = server(plane.client()).with_options(gpu="L4")(model="held-on-l4")
@@ -128,7 +126,7 @@ def test_handle_from_before_a_redeploy_reaches_the_new_version(plane: ModalPlane
 
 
 def test_unknown_call_fails_with_its_name(shared: ModalPlane) -> None:
-    """A command that needs a call nobody answers fails, and says which call."""
+    """A command that needs a call without a handler fails with the call's name."""
     done = command(shared, "queue", "list")
     assert done.returncode != 0
     assert "QueueList" in done.stdout + done.stderr
@@ -144,23 +142,23 @@ def test_unknown_call_fails_with_its_name(shared: ModalPlane) -> None:
         (("environment", "list"), "main"),
     ],
 )
-def test_cli_listing_shows_what_there_is(shared: ModalPlane, arguments: tuple[str, ...], expected: str) -> None:
-    """The listings that people look at work."""
+def test_cli_listing_shows_existing_objects(shared: ModalPlane, arguments: tuple[str, ...], expected: str) -> None:
+    """The listing commands of the CLI work."""
     done = command(shared, *arguments)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
 
 
 def test_cli_container_listing_shows_the_live_one(shared: ModalPlane, client: modal.Client) -> None:
-    """`modal container list` has the id of a container that runs."""
+    """`modal container list` has the id of a running container."""
     assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
     done = command(shared, "container", "list", "--json")
     assert done.returncode == 0, done.stderr
     assert next(task.id for task in shared.tasks if task.tag == "ping" and task.is_live) in done.stdout
 
 
-def test_transcript_tells_who_called(shared: ModalPlane, client: modal.Client) -> None:
-    """Calls of the client and of containers are told apart."""
+def test_transcript_names_the_caller(shared: ModalPlane, client: modal.Client) -> None:
+    """The transcript distinguishes calls of the client from calls of containers."""
     assert modal.Function.from_name("sample", "ping", client=client).remote("x") == "pong x"
     callers = {call.name: call.caller for call in shared.transcript}
     assert callers["FunctionCreate"] == "client"
@@ -169,19 +167,19 @@ def test_transcript_tells_who_called(shared: ModalPlane, client: modal.Client) -
 
 
 def test_wait_until_in_vain_shows_the_logs(plane: ModalPlane) -> None:
-    """A wait that fails says what it waited for."""
+    """A failed wait names what it waited for."""
     with pytest.raises(PlaneTimeout, match=r"Waited 0\.05 s in vain for a miracle"):
         plane.wait_until(lambda: False, 0.05, "a miracle")
 
 
 def test_runtime_with_no_interpreter_is_refused(tmp_path: Path) -> None:
-    """A container's interpreter that is not there is an error at once."""
+    """An interpreter for containers that does not exist is an error at once."""
     with pytest.raises(ContainerRuntimeError, match="is not a file"):
         ModalPlane(tmp_path, container=ContainerRuntime(python=tmp_path / "python"))
 
 
 def test_command_prints_its_environment_and_ends_on_a_signal(tmp_path: Path) -> None:
-    """`python -m tests.fakes.modal` serves until SIGTERM; a deploy against what it prints works."""
+    """`python -m tests.fakes.modal` serves until SIGTERM; a deploy with the environment that it prints works."""
     line = [sys.executable, "-m", "tests.fakes.modal", str(tmp_path / "w"), "--secret", "sample-secret:TOKEN=t"]
     with subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -204,12 +202,12 @@ def test_command_prints_its_environment_and_ends_on_a_signal(tmp_path: Path) -> 
     [(PINNED, False), ("1.6.99", False), ("1.6.0", True), ("1.7.0", True), ("2.0.0", True), ("", True)],
 )
 def test_client_version_is_the_pinned_one_or_a_newer_patch(version: str, is_refused: bool) -> None:
-    """Patch releases keep the protocol; of anything else nothing is known."""
+    """Patch releases keep the protocol; other releases are not supported."""
     assert bool(why_refused(version)) is is_refused
 
 
 def test_command_with_a_newer_client_says_so_in_one_line(tmp_path: Path) -> None:
-    """The line comes before any private module of the client is imported: this one has none."""
+    """The error comes before the import of any private module of the client; this client has none."""
     (tmp_path / "modal").mkdir()
     (tmp_path / "modal" / "__init__.py").write_text('__version__ = "1.7.0"\n')
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -221,7 +219,7 @@ def test_command_with_a_newer_client_says_so_in_one_line(tmp_path: Path) -> None
 
 
 def test_newer_client_of_another_environment_is_refused(shared: ModalPlane) -> None:
-    """A client that connects says its version; the error names it and the one that works."""
+    """A client sends its version when it connects; the error has that version and the supported one."""
     newer = modal.Client(shared.url, pb.CLIENT_TYPE_CLIENT, ("ak", "as"), "1.7.0")
     newer._open()
     try:
@@ -263,13 +261,13 @@ def test_cli_creates_a_proxy_token_that_web_endpoints_accept(plane: ModalPlane) 
     """Web endpoints accept the token that `modal workspace proxy-tokens create` prints."""
     deploy(plane, SAMPLE_AUTH="1")
     printed = command(plane, "workspace", "proxy-tokens", "create").stdout
-    bearer = next(word for word in printed.split() if word.startswith("wk-") and ".ws-" in word)
+    bearer = next(part for part in printed.split() if part.startswith("wk-") and ".ws-" in part)
     url = f"{plane.url_of('sample', 'Server', 'serve')}/health"
     assert get(url, {"Authorization": f"Bearer {bearer}"})[0] == 200
 
 
 def test_large_file_of_a_package_is_laid_out(plane: ModalPlane, tmp_path: Path) -> None:
-    """Files that travel as blobs arrive whole in the container's directory."""
+    """Files that are uploaded as blobs arrive whole in the container's directory."""
     shutil.copytree(SAMPLE / "sample", tmp_path / "app" / "sample")
     content = os.urandom(5_000_000)
     (tmp_path / "app" / "sample" / "weights.bin").write_bytes(content)

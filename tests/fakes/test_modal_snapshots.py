@@ -1,4 +1,4 @@
-"""Checkpoints and restores of the plane: what differs after one, and what happens when one fails."""
+"""Checkpoints and restores of the plane: what a restore changes, and restores that fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .sample import command, deploy, events, get, names
 
 
 def test_deployed_container_is_checkpointed_and_restored(plane: ModalPlane) -> None:
-    """A restore brings a task id, a socket, an environment, GPUs and a time that the hooks before it have not seen."""
+    """After a restore task id, socket, environment, GPUs and time differ from those that the hooks before it saw."""
     plane.snapshots.environment = {"LATE": "yes"}
     plane.snapshots.freeze_s = 0.5
     thawed: list[float] = []
@@ -28,7 +28,7 @@ def test_deployed_container_is_checkpointed_and_restored(plane: ModalPlane) -> N
 
 
 def test_restore_shows_the_volume_of_that_moment(plane: ModalPlane) -> None:
-    """Files committed while the container was frozen are there after it; removed ones are gone."""
+    """After a restore the container sees files that were committed while it was frozen, and no removed ones."""
 
     def change(task: object) -> None:
         plane.volumes["sample-cache"].write("new.txt", b"1")
@@ -42,7 +42,7 @@ def test_restore_shows_the_volume_of_that_moment(plane: ModalPlane) -> None:
 
 
 def test_failing_restore_boots_a_fresh_container(plane: ModalPlane) -> None:
-    """A restore that fails costs a container, not a request."""
+    """After a failed restore a fresh container answers the request."""
     plane.snapshots.fail_next_restore()
     deploy(plane)
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=f")[0] == 200
@@ -50,8 +50,8 @@ def test_failing_restore_boots_a_fresh_container(plane: ModalPlane) -> None:
     assert names(plane, "f") == ["prepare", "prepare", "start", "serve"]
 
 
-def test_open_file_that_is_gone_at_restore_fails_the_restore(plane: ModalPlane) -> None:
-    """A snapshot that held a file of a volume open is lost when the file is; a fresh container takes over."""
+def test_restore_with_a_removed_open_file_fails(plane: ModalPlane) -> None:
+    """A restore fails when a volume's file that the container has open was removed; a fresh container takes over."""
     plane.snapshots.before_restore.append(lambda _task: plane.volumes["sample-cache"].remove("holds-a-file.txt"))
     deploy(plane)
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=holds-a-file")[0] == 200
@@ -60,7 +60,7 @@ def test_open_file_that_is_gone_at_restore_fails_the_restore(plane: ModalPlane) 
 
 
 def test_gpu_snapshot_that_fails_to_restore_boots_without_one(plane: ModalPlane) -> None:
-    """The client leaves with Modal's exit code for it, and the pool goes on without a snapshot."""
+    """The container exits with Modal's exit code for it, and the pool continues without a snapshot."""
     plane.snapshots.fail_next_gpu_restore()
     deploy(plane, SAMPLE_GPU_SNAPSHOT="1")
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
@@ -69,7 +69,7 @@ def test_gpu_snapshot_that_fails_to_restore_boots_without_one(plane: ModalPlane)
 
 
 def test_gpu_snapshot_restores(plane: ModalPlane) -> None:
-    """With a GPU snapshot the GPU is visible before the checkpoint, and the restore goes through."""
+    """With a GPU snapshot the GPU is visible before the checkpoint, and the restore succeeds."""
     deploy(plane, SAMPLE_GPU_SNAPSHOT="1")
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
     assert [task.restored for task in plane.tasks] == [True]

@@ -1,4 +1,4 @@
-"""Volumes of the plane: who sees a file after which call, open files, and what a volume has space for."""
+"""Volumes of the plane: after which calls a container sees a file, open files, and limited capacity."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .sample import BOOT_S, deploy, events, get, live, server
 
 @pytest.mark.parametrize("action", ["reload", "commit"])
 def test_volume_with_an_open_file_is_not_reloaded(client: modal.Client, action: str) -> None:
-    """A reload refuses while a file of the volume is open, with Modal's words; a commit reloads too."""
+    """A reload fails with Modal's message while a file of the volume is open; a commit reloads too."""
     answer = server(client)(model="holds").hold_file_and.remote(action)
     assert "there are open files preventing the operation" in answer
 
 
 def test_volume_commit_beyond_its_capacity_fails(plane: ModalPlane) -> None:
-    """A full volume fails the commit, and with it the hook."""
+    """A commit beyond the capacity fails, and with it the hook."""
     plane.volumes.put("sample-cache").capacity_bytes = 3
     deploy(plane)
     status, body = get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=full")
@@ -27,7 +27,7 @@ def test_volume_commit_beyond_its_capacity_fails(plane: ModalPlane) -> None:
 
 
 def test_volume_beyond_its_capacity_has_no_space(plane: ModalPlane) -> None:
-    """A write that does not fit fails with ENOSPC; what fits is kept, and committed."""
+    """A write beyond the capacity fails with ENOSPC; the bytes that fit are kept and committed."""
     plane.volumes.put("sample-cache", {"seed.txt": b"seed"}).capacity_bytes = 65536
     deploy(plane)
     url = f"{plane.url_of('sample', 'Server', 'serve')}/health"
@@ -40,7 +40,7 @@ def test_volume_beyond_its_capacity_has_no_space(plane: ModalPlane) -> None:
 
 
 def test_volume_content_is_seen_elsewhere_once_committed(shared: ModalPlane) -> None:
-    """What the sample's hook committed is on the volume, and in the next container."""
+    """The next container sees what the sample's hook committed to the volume."""
     url = shared.url_of("sample", "Server", "serve")
     get(f"{url}/health?model=writer")
     assert shared.volumes["sample-cache"].read("writer.txt") == b"prepared"
@@ -49,7 +49,7 @@ def test_volume_content_is_seen_elsewhere_once_committed(shared: ModalPlane) -> 
 
 
 def test_volume_file_reaches_a_live_container_by_commit_and_reload(shared: ModalPlane, client: modal.Client) -> None:
-    """Uncommitted it is nowhere else; committed it is on the volume; another container sees it once that reloads."""
+    """A file is on the volume once it is committed; another container sees it once that container reloads."""
     here, there = server(client)(model="writer"), server(client)(model="reader")
     assert there.read.remote("late.txt") is None
     alive = live(shared, "reader")

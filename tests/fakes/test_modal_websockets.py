@@ -57,8 +57,8 @@ def test_websocket_that_the_application_accepts_is_answered_501(sockets: ModalPl
 def test_websocket_with_a_malformed_handshake_creates_no_input(sockets: ModalPlane) -> None:
     """A handshake without key and version is answered 400 and creates no input."""
     calls = len(list(sockets.calls("FunctionGetInputs")))
-    status, said = get(f"{sockets.url_of('sample', 'Server', 'serve')}/websocket?model=none", {"Upgrade": "websocket"})
-    assert (status, said) == (400, b"modal-http: not the handshake of a websocket\n")
+    status, body = get(f"{sockets.url_of('sample', 'Server', 'serve')}/websocket?model=none", {"Upgrade": "websocket"})
+    assert (status, body) == (400, b"modal-http: not the handshake of a websocket\n")
     assert len(list(sockets.calls("FunctionGetInputs"))) == calls
 
 

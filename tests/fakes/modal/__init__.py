@@ -1,12 +1,12 @@
 """A Modal control plane on loopback, for the real client and the real container runtime, without an account.
 
 It speaks the protocol of the pinned `modal` client: `modal deploy`, `modal run`, look-ups, `.remote`, `.remote_gen`,
-`.spawn`, `.map`, web endpoints (`web_server`, `asgi_app`), checkpoints and restores run for real. A container is
+`.spawn`, `.map`, web endpoints (`web_server`, `asgi_app`), checkpoints and restores work. A container is
 a subprocess of `modal._container_entrypoint` with its own network namespace (each can use port 8000), its own unix
 socket, and HOME at `<workdir>/<task>/root`, where mounts and volumes lie. The image is recorded, its ENV applied,
 nothing installed: what the image would install is what `ContainerRuntime.python` has.
 `ContainerRuntime(host_ports=(8123,))` lets containers reach a server of the test, such as a stand-in for the model hub,
-at 127.0.0.1:8123. The URLs of all apps' web functions are in their reach too.
+at 127.0.0.1:8123. Containers also reach the URLs of all apps' web functions.
 
     runtime = ContainerRuntime(python="/path/to/venv/bin/python", client_path=client_directory(tmp / "client"))
     with ModalPlane(tmp, container=runtime) as plane:
@@ -17,9 +17,9 @@ at 127.0.0.1:8123. The URLs of all apps' web functions are in their reach too.
         url = plane.url_of("vllm-h100", "Server", "serve")               # http://127.0.0.1:<port>
         urlopen(Request(url + "/health?model=qwen3-8b", headers=token.headers))
 
-What a test asks (all thread-safe; the plane has a thread and an event loop of its own):
+The interface for tests (all thread-safe; the plane has a thread and an event loop of its own):
 
-    plane.env                    MODAL_* lines that point a client subprocess at the plane (merge into its environment)
+    plane.env                    MODAL_* variables that point a client subprocess at the plane (merge into its own)
     plane.client()               a `modal.Client` in this process, for `modal.Cls.from_name(..., client=...)`
     plane.url_of(app, cls, m)    URL of a web method; url_of(app, function) of a web function
     plane.apps[name]             App: app_id, state, versions, functions {tag: modal_proto Function}, classes
@@ -39,18 +39,18 @@ What a test asks (all thread-safe; the plane has a thread and an event loop of i
                                  checkpoints (task ids)
     plane.web_endpoints          redirect_after_s (150.0), requests [(method, path, status)]; 499: the client left
     plane.transcript             [Call(name, caller, request, at)]; caller is "client" or a task id
-    plane.calls(name)            the requests of that name; plane.unknown_calls: names refused with UNIMPLEMENTED;
-                                 plane.failures: the plane's own mistakes, for `assert plane.failures == []`
+    plane.calls(name)            the requests of that name; plane.unknown_calls: names answered UNIMPLEMENTED;
+                                 plane.failures: errors inside the plane, for `assert plane.failures == []`
     plane.wait_until(f, s, what) poll (50 ms at most) until f() is true, else PlaneTimeout with the logs' ends
 
-Task states: STARTING (imports, hooks), READY (fetches inputs), STOPPING (told to stop), DEAD.
-Refused: anything the plane does not know, loudly and by the call's or the option's name; a modal client that is not
-the pinned release or a newer patch of it, here and over the wire; a container interpreter of another Python version
-than the client directory's (compiled dependencies would not load).
-Not like Modal: `nvidia-smi` is a script that lists the GPUs which would be attached; a restore continues the process
-that was checkpointed (frozen, thawed, with a new task id, socket and environment); a second container of a pool boots
-from scratch, since a process cannot be copied. Of a response 1 MiB waits here for a slow reader, of a request 64 MiB
-for its container, where Modal tells no figures; its client inside the container buffers more besides.
+Task states: STARTING (imports, hooks), READY (fetches inputs), STOPPING (was asked to stop), DEAD.
+The plane rejects calls and options that it does not know, with their names; a modal client that is not the pinned
+release or a newer patch of it, in this process and over the network; and a container interpreter of another Python
+version than the client directory's (compiled dependencies would not load).
+Different from Modal: `nvidia-smi` is a script that lists the GPUs which Modal would attach. A restore continues the
+process that was checkpointed (frozen, thawed, with a new task id, socket and environment). A second container of a pool
+boots from scratch, since a process cannot be copied. The plane buffers 1 MiB of a response for a slow reader and 64 MiB
+of a request for its container; Modal documents no figures. Modal's client inside the container buffers more.
 """
 
 from typing import TYPE_CHECKING, NoReturn
@@ -77,7 +77,7 @@ if TYPE_CHECKING or _REFUSED is None:
 else:  # the modules above import private ones of modal, which another version may not have
 
     def __getattr__(name: str) -> NoReturn:
-        """Refuse the client to whoever asks for a part of the plane."""
+        """Raise ClientVersionUnsupported when a part of the plane is imported."""
         if name in __all__:
             raise ClientVersionUnsupported(_REFUSED)
         raise AttributeError(name)

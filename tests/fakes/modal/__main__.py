@@ -1,7 +1,7 @@
 """`python -m tests.fakes.modal [WORKDIR] [--python PATH] [--secret S:NAME=VALUE …]`: a plane for a real `modal` CLI.
 
-Prints the environment as `export NAME=value` lines, then runs until SIGINT or SIGTERM. Containers' output is not
-printed: it lies in WORKDIR/task-<n>/log.txt.
+Prints the environment as `export NAME=value` lines, then runs until SIGINT or SIGTERM. The output of containers is in
+WORKDIR/task-<n>/log.txt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Apps: creation, publication, look-up, logs, the end.
+"""Apps: creation, publication, look-up, logs, stop.
 
-Owns which functions a name stands for. What a deploy creates becomes visible with `AppPublish`, so that a deploy which
-fails on the way publishes nothing and leaves the version before untouched.
+Owns the functions of each name. What a deploy creates becomes visible with `AppPublish`, so a deploy that fails earlier
+publishes nothing and leaves the previous version unchanged.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Apps:
         return list(self._by_id.values())
 
     def layout(self, app: App) -> pb.AppLayout:
-        """Tell a client or a container what the app consists of, dependencies of its functions included."""
+        """Return for a client or a container what the app consists of, with the dependencies of its functions."""
         layout = pb.AppLayout(function_ids=app.function_ids, class_ids=app.class_ids)
         dependencies: set[str] = set()
         for function_id in app.function_ids.values():
@@ -167,11 +167,11 @@ class Apps:
     @unary("AppPublish")
     async def publish(self, request: pb.AppPublishRequest, task: Task | None) -> pb.AppPublishResponse:
         app = self.by_id(request.app_id)
-        gone = set(app.function_ids.values()) - set(request.function_ids.values())
+        removed = set(app.function_ids.values()) - set(request.function_ids.values())
         app.function_ids, app.class_ids = dict(request.function_ids), dict(request.class_ids)
         app.state, app.tags = request.app_state, dict(request.tags)
         app.name, app.versions = request.name or app.name, app.versions + 1
-        self._functions.forget(gone)
+        self._functions.forget(removed)
         promoted = {tag: self._functions.promote(function_id) for tag, function_id in app.function_ids.items()}
         app.functions = {tag.removesuffix(".*"): definition for tag, definition in promoted.items()}
         if app.is_deployed:

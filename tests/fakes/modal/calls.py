@@ -1,6 +1,6 @@
-"""Function calls: inputs on their way in, outputs on their way out, and what a client may ask about them.
+"""Function calls: their inputs and outputs, and the calls by which clients send, read and cancel them.
 
-Owns the life of an input: queued in a pool, assigned to a task, done. Refused: blobs, since values travel inline.
+Owns the states of an input: queued in a pool, assigned to a task, done. Not supported: blobs, since values are inline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAILURES = (pb.GenericResult.GENERIC_STATUS_FAILURE, pb.GenericResult.GENERIC_ST
 
 @dataclass(eq=False)
 class Input:
-    """One input of a call; `task` is the container that works on it."""
+    """One input of a call; `task` is the container that processes it."""
 
     id: str
     index: int
@@ -67,7 +67,7 @@ class FunctionCall:
 
 
 class Calls:
-    """Calls and inputs by id. The scheduler hangs on `submitted`, `released` and `cancelled`."""
+    """Calls and inputs by id. The scheduler sets the callbacks `submitted`, `released` and `cancelled`."""
 
     def __init__(self, ids: Ids, functions: Functions) -> None:
         self._ids, self._functions = ids, functions
@@ -96,7 +96,7 @@ class Calls:
         raise GRPCError(Status.NOT_FOUND, f"Function call {call_id} not found")
 
     def finish(self, done: Input, result: pb.GenericResult, data_format: int = 0) -> None:
-        """Settle an input, unless its function's retry policy grants another attempt."""
+        """Complete an input, unless its function's retry policy allows another attempt."""
         if done.is_done:
             return
         policy = done.call.function.definition.retry_policy
@@ -114,12 +114,12 @@ class Calls:
             retry_count=done.retry_count,
         )
         done.call.outputs.append(done.output)
-        done.call.data_out.bound(None)  # who ended it, such as a timeout, does not wait for its reader
+        done.call.data_out.bound(None)  # completing a call, such as at a timeout, does not wait for its reader
         self.released(done)
         done.call.wake()
 
     def cancel(self, call: FunctionCall, *, terminate_containers: bool = False) -> None:
-        """End what is queued, and tell the containers that work on the rest."""
+        """Cancel queued inputs, and notify the containers that process the others."""
         call.is_cancelled = True
         call.data_out.bound(None)
         for item in call.inputs:
@@ -212,12 +212,12 @@ class Calls:
     async def put_outputs(self, request: pb.FunctionPutOutputsRequest, task: Task | None) -> Empty:
         for output in request.outputs:
             done = self._inputs[output.input_id]
-            if done.task is task and done.retry_count == output.retry_count and not _is_handed_on(done, output):
+            if done.task is task and done.retry_count == output.retry_count and not _is_reassigned(done, output):
                 self.finish(done, output.result, output.data_format)
         return Empty()
 
 
-def _is_handed_on(done: Input, output: pb.FunctionPutOutputsItem) -> bool:
-    """A preempted container says that it ended its inputs: they are another container's by then."""
+def _is_reassigned(done: Input, output: pb.FunctionPutOutputsItem) -> bool:
+    """Tell whether a preempted container reports its inputs as terminated: another container has them by then."""
     terminated = output.result.status == pb.GenericResult.GENERIC_STATUS_TERMINATED
     return terminated and done.task is not None and done.task.preempted and not done.call.is_cancelled

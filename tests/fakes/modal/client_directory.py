@@ -1,6 +1,6 @@
-"""The directory that carries the modal client and its dependencies into containers, as Modal mounts its own.
+"""The directory through which containers get the modal client and its dependencies; Modal mounts its own.
 
-Links the packages of the running environment. Refuses a distribution that is not installed as plain files.
+Links the packages of the running environment. A distribution that is not installed as plain files is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def client_directory(path: Path) -> Path:
-    """Fill `path` with links to modal and all that it requires; return it. Repeating is harmless."""
+    """Fill `path` with links to modal and all its requirements; return it. Idempotent."""
     path.mkdir(parents=True, exist_ok=True)
     for name in sorted(_closure("modal")):
         for source in _top_level(name):
@@ -53,7 +53,7 @@ def _normalised(requirement: str) -> str:
 
 
 def _installed(name: str) -> bool:
-    """A requirement under an environment marker that does not hold here is not installed; it is not needed either."""
+    """Tell whether a requirement is installed; one whose environment marker is false here is not, and is not needed."""
     try:
         importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
-"""Which modal clients the plane speaks with: the release that the project pins, and newer patch releases of it.
+"""Which modal clients the plane supports: the release that the project pins, and newer patch releases of it.
 
-Imports nothing of modal: it is asked before the first private module of a client is, which a newer one may have moved.
+Imports nothing of modal: the check comes before the import of the client's private modules, which a newer release may
+have moved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PINNED = _pinned()
 
 
 def why_refused(version: str) -> str | None:
-    """Say in one line why a client of that version is refused; None where it is not."""
+    """Return in one line why a client of that version is not supported; None where it is."""
     found, pinned = _numbers(version), _numbers(PINNED)
     if found[:2] == pinned[:2] and found >= pinned:
         return None

@@ -1,7 +1,7 @@
 """What a container runs: the real `modal._container_entrypoint`, in a network of its own. `container_main.py SPEC`.
 
-Owns the three places where Modal's sandbox is not there: the network, the client that Modal mounts into every
-container (appended to sys.path, so that it never shadows what the image installs), and the files under /proc/gvisor.
+Replaces three parts of Modal's sandbox: the network, the client that Modal mounts into every container (appended to
+sys.path, so that it never shadows what the image installs), and the files under /proc/gvisor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Prepare the process as Modal's sandbox would, then become the entrypoint."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no container without its plane
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whoever started the plane may have blocked or ignored some
+    """Prepare the process as Modal's sandbox would, then run the entrypoint."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a container ends with its plane
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the process that started the plane may have blocked signals
     signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = json.loads(Path(sys.argv[1]).read_text())
     is_isolated, has_eth0 = _isolate() if spec["isolate_network"] else (False, False)
@@ -57,7 +57,7 @@ def _limit_volumes(sizes: dict[str, int]) -> None:
 
 
 def _open_host_ports(channel_fd: int, ports: list[int]) -> None:
-    """Listen in the container's network, and hand the sockets to the plane, which relays to the host's ports."""
+    """Listen in the container's network, and send the sockets to the plane, which forwards to the host's ports."""
     listening = []
     for port in ports:
         opened = socket.create_server(("127.0.0.1", port))

@@ -1,8 +1,8 @@
-"""A network of the container's own: a loopback and an `eth0` with an address, made by the container's process itself.
+"""The network of a container: a loopback and an `eth0` with an address, which the container's process creates itself.
 
-Standard library only, since it runs under the container's interpreter. Needs neither root nor the `ip` command: a user
-namespace gives the rights, ioctl and netlink do the work. Modal's proxy for `web_server` connects to eth0's address, so
-a server that listens on 127.0.0.1 only fails here as it does on Modal.
+Standard library only, since it runs under the container's interpreter. It needs neither root nor the `ip` command: a
+user namespace gives the rights, and it uses ioctl and netlink. Modal's proxy for `web_server` connects to eth0's
+address, so a server that listens on 127.0.0.1 only fails here as it does on Modal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def isolate() -> None:
     uid, gid = os.getuid(), os.getgid()
     if not _unshare(_CLONE_NEWNET):
         if not _unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "neither a network nor a user namespace may be made here")
+            raise OSError(ctypes.get_errno(), "this process may create neither a network nor a user namespace")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
         Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
@@ -37,7 +37,7 @@ def isolate() -> None:
 
 
 def add_eth0() -> bool:
-    """Give the namespace an eth0 with ADDRESS; False where the kernel has no fitting interface type."""
+    """Create an eth0 with ADDRESS; return False where the kernel has no suitable interface type."""
     kind = next((kind for kind in ("veth", "dummy", "bridge") if _add_link("eth0", kind)), None)
     if kind is None:
         return False

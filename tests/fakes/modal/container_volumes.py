@@ -1,7 +1,7 @@
-"""Volumes of limited size, made by the container's process itself: a write beyond the size fails with ENOSPC.
+"""Volumes of limited size, which the container's process creates itself: a write beyond the size fails with ENOSPC.
 
-Standard library only, since it runs under the container's interpreter. Each is a tmpfs in a mount namespace of the
-container's own; the plane reaches it through /proc/<pid>/root. Nothing is mounted where no volume is limited.
+Standard library only, since it runs under the container's interpreter. Each is a tmpfs in the container's own mount
+namespace; the plane accesses it through /proc/<pid>/root. Without a limited volume nothing is mounted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MS_REC_PRIVATE = 0x4000 | 0x40000
 
 
 def limit(sizes: dict[str, int]) -> None:
-    """Put a tmpfs of the size in bytes over each directory, what it holds kept. Raises: OSError where forbidden."""
+    """Mount a tmpfs of the size in bytes over each directory and keep its content. Raises: OSError where forbidden."""
     if not sizes:
         return
     libc = ctypes.CDLL(None, use_errno=True)

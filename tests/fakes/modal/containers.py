@@ -1,8 +1,8 @@
-"""The scheduler: starts containers where inputs wait, hands inputs out, ends idle ones, settles what a death leaves.
+"""The scheduler: starts containers where inputs wait, assigns inputs, stops idle containers, handles their deaths.
 
-Owns pools and tasks. A container that dies before it was ready fails what waits in its pool with its own error, as a
-crash loop does on Modal; one that dies later fails what it worked on, and a fresh container takes the rest. What a
-preempted container worked on is handed out again. Nothing outlives `close`.
+Owns pools and tasks. A container that dies before it was ready fails the inputs that wait in its pool with its own
+error, as a crash loop does on Modal. One that dies later fails the inputs that it was processing, and a fresh container
+takes the others. The inputs of a preempted container are assigned again. No process outlives `close`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .sandbox import Task, TaskState
 if TYPE_CHECKING:
     from .apps import App
 
-HEARTBEAT_HOLD_S = 14.5  # the client asks again 15 s after it asked, and gives up after 15.1 s
+HEARTBEAT_HOLD_S = 14.5  # the client repeats a heartbeat after 15 s, and gives up after 15.1 s
 DRAIN_GRACE_S = 35.0
 PREEMPTION_GRACE_S = 30.0
 DEFAULT_TIMEOUT_S = 300
@@ -34,7 +34,7 @@ MAX_BACKOFF_S = 30.0
 
 
 class Scheduler:
-    """Pools by function id, and every task that ever was."""
+    """Pools by function id, and all tasks, dead ones included."""
 
     def __init__(self, functions: Functions, calls: Calls, launcher: Launcher) -> None:
         self._functions, self._calls, self._launcher = functions, calls, launcher
@@ -82,7 +82,7 @@ class Scheduler:
     # containers
 
     def scale(self, pool: Pool) -> None:
-        """Start the containers that the pool misses."""
+        """Start the containers that the pool needs."""
         for _ in range(0 if self._closed else pool.missing()):
             task = self._launcher.create(pool.function, with_snapshot=not pool.skips_snapshot)
             pool.skips_snapshot = False
@@ -130,7 +130,7 @@ class Scheduler:
             asyncio.get_running_loop().call_later(window, check)
 
     def _replace(self, task: Task) -> None:
-        """A container that is told to stop no longer counts: what waits may need another."""
+        """Scale after a container was asked to stop: it no longer counts, and waiting inputs may need another."""
         self.scale(self.pool(task.function))
 
     def _bury(self, task: Task) -> None:
@@ -143,18 +143,18 @@ class Scheduler:
             self._fail(left, task)
             left = []
         for item in left:
-            self._hand_out_again(item)
+            self._assign_again(item)
         self._scale_after(pool, task)
 
     def _scale_after(self, pool: Pool, task: Task) -> None:
-        """Replace a dead container where there is need; later and later where a minimum meets a crash loop."""
+        """Replace a dead container where one is needed, with growing delays in a crash loop under `min_containers`."""
         crashed = task.ready_at is None and not task.stopping.is_set() and not pool.skips_snapshot
         pool.failed_boots = pool.failed_boots + 1 if crashed else 0
         delay_s = min(2.0**pool.failed_boots, MAX_BACKOFF_S) if crashed and not pool.queue else 0.0
         asyncio.get_running_loop().call_later(delay_s, self.scale, pool)
 
     def _doomed(self, pool: Pool, task: Task) -> list[Input]:
-        """What waits in the queue fails with a container that never got ready, unless another one lives."""
+        """Return the queued inputs that fail with a container that never got ready: all, unless another one runs."""
         return list(pool.queue) if task.ready_at is None and not pool.live else []
 
     def _fail(self, items: list[Input], task: Task) -> None:
@@ -163,7 +163,7 @@ class Scheduler:
         for item in items:
             self._calls.finish(item, task.result or crash)
 
-    def _hand_out_again(self, item: Input) -> None:
+    def _assign_again(self, item: Input) -> None:
         if item.is_web and len(item.call.data_out):
             text = "The container was preempted in the middle of the response"
             lost = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE, exception=text)
@@ -173,7 +173,7 @@ class Scheduler:
             self.pool(item.call.function).queue.appendleft(item)
 
     def _check_boot(self, task: Task, job: asyncio.Task[None]) -> None:
-        """A container that the plane cannot even start fails who waits for it, and the test that asks for failures."""
+        """Record the failure of a container that the plane could not start, and fail the inputs that wait for it."""
         if job.cancelled() or (error := job.exception()) is None:
             return
         text = f"The plane could not start container {task.id}: {error!r}"
@@ -194,7 +194,7 @@ class Scheduler:
         await asyncio.gather(*(task.stop_within(DRAIN_GRACE_S) for task in live))
 
     async def published(self, app: App) -> None:
-        """Retire containers and autoscaler updates of the version before, and start what `min_containers` asks for."""
+        """Stop containers and drop autoscaler updates of the previous version; start those of `min_containers`."""
         current = set(app.function_ids.values())
         for pool in self.pools.values():
             if pool.function.app is app:
@@ -208,15 +208,15 @@ class Scheduler:
                 self.scale(self.pool(function))
 
     async def close(self) -> None:
-        """Kill every container; nothing that one started is left when this returns."""
+        """Kill every container; none of their processes is left when this returns."""
         self._closed = True
-        jobs = list(self._jobs)  # boots under way first: what they have started is ended next
+        jobs = list(self._jobs)  # boots in progress first: the processes that they started are killed next
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await asyncio.gather(*(task.end() for task in self.tasks))
 
-    # what containers ask
+    # calls of containers
 
     @unary("ContainerHello")
     async def hello(self, request: Empty, task: Task) -> Empty:

@@ -1,7 +1,7 @@
 """Dictionaries that containers and clients share (`modal.Dict`): entries by serialized key, each call atomic.
 
-Owns what the client of the pinned version asks. Refused: any look-up of a dictionary that does not exist. Entries do
-not expire here; Modal forgets one after seven days in which nobody asked for it.
+Handles the calls of the pinned client. A look-up of a dictionary that does not exist is an error. Entries do not expire
+here; Modal removes an entry after seven days without an access.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the plane raises to the test that drives it; what it answers to a client are gRPC errors instead."""
+"""The exceptions that the plane raises in tests; clients get gRPC errors instead."""
 
 
 class PlaneError(Exception):
@@ -10,16 +10,16 @@ class ContainerRuntimeError(PlaneError):
 
 
 class ClientDirectoryError(PlaneError):
-    """The directory that carries the modal client into containers cannot be built."""
+    """The directory with the modal client for containers cannot be built."""
 
 
 class ClientVersionUnsupported(PlaneError):
-    """The installed modal client speaks a protocol that the plane was not checked against."""
+    """The installed modal client is of a version that the plane was not tested with."""
 
 
 class NotDeployed(PlaneError):
-    """A test asked for an app, a function or a web method that no client has published."""
+    """No client has published the app, function or web method that a test looks up."""
 
 
 class PlaneTimeout(PlaneError):
-    """What a test waited for did not come."""
+    """The condition that a test waits for did not become true in time."""

@@ -1,4 +1,4 @@
-"""What clients ask about containers and pools: listings, statistics, the autoscaler's settings."""
+"""The calls by which clients list containers, read statistics, and read or set the autoscaler's settings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Fleet:
 
     @unary("TaskGetInfo")
     async def info(self, request: pb.TaskGetInfoRequest, task: Task | None) -> pb.TaskGetInfoResponse:
-        asked = next((t for t in self._scheduler.tasks if request.task_id in (t.id, *t.former_ids)), None)
-        if asked is None:
+        found = next((t for t in self._scheduler.tasks if request.task_id in (t.id, *t.former_ids)), None)
+        if found is None:
             raise GRPCError(Status.NOT_FOUND, f"Container {request.task_id} not found")
-        info = pb.TaskInfo(id=asked.id, started_at=asked.started_at, enqueued_at=asked.started_at)
-        if asked.state is TaskState.DEAD:
-            info.finished_at = asked.finished_at
-        return pb.TaskGetInfoResponse(app_id=asked.function.app.id, info=info)
+        info = pb.TaskInfo(id=found.id, started_at=found.started_at, enqueued_at=found.started_at)
+        if found.state is TaskState.DEAD:
+            info.finished_at = found.finished_at
+        return pb.TaskGetInfoResponse(app_id=found.function.app.id, info=info)
 
     @unary("TaskList")
     async def list(self, request: pb.TaskListRequest, task: Task | None) -> pb.TaskListResponse:

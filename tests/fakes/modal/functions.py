@@ -1,7 +1,8 @@
 """Functions and classes: definitions, handles, bindings of parameters and options.
 
-Owns definitions, staged until their app is published. Every distinct set of parameters and options of a class is a
-function of its own (a pool), as with Modal: the serialized set decides, its order included. Refused: unknown GPU types.
+Owns definitions, which are staged until their app is published. Every distinct set of parameters and options of a class
+is a function of its own (a pool), as on Modal: the serialized set identifies it, its order included. Unknown GPU types
+are an error.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Function:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What the pool was bound with; a class without parameters is bound with a pickle that says nothing."""
+        """Parameters that the pool was bound with; a class without parameters is bound with an empty pickle."""
         info = self.definition.class_parameter_info
         return dict(deserialize_proto_params(self.params)) if self.params and info.schema else {}
 
@@ -63,13 +64,13 @@ class Function:
 
 
 def gpu_of(definition: pb.Function) -> str | None:
-    """Return what a function runs on, as `H100:1`."""
+    """Return a function's GPUs, as `H100:1`."""
     config = definition.resources.gpu_config
     return f"{config.gpu_type}:{config.count or 1}" if config.gpu_type else None
 
 
 class OfFunction:
-    """What a pool or a container has from its function."""
+    """Properties of a pool or a container that come from its function."""
 
     function: Function
 
@@ -109,7 +110,7 @@ class Functions:
         return self._by_id.get(function_id)
 
     def promote(self, function_id: str) -> pb.Function:
-        """Make the staged definition the one that counts; who holds one of its pools goes on with the new version."""
+        """Activate the staged definition; existing handles of its pools use the new version."""
         function = self.by_id(function_id)
         if function.staged is not None:
             function.definition, function.staged = function.staged, None
@@ -262,12 +263,12 @@ class Functions:
         metadata = self.metadata(function_id)
         return pb.FunctionGetResponse(function_id=function_id, handle_metadata=metadata, function=data)
 
-    def _published(self, request: pb.ClassGetRequest | pb.FunctionGetRequest, kind: str, word: str) -> str:
+    def _published(self, request: pb.ClassGetRequest | pb.FunctionGetRequest, kind: str, label: str) -> str:
         app = self.apps.deployed(request.app_name)
         if app is None:
             raise GRPCError(Status.NOT_FOUND, f"App '{request.app_name}' not found in environment 'main'")
         ids: dict[str, str] = getattr(app, kind)
         if request.object_tag not in ids:
-            text = f"{word} '{request.object_tag}' not found in app '{request.app_name}'; it has {sorted(ids)}"
+            text = f"{label} '{request.object_tag}' not found in app '{request.app_name}'; it has {sorted(ids)}"
             raise GRPCError(Status.NOT_FOUND, text)
         return ids[request.object_tag]

@@ -1,7 +1,7 @@
-"""Ports of the host's loopback made reachable inside a container's network, such as a stand-in for the model hub.
+"""Makes ports of the host's loopback, such as that of the fake model hub, reachable inside a container's network.
 
-The container's process makes the listening socket, so that it lies in the container's network, and hands it to the
-plane over a socket pair; the plane accepts on it and relays. No process of the container is needed for it.
+The container's process opens the listening socket, so that it is in the container's network, and sends it to the plane
+over a socket pair. The plane accepts connections and forwards them. It needs no further process in the container.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 PIECE_BYTES = 65536
-Relay = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Forwarder = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class HostPorts:
-    """The relays of one container: 127.0.0.1:<port> inside is 127.0.0.1:<port> of the host."""
+    """The forwarded ports of one container: 127.0.0.1:<port> inside is 127.0.0.1:<port> of the host."""
 
     def __init__(self, ports: Sequence[int]) -> None:
         self._ports = list(ports)
         self._servers: list[asyncio.Server] = []
-        self._relays: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._plane_end, self.container_end = socket.socketpair()
         self._plane_end.setblocking(False)
 
@@ -36,45 +36,45 @@ class HostPorts:
         self._serving = asyncio.ensure_future(self._serve(descriptors))
 
     async def _serve(self, descriptors: list[int]) -> None:
-        for port, descriptor in zip(self._ports, descriptors, strict=False):  # none where the process died before
+        for port, descriptor in zip(self._ports, descriptors, strict=False):  # none if the process died
             listening = socket.socket(fileno=descriptor)
-            self._servers.append(await asyncio.start_server(self._relay_to(port), sock=listening))
+            self._servers.append(await asyncio.start_server(self._forwarder_to(port), sock=listening))
 
     def close(self) -> None:
         for server in self._servers:
             server.close()
-        for relay in list(self._relays):  # the host may have more to say to a container that is gone
-            relay.cancel()
+        for connection in list(self._connections):  # the host may still send to a container that has ended
+            connection.cancel()
         if self._plane_end.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._plane_end)
             self._plane_end.close()
 
-    def _relay_to(self, port: int) -> Relay:
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _forwarder_to(self, port: int) -> Forwarder:
+        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
-            self._relays.add(task)
+            self._connections.add(task)
             try:
-                await _relay(reader, writer, port)
+                await _forward(reader, writer, port)
             except asyncio.CancelledError:  # the container ended
                 return
             finally:
-                self._relays.discard(task)
+                self._connections.discard(task)
                 writer.close()
 
-        return relay
+        return forward
 
 
-async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
     try:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:  # nobody listens on the host: the container sees the connection closed
+    except OSError:  # no server listens on the host: the container sees the connection closed
         return
     try:
         async with asyncio.TaskGroup() as both:
             both.create_task(_pipe(reader, far_writer))
             both.create_task(_pipe(far_reader, writer))
-    except* OSError:  # one side broke off: the other must not take it for an end, nor wait for ever
+    except* OSError:  # one side broke off: the other must neither see a clean end nor wait for ever
         writer.transport.abort()
         far_writer.transport.abort()
     finally:

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 
 class Ids:
-    """Counts up per kind; the client tells objects apart by the two letters."""
+    """Counts per kind of object; the client distinguishes kinds by the two letters."""
 
     def __init__(self) -> None:
         self._counters: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))

@@ -1,4 +1,4 @@
-"""From a function's definition to a booting container: directory, mounts, volumes, environment, arguments, socket."""
+"""Starts a container of a function: its directory, mounts, volumes, environment, arguments and socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .web_endpoints import WebEndpoints
 
 @dataclass
 class Launcher:
-    """Everything that a container is made of."""
+    """Creates and boots containers from these parts."""
 
     ids: Ids
     runtime: ContainerRuntime
@@ -41,7 +41,7 @@ class Launcher:
     handlers: Handlers = field(init=False)
 
     def create(self, function: Function, *, with_snapshot: bool) -> Task:
-        """Make the record of a container that is about to boot."""
+        """Return the task of a container that is about to boot."""
         snapshots = with_snapshot and self.snapshots_enabled and function.app.is_deployed
         task_id = self.ids.new("ta")
         return Task(
@@ -56,7 +56,7 @@ class Launcher:
         )
 
     async def boot(self, task: Task) -> None:
-        """Lay the container out and start its process."""
+        """Create the container's files and start its process."""
         task.root.mkdir(parents=True)
         self._lay_out_mounts(task)
         mounts = task.definition.volume_mounts
@@ -68,7 +68,7 @@ class Launcher:
         await task.boot(self.runtime, self._environment(task, socket), ports)
 
     async def listen(self, task: Task) -> Path:
-        """Open one more socket for the container: it moves at a restore."""
+        """Open another socket for the container; a restore moves it to a new one."""
         server: grpclib.server.Server = Endpoint(self.handlers, self.transcript, task).server()
         socket = self.socket_directory / f"{int(task.id[3:])}-{len(task.servers)}"
         await server.start(path=str(socket))

@@ -1,7 +1,7 @@
 """Environments, secrets, mounts and images: what a deploy creates before its functions.
 
-Owns their contents. An image is recorded, never built: its Dockerfile commands and ENV are what a test asserts on and
-what a container gets. Refused: build functions (`run_function`), which would need a builder.
+Owns their contents. An image is recorded, never built: tests assert on its Dockerfile commands, and containers get its
+ENV. Not supported: build functions (`run_function`), which would need a builder.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Secret:
 
 
 class Secrets:
-    """Secrets by name and id. A look-up of a missing secret, or of one without a required key, is refused."""
+    """Secrets by name and id. A look-up of a missing secret, or of one without a required key, is an error."""
 
     def __init__(self, ids: Ids) -> None:
         self._ids = ids

@@ -1,7 +1,7 @@
-"""What `with_options`, `with_concurrency` and `with_batching` make of a class's definition.
+"""Applies `with_options`, `with_concurrency` and `with_batching` to a class's definition.
 
-Owns the list of what is applied; an option that is not on it is refused by its name. Regions and clouds are recorded
-in the definition and move nothing, since the plane is one place.
+Owns the list of supported options; another option is an error with its name. Regions and clouds are recorded in the
+definition and have no effect, since all containers of the plane run on this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _APPLIED = {*_SCALARS, *_MESSAGES, *_REPLACED, *_REPLACED.values()}
 
 
 def with_options(base: pb.Function, options: pb.FunctionOptions) -> pb.Function:
-    """Apply the options; what is not given stays as the class has it. Raises: GRPCError UNIMPLEMENTED."""
+    """Return the definition with the given options, the others unchanged. Raises: GRPCError UNIMPLEMENTED."""
     given = [field.name for field, _ in options.ListFields()]
     if unknown := sorted(set(given) - _APPLIED):
         text = f"The modal plane for tests does not know the option {', '.join(unknown)} of a variant."

@@ -1,8 +1,8 @@
-"""Assembly: the roles, the thread that they live on, and what a test asks of them.
+"""Assembles the plane: its parts, the thread that they run on, and the interface for tests.
 
 The plane runs on a thread and an event loop of its own: tests drive real clients as subprocesses and HTTP clients
-synchronously, and would block a loop that they shared with it. Reading attributes from the test's thread is safe, since
-each is replaced or appended to whole; what acts goes through the loop.
+synchronously, and would block a shared loop. Tests may read attributes from their own thread, since each is replaced or
+appended to in one step; actions run on the loop.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from .web_endpoints import WebEndpoints
 if TYPE_CHECKING:
     import grpclib.server
 
-TOKEN_ID, TOKEN_SECRET = "ak-plane", "as-plane"  # nobody checks them
+TOKEN_ID, TOKEN_SECRET = "ak-plane", "as-plane"  # not checked
 POLL_S = 0.02
 
 
 class ModalPlane:
-    """A control plane on loopback. A context manager; `start` and `close` do the same by hand."""
+    """A control plane on loopback. A context manager; `start` and `close` do the same explicitly."""
 
     def __init__(self, workdir: Path, container: ContainerRuntime | None = None) -> None:
         runtime = container or ContainerRuntime()
@@ -99,7 +99,7 @@ class ModalPlane:
             (*objects, *running, self.snapshots, self.web_endpoints.proxy_tokens)
         )
 
-    # life
+    # start and close
 
     def start(self) -> Self:
         self._thread.start()
@@ -107,7 +107,7 @@ class ModalPlane:
         return self
 
     def close(self) -> None:
-        """End every container, close every port. Repeating is harmless."""
+        """Kill every container and close every port. Idempotent."""
         for client in self._clients:
             client.close()
         if self._thread.is_alive():
@@ -146,11 +146,11 @@ class ModalPlane:
     def _do(self, coroutine: Coroutine[Any, Any, None], timeout_s: float = 10) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
-    # what clients need
+    # for clients
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment lines that point a client at the plane and away from any account of this machine."""
+        """Environment variables that point a client at the plane and away from any Modal account of this machine."""
         return {
             "MODAL_SERVER_URL": self.url,
             "MODAL_TOKEN_ID": TOKEN_ID,
@@ -166,7 +166,7 @@ class ModalPlane:
         self._clients.append(client)
         return client
 
-    # what tests ask
+    # for tests
 
     @property
     def proxy_tokens(self) -> ProxyTokens:
@@ -196,7 +196,7 @@ class ModalPlane:
 
     @property
     def failures(self) -> list[str]:
-        """What the plane itself got wrong; a test may assert that it is empty."""
+        """Errors inside the plane; tests assert that it is empty."""
         return self._record.failures
 
     def calls(self, name: str) -> list[Message]:

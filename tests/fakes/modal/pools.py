@@ -1,6 +1,6 @@
-"""A pool: the queue and the containers of one function with one set of parameters and options. Decides how many.
+"""A pool: the queue and the containers of one function with one set of parameters and options.
 
-Owns the arithmetic of scaling; it starts and stops nothing itself.
+Computes how many containers it needs; the scheduler starts and stops them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pool(OfFunction):
 
     @property
     def concurrency(self) -> int:
-        """Inputs that one container takes at once."""
+        """Inputs that one container processes at once."""
         return self.function.definition.max_concurrent_inputs or 1
 
     @property
@@ -57,7 +57,7 @@ class Pool(OfFunction):
         return settings
 
     def missing(self) -> int:
-        """Return how many more containers the queue, the minimum and the buffer ask for."""
+        """Return how many more containers the queue, the minimum and the buffer require."""
         settings, definition = self.autoscaler, self.function.definition
         per_container = definition.target_concurrent_inputs or self.concurrency
         demand = self.queued + sum(len(task.inputs) for task in self.live)
@@ -66,7 +66,7 @@ class Pool(OfFunction):
         return max(0, wanted - len(self.live))
 
     def spare(self, task: Task) -> bool:
-        """Tell whether an idle container may go."""
+        """Tell whether an idle container may stop."""
         settings = self.autoscaler
         busy = any(other.inputs for other in self.live)
         keep = settings.min_containers + (settings.buffer_containers if busy else 0)

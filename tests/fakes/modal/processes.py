@@ -1,7 +1,7 @@
-"""Which processes belong to a container, and how they are frozen, thawed and ended.
+"""Finds, signals and kills the processes of a container.
 
-A process belongs to it by its session or, since an engine may start a session of its own, by its network namespace;
-where there is none, by what its environment names: the path of the container's arguments.
+A process belongs to a container by its session or, since an engine may start a session of its own, by its network
+namespace. Without a namespace it belongs by the path of the container's arguments in its environment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PROC = Path("/proc")
 
 
 def network_namespace(pid: int) -> str | None:
-    """Return the namespace's name where the process has one of its own, else None."""
+    """Return the name of a process's network namespace, or None where it is this process's own."""
     own = _link(PROC / "self" / "ns" / "net")
     theirs = _link(PROC / str(pid) / "ns" / "net")
     return theirs if theirs != own else None
@@ -24,7 +24,7 @@ def network_namespace(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Marks:
-    """How a container's processes are told from others."""
+    """What identifies the processes of a container."""
 
     session: int
     namespace: str | None
@@ -49,13 +49,13 @@ def send(pids: list[int], number: signal.Signals) -> None:
 async def stragglers(marks: Marks, grace_s: float) -> list[int]:
     """List the live processes of a container that do not end by themselves within the grace."""
     deadline = asyncio.get_running_loop().time() + grace_s
-    while (pids := members(marks)) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - /proc tells nobody
+    while (pids := members(marks)) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - /proc sends no events
         await asyncio.sleep(0.01)
     return pids
 
 
 async def end(marks: Marks) -> None:
-    """SIGKILL every process of the container until none is left."""
+    """Send SIGKILL to every process of the container until none is left."""
     while pids := members(marks):
         send(pids, signal.SIGKILL)
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Proxy tokens: what opens a web method with `requires_proxy_auth=True`. Owns the workspace's tokens."""
+"""Proxy tokens, which web methods with `requires_proxy_auth=True` require. Owns the workspace's tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProxyToken:
 
     @property
     def bearer(self) -> str:
-        """The form that an OpenAI client sends as its API key."""
+        """The token as an OpenAI client sends it: as its API key."""
         return f"{self.key}.{self.secret}"
 
 

@@ -1,9 +1,9 @@
-"""The protocol's surface: which Python method answers which call, who asked, and what was asked.
+"""The gRPC server: the handler of each call, and a transcript of all calls with their callers.
 
-Owns registration, dispatch and the transcript. Refuses every call without a handler with UNIMPLEMENTED and the
-call's name, and every call of a client of a version that the plane does not speak with, whichever environment it runs
-in. An unexpected exception of a handler is answered FAILED_PRECONDITION, which no client retries, so that a mistake of
-the plane shows at once instead of after a minute of back-off.
+Owns registration, dispatch and the transcript. A call without a handler is answered UNIMPLEMENTED with its name. Every
+call of an unsupported client version is an error, in whatever environment the client runs. An unexpected exception of a
+handler is answered FAILED_PRECONDITION, which no client retries, so that an error of the plane shows at once and not
+after a minute of back-off.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ StreamHandler = Callable[[Any, "Task | None"], AsyncIterator[Message]]
 
 @dataclass(frozen=True)
 class Call:
-    """One call as it arrived. `caller` is "client" or the id of the task that asked."""
+    """One call as it arrived. `caller` is "client" or the id of the calling task."""
 
     name: str
     caller: str
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass
 class Transcript:
-    """Every call in order of arrival, the names that nobody answers, and the plane's own failures."""
+    """Every call in order of arrival, the names without a handler, and the plane's own failures."""
 
     calls: list[Call] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ def _mark(name: str, *, streams: bool) -> Callable[[F], F]:
 
 
 class Handlers:
-    """The handlers of all roles by call name. Two roles answering one call is refused."""
+    """The handlers of all parts by call name. Two handlers for one call are an error."""
 
     def __init__(self, roles: Iterable[object]) -> None:
         self.unary: dict[str, UnaryHandler] = {}
@@ -125,7 +125,7 @@ class _Server(grpclib.server.Server):
 
 
 class Endpoint:
-    """One address of the plane: the client's, or one container's, since container calls carry no task id."""
+    """One address of the plane: the client's, or one container's, since calls of containers have no task id."""
 
     def __init__(self, handlers: Handlers, transcript: Transcript, task: Task | None = None) -> None:
         self._handlers, self._transcript, self._task = handlers, transcript, task

@@ -1,7 +1,7 @@
 """One container: its directory, environment, sockets, process, log and end.
 
 Owns the subprocess and everything that it starts: all of it is killed when the entrypoint ends, as Modal tears down a
-sandbox. Refuses an interpreter that does not exist. Knows nothing of queues: the scheduler hangs on its callbacks.
+sandbox. An interpreter that does not exist is an error. It has no queue: the scheduler sets its callbacks.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from .volumes import VolumeView
 
 LAST_OUTPUT_S = 1.0
-END_BY_ITSELF_S = 5.0  # of processes whose parent, the entrypoint, has ended
+END_BY_ITSELF_S = 5.0  # for processes whose parent, the entrypoint, has ended
 PASSED_ON = ("PATH", "LANG", "TMPDIR")
 
 
 @dataclass(frozen=True)
 class ContainerRuntime:
-    """What containers run with: an interpreter that has what the image installs, and the client mounted beside it."""
+    """How containers run: an interpreter with the packages that the image installs, and the mounted modal client."""
 
     python: str | Path = sys.executable
     client_path: Path | None = None  # None: the interpreter has modal itself
@@ -49,7 +49,7 @@ class ContainerRuntime:
     host_ports: Sequence[int] = ()  # of the host's loopback, reachable under the same numbers inside
 
     def check(self) -> None:
-        """Refuse an interpreter that cannot run the client. Raises: ContainerRuntimeError."""
+        """Check that the interpreter can run the client. Raises: ContainerRuntimeError."""
         if not Path(self.python).is_file():
             raise ContainerRuntimeError(f"The container's interpreter {str(self.python)!r} is not a file.")
         command = [str(self.python), "-c", "import sys; print(*sys.version_info[:2], sep='.')"]
@@ -62,7 +62,7 @@ class ContainerRuntime:
 
 
 class TaskState(enum.StrEnum):
-    """Where a container stands. STARTING until it first fetches inputs, STOPPING once it was told to end."""
+    """The state of a container: STARTING until it first fetches inputs, STOPPING once it was asked to stop."""
 
     STARTING = "starting"
     READY = "ready"
@@ -71,7 +71,7 @@ class TaskState(enum.StrEnum):
 
 
 def _ignore(*event: object) -> None:
-    """Stand where nobody listens to a task's events."""
+    """Do nothing; the default callback for a task's events."""
 
 
 @dataclass(eq=False)
@@ -187,7 +187,7 @@ class Task(OfFunction):
         (self.work / "spec.json").write_text(json.dumps(spec))
         self.spec_environ_path.write_text("\0".join(f"{k}={v}" for k, v in environment.items()))
         self.gpu_restore_path.touch()
-        reading, writing = os.pipe()  # not asyncio's PIPE: with it, wait() waits for every heir of the pipe too
+        reading, writing = os.pipe()  # not asyncio's PIPE: its wait() also waits for all that inherited the pipe
         process = await asyncio.create_subprocess_exec(
             str(runtime.python),
             str(Path(__file__).with_name("container_main.py")),
@@ -212,13 +212,13 @@ class Task(OfFunction):
         self.exit_code = await process.wait()
         self.left_behind = await processes.stragglers(self._marks(process.pid), END_BY_ITSELF_S)
         await processes.end(self._marks(process.pid))
-        self.namespace = None  # the kernel may give its number to the next container
-        await asyncio.wait([output], timeout=LAST_OUTPUT_S)  # all who could hold the pipe are dead
+        self.namespace = None  # the kernel may reuse its number for the next container
+        await asyncio.wait([output], timeout=LAST_OUTPUT_S)  # all processes that could hold the pipe are dead
         output.cancel()
         self.bury()
 
     def bury(self) -> None:
-        """Close what the container was reached by, and tell that it is dead."""
+        """Close the container's sockets and report it dead."""
         for server in self.servers:
             server.close()
         if self.host_ports is not None:
@@ -237,7 +237,7 @@ class Task(OfFunction):
                 self.on_line(self, chunk.decode(errors="replace"))
 
     def stop(self) -> None:
-        """Tell the container that no more inputs come; it then runs its exit hooks and ends."""
+        """Send the container no more inputs; it then runs its exit hooks and ends."""
         self.stopping.set()
         if self.is_live:
             self.state = TaskState.STOPPING
@@ -245,7 +245,7 @@ class Task(OfFunction):
             self.on_stop(self)
 
     async def stop_within(self, grace_s: float) -> None:
-        """Stop, and kill where the container has not ended after the grace."""
+        """Stop the container; kill it if it has not ended after the grace."""
         self.stop()
         await self._kill_after(grace_s)
 
@@ -272,15 +272,15 @@ class Task(OfFunction):
             await self.died.wait()
 
     def preempt(self, grace_s: float = 30.0) -> None:
-        """Take the machine away as Modal does: SIGINT, a grace, SIGKILL. Returns at once."""
+        """Preempt the container as Modal does: SIGINT, a grace, SIGKILL. Returns at once."""
         asyncio.run_coroutine_threadsafe(self.interrupt_within(grace_s), self.loop)
 
     def kill(self) -> None:
-        """Kill the container without a word, as a crash or the kernel would. Returns once it is dead."""
+        """Kill the container without notice, as the kernel would. Returns once it is dead."""
         asyncio.run_coroutine_threadsafe(self.end(), self.loop).result(10)
 
 
 def base_environment(root: Path) -> dict[str, str]:
-    """Return what a container has before its image, its secrets and Modal add theirs."""
+    """Return a container's environment before those of its image, its secrets and Modal."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return {**passed, "HOME": str(root), "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}

@@ -1,9 +1,9 @@
-"""Checkpoint and restore: the container is frozen, what a restore changes is changed, the container thaws.
+"""Checkpoint and restore: freezes the container, changes what a restore changes, and thaws the container.
 
-Owns what differs after a restore: task id, socket, environment, GPUs, and the files of volumes, which are brought to
-the committed state of that moment. The process is the same one: what it holds in memory is what a snapshot would hold.
-A restore fails on demand, and where a file of a volume that the container holds open is gone, as it does on Modal: the
-container dies and the next one of its pool boots without a snapshot.
+Owns what differs after a restore: task id, socket, environment, GPUs, and the files of volumes, which get the state
+that is committed at that moment. The process is the same: its memory is what a snapshot would contain. A restore fails
+when a test requests it and, as on Modal, when a volume's file that the container has open was removed: the container
+dies, and the next one of its pool boots without a snapshot.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Snapshots:
         self._launcher.snapshots_enabled = value
 
     def fail_next_restore(self, times: int = 1) -> None:
-        """Let the next restores fail: the frozen container is gone, a fresh one boots without a snapshot."""
+        """Let the next restores fail: the frozen container dies, and a fresh one boots without a snapshot."""
         self._failures += times
 
     def fail_next_gpu_restore(self, times: int = 1) -> None:
-        """Let the GPU memory of the next GPU snapshots be lost: the container leaves with Modal's exit code for it."""
+        """Let the next restores of GPU memory fail: the container exits with Modal's exit code for it."""
         self._gpu_failures += times
 
     @unary("ContainerCheckpoint")
@@ -98,7 +98,7 @@ class Snapshots:
         await task.end()
 
     async def _move(self, task: Task) -> None:
-        """Give the frozen container its new identity; the state file is what it waits for, so it comes last."""
+        """Give the frozen container its new identity; the state file comes last, since the container waits for it."""
         former = task.servers[-1]
         task.former_ids.append(task.id)
         task.id = self._launcher.ids.new("ta")

@@ -1,6 +1,6 @@
-"""Bytes over HTTP: blobs and blocks of volumes, which a client sends and fetches beside the protocol.
+"""HTTP storage: blobs and blocks of volumes, which clients upload and download outside gRPC.
 
-Owns one loopback port, reachable from containers too. What is stored is in memory, except files of volumes.
+Owns one loopback port, which containers reach too. Blobs are in memory, files of volumes on disk.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Data streams of a call: chunks in order, kept, so that a reader may come late or come again.
+"""Data streams of a call: chunks in order, which are kept, so that a reader can start late or start again.
 
-A bounded stream makes its writer wait while more than the bound lies unread; one that is discarded keeps nothing.
+The writer of a bounded stream waits while more bytes than the bound are unread. A discarded stream keeps nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from modal_proto import api_pb2 as pb
 
 
 class DataStream:
-    """Numbered chunks. A chunk whose number was seen is dropped: the attempt before has delivered it."""
+    """Numbered chunks. A chunk whose number was seen is dropped: the previous attempt has delivered it."""
 
     def __init__(self) -> None:
         self._chunks: list[pb.DataChunk] = []
         self._count = 0
-        self._taken = 0  # of the chunks: those that a reader has dealt with
+        self._taken = 0  # number of chunks that a reader has processed
         self._unread_bytes = 0
         self._bound: int | None = None
         self._discards = False
@@ -37,23 +37,23 @@ class DataStream:
                 self._wake()
 
     def bound(self, unread_bytes: int | None) -> None:
-        """Let `room` wait while more than that lies unread; None: never."""
+        """Let `room` wait while more bytes than that are unread; None: never."""
         self._bound = unread_bytes
         self._wake()
 
     async def room(self) -> None:
-        """Wait until another chunk may be put."""
+        """Wait until there is room for another chunk."""
         while self._bound is not None and self._unread_bytes > self._bound:
             await self._changed.wait()
 
     def discard(self) -> None:
-        """Forget all chunks, those to come too: nobody reads them any more."""
+        """Drop all chunks, later ones included; the stream has no reader any more."""
         self._discards, self._bound = True, None
         self._chunks, self._unread_bytes = [], 0
         self._wake()
 
     async def after(self, index: int = 0) -> AsyncIterator[pb.DataChunk]:
-        """Yield the chunks numbered above `index` for ever; the reader leaves when it has what it wants."""
+        """Yield the chunks numbered above `index` without end; the reader stops the iteration."""
         position = index
         while True:
             while position < len(self._chunks):

@@ -1,8 +1,8 @@
-"""Volumes with real files: one directory of what is committed, and a copy of it in each container that mounts it.
+"""Volumes with real files: a directory of the committed state, and a copy of it in each container that mounts it.
 
-Owns Modal's semantics: what was not committed is seen nowhere else; of two commits of one file the last wins; a reload
-pulls what others committed, fails while a process of the container has a file of the volume open, and may commit
-what is pending. Refused: writes and commits beyond `capacity_bytes`, and any look-up of a volume that does not exist.
+Implements Modal's semantics: uncommitted changes are visible nowhere else; of two commits of one file the last wins; a
+reload pulls what others committed, fails while a process of the container has a file of the volume open, and may commit
+pending changes. Writes and commits beyond `capacity_bytes` fail, and so does a look-up of a volume that does not exist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Manifest = dict[str, Signature]
 
 
 def manifest(directory: Path) -> Manifest:
-    """Tell what lies under the directory: {relative path: (kind, size or link target, modification time)}."""
+    """Return the directory's content: {relative path: (kind, size or link target, modification time)}."""
     listed: Manifest = {}
     for path in sorted(directory.rglob("*")):
         try:
@@ -49,7 +49,7 @@ def manifest(directory: Path) -> Manifest:
 
 
 def apply_changes(source: Path, target: Path, before: Manifest, after: Manifest) -> list[str]:
-    """Carry to `target` what changed in `source` between two manifests; return the changed relative paths."""
+    """Copy to `target` what changed in `source` between two manifests; return the changed relative paths."""
     changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
     for relative in sorted(set(changed) - after.keys(), reverse=True):
         _remove(target / relative)
@@ -77,7 +77,7 @@ def _place(source: Path, target: Path, kind: str) -> None:
 
 
 class Volume:
-    """What is committed. Reading and writing here is what another container or `modal volume put` would do."""
+    """The committed state. Tests read and write it as another container or `modal volume put` would."""
 
     def __init__(self, volume_id: str, name: str, path: Path, version: int) -> None:
         self.id, self.name, self.path, self.version = volume_id, name, path, version
@@ -138,7 +138,7 @@ def _entry(path: str, signature: Signature) -> pb.FileEntry:
 
 @dataclass
 class VolumeView:
-    """A volume as one container sees it: a working copy, and what it held when it last met the committed state."""
+    """A volume as one container sees it: a working copy, and its content at the last synchronisation."""
 
     volume: Volume
     path: Path
@@ -148,22 +148,22 @@ class VolumeView:
 
     @property
     def reach(self) -> Path:
-        """The working copy as the plane sees it: a limited volume lies in the container's mount namespace."""
+        """Path of the working copy for the plane: a limited volume is in the container's mount namespace."""
         return Path(f"/proc/{self.pid}/root{self.path}") if self.pid else self.path
 
     def note_process(self, pid: int) -> None:
-        """Tell the view whose mounts count."""
+        """Record the process in whose mount namespace a limited volume is."""
         self.pid = pid if self.volume.capacity_bytes else None
 
     def pull(self) -> None:
-        """Bring the working copy to the committed state."""
+        """Update the working copy to the committed state."""
         committed = manifest(self.volume.path)
         self.reach.mkdir(parents=True, exist_ok=True)
         apply_changes(self.volume.path, self.reach, manifest(self.reach), committed)
         self.synced = manifest(self.reach)
 
     def commit(self, task_id: str) -> None:
-        """Publish what changed here since the last meeting."""
+        """Commit what changed here since the last synchronisation."""
         if self.read_only:
             raise GRPCError(Status.FAILED_PRECONDITION, f"Volume '{self.volume.name}' is mounted read-only")
         self._refuse_overflow()
@@ -212,7 +212,7 @@ class Volumes:
         return pb.VolumeMetadata(name=volume.name, version=volume.version)  # type: ignore[arg-type]
 
     def view(self, mount: pb.VolumeMount, work: Path) -> VolumeView:
-        """Lay the volume's committed state under the container's directory, at the mount's path."""
+        """Copy the volume's committed state into the container's directory, at the mount's path."""
         volume = self.by_id(mount.volume_id)
         view = VolumeView(volume, work / mount.mount_path.lstrip("/"), mount.read_only)
         view.pull()

@@ -1,7 +1,7 @@
-"""The handshake of a websocket, as the ASGI messages in which a container gets and refuses it.
+"""Websocket handshakes, as the ASGI messages in which a container receives and refuses them.
 
-The service accepts no websocket, so a refused handshake is all that this plane passes on: 403 for a close before the
-accept, as ASGI has it. An accepted one is answered 501.
+The service accepts no websocket, so the plane only supports refused handshakes: a close before the accept is answered
+403, as in ASGI. An accepted handshake is answered 501.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def is_handshake(request: web.Request) -> bool:
 
 
 def is_well_formed(request: web.Request) -> bool:
-    """Tell whether the handshake has all that it must have."""
+    """Tell whether the handshake has all required headers."""
     return web.WebSocketResponse().can_prepare(request).ok
 
 
 def scope(request: web.Request) -> dict[str, object]:
-    """Describe the request as an ASGI application gets it, without the headers of the handshake itself."""
+    """Return the ASGI scope of the request, without the headers of the handshake itself."""
     described = http.scope(request) | {"type": "websocket", "scheme": "ws", "subprotocols": []}
     del described["method"]
     headers = [(name, value) for name, value in described["headers"] if not _is_of_handshake(name)]  # type: ignore[attr-defined]
@@ -34,19 +34,19 @@ def scope(request: web.Request) -> dict[str, object]:
 
 
 def send_connect(call: FunctionCall) -> None:
-    """Tell the application that a client asks for a websocket."""
+    """Send the application a websocket's connect message."""
     call.data_in.put(http.chunk(pb.Asgi(websocket_connect=pb.Asgi.WebsocketConnect())))
 
 
 def send_disconnect(call: FunctionCall) -> None:
-    """Tell the application that the client is gone, and drop what it still sends."""
-    gone = pb.Asgi.WebsocketDisconnect(code=WSCloseCode.ABNORMAL_CLOSURE)
-    call.data_in.put(http.chunk(pb.Asgi(websocket_disconnect=gone)))
+    """Send the application a disconnect, and discard what it still sends."""
+    disconnect = pb.Asgi.WebsocketDisconnect(code=WSCloseCode.ABNORMAL_CLOSURE)
+    call.data_in.put(http.chunk(pb.Asgi(websocket_disconnect=disconnect)))
     call.data_out.discard()
 
 
 def answer(first: dict[str, Any]) -> web.Response:
-    """Answer the handshake by the application's first message."""
+    """Return the response to the handshake for the application's first message."""
     if first["type"] == "websocket.accept":
         return web.Response(status=501, text="modal-http: the modal plane for tests carries no websockets\n")
     return web.Response(status=403)

@@ -1,1 +1,1 @@
-"""A small app of the shape of the service: what the plane is tested with."""
+"""A small app with the structure of the service, for the plane's own tests."""

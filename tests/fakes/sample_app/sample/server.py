@@ -1,6 +1,6 @@
-"""A class of the service's shape: parameters, hooks around a snapshot, a web server, methods, an exit hook.
+"""A class with the service's structure: parameters, hooks around a snapshot, a web server, methods, an exit hook.
 
-Every event is printed as one `TRACE {json}` line; `SAMPLE_FAIL` and the parameter `model` choose what goes wrong.
+Every event is printed as one `TRACE {json}` line; the parameter `model` selects what goes wrong.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ cache = modal.Volume.from_name("sample-cache", create_if_missing=True, version=2
 
 
 def trace(event: str, **values: object) -> None:
-    """Print the event with what a test compares."""
+    """Print the event with the values that tests compare."""
     place = {"task": os.environ.get("MODAL_TASK_ID"), "socket": os.environ.get("MODAL_SERVER_URL"), "at": time.time()}
     line = {"event": event, **place, **values}
     print("TRACE " + json.dumps(line), flush=True)  # noqa: T201 - a container's output is its log
@@ -54,7 +54,7 @@ def gpus() -> str:
 )
 @modal.concurrent(max_inputs=4)
 class Server:
-    """What the tests call."""
+    """The class that the tests call."""
 
     model: str = modal.parameter(default="default-model")
     fast_boot: bool = modal.parameter(default=True)
@@ -98,7 +98,7 @@ class Server:
 
     @modal.method()
     async def complete(self, path: str, body: dict[str, object], seconds: float = 0.0) -> dict[str, object]:
-        """Return what came; take the given time, and tell when a call that takes long has begun."""
+        """Return the arguments after the given seconds; trace the beginning of a call that takes time."""
         try:
             if seconds:
                 trace("working", path=path)
@@ -126,7 +126,7 @@ class Server:
 
     @modal.method()
     async def die(self) -> None:
-        """End the container without a word."""
+        """Exit the container without running its hooks."""
         os._exit(7)
 
     @modal.method()
@@ -141,17 +141,17 @@ class Server:
 
     @modal.method()
     async def write(self, name: str, text: str) -> None:
-        """Write a file of the volume; nobody commits it here."""
+        """Write a file of the volume without a commit."""
         (CACHE / name).write_text(text)
 
     @modal.method()
     async def commit(self) -> None:
-        """Publish what this container wrote."""
+        """Commit what this container wrote."""
         await cache.commit.aio()
 
     @modal.method()
     async def reload(self) -> None:
-        """Fetch what others published."""
+        """Reload what other containers committed."""
         await cache.reload.aio()
 
     @modal.method()
@@ -161,16 +161,16 @@ class Server:
 
     @modal.exit()
     def stop(self) -> None:
-        """End the web server; leave the helper to the platform."""
+        """Stop the web server; the platform kills the helper."""
         (CACHE / "left-at-exit.txt").write_text(str(time.time()))
         self.server.terminate()
         trace("stop", code=self.server.wait(5))
 
 
 @app.function(image=image)
-def ping(word: str) -> str:
-    """Return the word."""
-    return f"pong {word}"
+def ping(text: str) -> str:
+    """Return the text after `pong`."""
+    return f"pong {text}"
 
 
 @app.local_entrypoint()

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by path; says on stdout when a client has left a stream."""
+    """Answers by path; writes to stderr when a client has left a stream."""
 
     protocol_version = "HTTP/1.1"
 
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             sys.stderr.write("client left\n")
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
-        """Say nothing."""
+        """Log nothing."""
 
 
 if __name__ == "__main__":
