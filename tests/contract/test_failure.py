@@ -99,12 +99,12 @@ def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> 
     snapshot = f"hub/models--me--tiny/snapshots/{REVISION}/config.json"
     assert plane.volumes["huggingface-cache"].read(snapshot) == (TINY / "config.json").read_bytes()
 
-    asked = len(hub.asked)
+    before = len(hub.requests)
     task = tasks_of(plane, "from-hub")[-1]
     task.kill()
     plane.wait_until(lambda: task.state is TaskState.DEAD, 20, "the container's end")
     assert pool_of(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == before
 
 
 def test_full_volume_ends_the_hook_with_both_figures(plane: ModalPlane) -> None:

@@ -106,7 +106,7 @@ def prefetched(
 
 def downloads(hub: Hub) -> list[str]:
     """Return the names of the files that the hub was asked to send."""
-    return [asked.rpartition("/")[2] for asked in hub.asked if asked.startswith("GET ") and "/resolve/" in asked]
+    return [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET ") and "/resolve/" in line]
 
 
 def askers(plane: ModalPlane) -> set[str]:
@@ -235,7 +235,7 @@ def test_prefetches_at_once_download_once(plane: ModalPlane, models: Path, hub: 
     """The second container waits for the first, and then finds in the volume what that one committed."""
     hub.may_send_files.clear()
     with started(plane, models, "pinned") as first, started(plane, models, "pinned") as second:
-        assert hub.asked_for_files.wait(60)
+        assert hub.files_requested.wait(60)
         plane.wait_until(lambda: len(askers(plane)) == 2, 60, "the second one's look at the lock")
         hub.may_send_files.set()
         outputs = [process.communicate(timeout=120) for process in (first, second)]
@@ -264,7 +264,7 @@ def test_prefetch_interrupted_keeps_what_was_finished(plane: ModalPlane, models:
     with started(plane, models, "loose", "pinned") as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("loose: me/loose")
-        plane.wait_until(lambda: any("/me/pinned/resolve/" in asked for asked in hub.asked), 30, "the second model")
+        plane.wait_until(lambda: any("/me/pinned/resolve/" in line for line in hub.requests), 30, "the second model")
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         out, err = process.communicate(timeout=30)
@@ -277,7 +277,7 @@ def test_prefetch_interrupted_keeps_what_was_finished(plane: ModalPlane, models:
     manifest = f"hub/models--me--loose/vllm-service/{NEWEST}.json"
     assert manifest in plane.volumes["huggingface-cache"].files()
     assert prefetched(plane, models, "loose", "pinned").returncode == 0
-    assert hub.asked.count(f"GET /me/loose/resolve/{NEWEST}/config.json") == 1
+    assert hub.requests.count(f"GET /me/loose/resolve/{NEWEST}/config.json") == 1
 
 
 def test_prefetch_without_an_account_says_how_to_get_one(models: Path, tmp_path: Path) -> None:
@@ -302,10 +302,10 @@ def test_replicas_boot_from_what_was_prefetched_with_the_hub_gone(
         uploaded = [file.filename for mount in plane.calls("MountGetOrCreate") for file in mount.files]
         assert "/root/service-models.lock.toml" in uploaded
         hub.repositories.clear()
-        asked = len(hub.asked)
+        before = len(hub.requests)
         pool: Any = modal.Cls.from_name("vllm-l4", "Server", client=plane.client())(model="loose")
         assert pool.complete.remote("/health") == (200, {"status": "ok"})
 
-        assert hub.asked[asked:] == []
+        assert hub.requests[before:] == []
         assert f'"revision": "{NEWEST}"' in plane.tasks[-1].log
         assert plane.failures == []

@@ -40,7 +40,7 @@ def test_fake_hub_answers_with_the_hubs_own_codes(running: Hub, path: str, statu
     answer = requests.get(running.url + path, timeout=5)
 
     assert (answer.status_code, answer.headers.get("X-Error-Code")) == (status, code)
-    assert running.asked == [f"GET {path}"]
+    assert running.requests == [f"GET {path}"]
     assert running.unknown == []
 
 
@@ -61,8 +61,8 @@ def test_fake_hub_keeps_unknown_requests(running: Hub) -> None:
 def test_fake_hub_distinguishes_an_unauthorized_token_from_an_invalid_one(running: Hub) -> None:
     """403 for an account that accepted no licence; 401 for an invalid token, even where none is needed."""
     for path, token, status in (
-        ("o/shut", "hf_stranger", 403),
-        ("o/open", "hf_stranger", 200),
+        ("o/shut", "hf_unlicensed", 403),
+        ("o/open", "hf_unlicensed", 200),
         ("o/open", "hf_wrong", 401),
     ):
         url = f"{running.url}/api/models/{path}/tree/main"
@@ -79,8 +79,8 @@ def test_fake_hub_lists_checksums_page_by_page(running: Hub) -> None:
     assert rows[0] == {"type": "file", "path": "x", "size": 3, "oid": hashlib.sha1(b"blob 3\x00123").hexdigest()}  # noqa: S324
     assert rows[1]["lfs"]["oid"] == hashlib.sha256(b"456789").hexdigest()
     assert "next" not in second.links
-    asked = requests.post(f"{running.url}/api/models/o/open/paths-info/main", json={"paths": ["x", "z"]}, timeout=5)
-    assert asked.json() == rows[:1]
+    answer = requests.post(f"{running.url}/api/models/o/open/paths-info/main", json={"paths": ["x", "z"]}, timeout=5)
+    assert answer.json() == rows[:1]
 
 
 def test_fake_hub_sends_large_files_from_its_cdn(running: Hub) -> None:

@@ -62,7 +62,7 @@ def test_gated_model_with_an_unauthorized_token_names_the_account(
     """A token is not enough: its account must have accepted the licence."""
     hub.repositories["org/mine"].gated = gated
 
-    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    monkeypatch.setenv("HF_TOKEN", "hf_unlicensed")
 
     assert "this token has no access. Accept its licence" in refused(GatedModelError)
 
@@ -149,7 +149,7 @@ def test_wrong_content_twice_is_refused(hub: Hub) -> None:
     assert f"{SHARD} of org/mine at revision {COMMIT} is damaged" in sentence
     assert "the other files are kept" in sentence
     hub.faults.clear()
-    hub.asked.clear()
+    hub.requests.clear()
     assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads()) == 1
 

@@ -30,13 +30,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fetch_into_an_empty_cache_brings_what_the_engine_reads(hub: Hub, cache: Path) -> None:
     """Every byte is right; no pickles, no second trees, no code; the manifest has the hub's checksums."""
-    told: list[Progress] = []
-    found = store.fetch(SPEC, on_progress=told.append)
+    reports: list[Progress] = []
+    found = store.fetch(SPEC, on_progress=reports.append)
 
     assert found == store.Weights(cache / "models--org--mine" / "snapshots" / COMMIT, fetched=True)
     assert contents(found.model) == READ
-    assert told[-1].files_done == told[-1].files == len(READ)
-    assert told[-1].done_bytes == told[-1].total_bytes == sum(map(len, READ.values()))
+    assert reports[-1].files_done == reports[-1].files == len(READ)
+    assert reports[-1].done_bytes == reports[-1].total_bytes == sum(map(len, READ.values()))
     written = manifest.read("org/mine", COMMIT)
     assert written is not None
     assert written.verified == READ.keys()
@@ -49,7 +49,7 @@ def test_ensure_with_complete_weights_makes_no_connection(
 ) -> None:
     """Neither an outage of the hub nor a slow hub can stop a boot."""
     first = store.ensure(SPEC)
-    asked = len(hub.asked)
+    before = len(hub.requests)
 
     def connect(_: socket.socket, address: Any) -> None:
         raise AssertionError(f"a connection to {address}")
@@ -61,7 +61,7 @@ def test_ensure_with_complete_weights_makes_no_connection(
 
     assert again == store.fetch(SPEC) == store.find(SPEC) == store.Weights(first.model)
     assert took < 5
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == before
 
 
 def test_fetch_reads_lists_page_by_page(hub: Hub, here: None) -> None:
@@ -118,7 +118,7 @@ def test_fetch_without_a_pin_is_by_the_commit_that_was_newest(hub: Hub, here: No
     found = store.fetch(SPEC.model_copy(update={"revision": None}))
 
     assert found.model.name == COMMIT
-    assert not [line for line in hub.asked if "/resolve/main/" in line or "/tree/main" in line]
+    assert not [line for line in hub.requests if "/resolve/main/" in line or "/tree/main" in line]
     assert store.find(SPEC.model_copy(update={"revision": None})) == store.find(SPEC)
     assert hub_module.DEFAULT.resolve("org/mine") == COMMIT
 
@@ -128,7 +128,7 @@ def test_fetch_of_what_another_program_downloaded_verifies_it(hub: Hub, here: No
     from huggingface_hub import snapshot_download
 
     snapshot_download("org/mine", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
-    hub.asked.clear()
+    hub.requests.clear()
     assert store.find(SPEC)
     assert manifest.read("org/mine", COMMIT) is None
     assert store.fetch(SPEC).fetched
@@ -146,7 +146,7 @@ def test_fetch_of_a_damaged_file_of_another_program_downloads_it_again(
     shard = next(iter(SHARDS))
     blob = (directory / shard).resolve()
     blob.write_bytes(SHARDS[shard][:-1] + b"?")
-    hub.asked.clear()
+    hub.requests.clear()
 
     assert contents(store.fetch(SPEC).model).items() >= READ.items()
     assert len(hub.downloads()) == 1
@@ -167,7 +167,7 @@ def test_fetch_by_two_processes_at_once_downloads_every_file_once(hub: Hub) -> N
     program = "show_logs(); print(weights.ensure(spec).fetched)"
     with hub.holding_files():
         first = python(program)
-        assert hub.asked_for_files.wait(SOON_S)
+        assert hub.files_requested.wait(SOON_S)
         second = python(program)
         assert second.stdout is not None
         assert "Another process is fetching org/mine" in second.stdout.readline()

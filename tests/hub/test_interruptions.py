@@ -42,7 +42,7 @@ def test_fetch_killed_at_a_random_byte_is_completed_by_the_next(
     assert store.find(SPEC) is None
     kept = finished(cache)
     hub.resume()
-    hub.asked.clear()
+    hub.requests.clear()
 
     again = downloads.start(REPOSITORY)
     again.join(SOON_S)
@@ -69,7 +69,7 @@ def test_fetch_killed_while_it_verifies_is_not_served(hub: Hub, cache: Path, dow
     process.kill()
     process.join()
     assert (store.find(SPEC) is None) == (manifest.read("org/mine", COMMIT) is None)
-    hub.asked.clear()
+    hub.requests.clear()
     again = downloads.start(REPOSITORY)
     again.join(SOON_S)
 
@@ -90,7 +90,7 @@ def test_fetch_whose_parent_ends_leaves_no_partial_file(hub: Hub, cache: Path, n
     assert store.find(SPEC) is None
     kept = finished(cache)
     hub.resume()
-    hub.asked.clear()
+    hub.requests.clear()
 
     assert contents(store.ensure(SPEC).model) == READ
     assert not [path for path in kept if hub.downloads(path)]

@@ -26,15 +26,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_of_good_files_returns_nothing_and_makes_no_request(hub: Hub) -> None:
     """The manifest has the checksums."""
     store.fetch(SPEC)
-    asked, told = len(hub.asked), []
+    before, reports = len(hub.requests), []
 
     def note(progress: Progress) -> None:
-        told.append(progress)
+        reports.append(progress)
 
     assert store.verify(SPEC, on_progress=note) == []
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == before
     total = sum(map(len, READ.values()))
-    assert told[-1] == Progress("org/mine", total, total, len(READ), len(READ), "verifying")
+    assert reports[-1] == Progress("org/mine", total, total, len(READ), len(READ), "verifying")
 
 
 @pytest.mark.parametrize("path", [SHARD, "config.json"])
@@ -46,7 +46,7 @@ def test_verify_finds_a_flipped_bit_and_ensure_repairs_it(hub: Hub, path: str) -
     (sentence,) = store.verify(SPEC)
     assert sentence.startswith(f"{path} of org/mine is damaged")
     assert store.find(SPEC) is None
-    hub.asked.clear()
+    hub.requests.clear()
 
     assert contents(store.ensure(SPEC).model) == READ
     assert len(hub.downloads()) == len(hub.downloads(path)) == 1

@@ -87,26 +87,26 @@ class Hub:
 
     Attributes:
         token: Of the account that may read everything.
-        strangers: Tokens of accounts that accepted no licence; any other token is unknown.
+        unlicensed_tokens: Tokens of accounts that accepted no licence; any other token is unknown.
         renamed: Old name -> new name; requests for the old one are redirected.
         page: Rows of one page of a list of files.
-        asked: Method and path of every request, in order; those to the CDN begin with `cdn:`.
+        requests: Method and path of every request, in order; those to the CDN begin with `cdn:`.
         unknown: Requests that the fake does not know, and tokens that were sent to the CDN.
         served: Bytes of content that were sent.
         stopped: Set when as many bytes were sent as `stop_after` allows.
     """
 
     token: str = "hf_right"
-    strangers: tuple[str, ...] = ("hf_stranger",)
+    unlicensed_tokens: tuple[str, ...] = ("hf_unlicensed",)
     repositories: dict[str, Repository] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     fails_with: int | None = None
     page: int = 1000
-    asked_for_files: threading.Event = field(default_factory=threading.Event)
+    files_requested: threading.Event = field(default_factory=threading.Event)
     may_send_files: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     served: int = 0
     url: str = ""
@@ -147,7 +147,7 @@ class Hub:
 
     @contextmanager
     def holding_files(self) -> Iterator[None]:
-        """Answer no request for a file's content while the block lasts; `asked_for_files` tells of the first one."""
+        """Answer no request for a file's content while the block lasts; `files_requested` tells of the first one."""
         self.may_send_files.clear()
         try:
             yield
@@ -165,7 +165,7 @@ class Hub:
 
     def downloads(self, *paths: str) -> list[str]:
         """Return the file of each request for content; with `paths`, of those alone."""
-        found = [match[1] for line in self.asked if (match := _CONTENT.fullmatch(line))]
+        found = [match[1] for line in self.requests if (match := _CONTENT.fullmatch(line))]
         return [path for path in found if not paths or path in paths]
 
 

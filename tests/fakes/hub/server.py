@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer one request, or do what its fault says."""
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {self.prefix}{path}"
-        self.hub.asked.append(request)
+        self.hub.requests.append(request)
         self.failing = self.hub.fault(request)
         if self.failing and self.failing.stalls:
             self.close_connection = True
@@ -110,16 +110,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Send a file or the requested part of it, as its fault says."""
         fault = self.failing or Fault("")
         begin, end, total = 0, size(content), size(content)
-        if asked := _RANGE.fullmatch(self.headers.get("Range", "")):
-            begin, end = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else total, total)
+        if requested := _RANGE.fullmatch(self.headers.get("Range", "")):
+            begin, end = int(requested[1]), min(int(requested[2]) + 1 if requested[2] else total, total)
             if begin >= total:
                 self.answer(416, headers={"Content-Range": f"bytes */{total}"})
                 return
             headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{total}"}
-        self.answer(206 if asked else 200, headers={**headers, "Content-Length": str(end - begin)})
+        self.answer(206 if requested else 200, headers={**headers, "Content-Length": str(end - begin)})
         if self.command == "HEAD":
             return
-        self.hub.asked_for_files.set()
+        self.hub.files_requested.set()
         self.hub.may_send_files.wait(30)
         if fault.content is not None:
             content = fault.content
@@ -169,7 +169,7 @@ class _HubHandler(_Handler):
         """Return the repository, or refuse with the header that gives the reason."""
         repository = self.hub.repositories.get(name)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token not in {self.hub.token, *self.hub.strangers}:
+        if token and token not in {self.hub.token, *self.hub.unlicensed_tokens}:
             self.refuse(401, message="Invalid credentials in Authorization header")
         elif repository is None:
             self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")

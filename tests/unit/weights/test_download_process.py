@@ -33,7 +33,7 @@ def children() -> list[psutil.Process]:
 
 def when_files_are_asked_for(hub: Hub, act: Callable[[], None]) -> threading.Thread:
     """Call something once the download has requested its first file."""
-    thread = threading.Thread(target=lambda: hub.asked_for_files.wait(GONE_S) and act())
+    thread = threading.Thread(target=lambda: hub.files_requested.wait(GONE_S) and act())
     thread.start()
     return thread
 
@@ -114,7 +114,7 @@ def test_download_child_dies_with_its_parent(hub: Hub) -> None:
     asks = f"{imports}; parent.download_in_child(parent.RepositorySpec('org/mine', '{COMMIT}'))"
     with hub.holding_files():
         parent = subprocess.Popen([sys.executable, "-c", asks], env=dict(os.environ), stdout=subprocess.DEVNULL)
-        assert hub.asked_for_files.wait(GONE_S * 2)
+        assert hub.files_requested.wait(GONE_S * 2)
         (child,) = psutil.Process(parent.pid).children()
         parent.kill()
         parent.wait()

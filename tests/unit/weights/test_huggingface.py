@@ -39,9 +39,9 @@ def test_weights_missing_are_fetched_whole(hub: Hub, cache: Path, caplog: pytest
     assert len(said) == 1
     assert "org/mine" in said[0]
     assert COMMIT in said[0]
-    asked = len(hub.asked)
+    asked = len(hub.requests)
     assert store.ensure(SPEC) == store.Weights(found.model)
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == asked
     assert [record.getMessage() for record in caplog.records if record.name.startswith("service.")] == said
 
 
@@ -51,7 +51,7 @@ def test_weights_cut_short_are_completed(hub: Hub, cache: Path) -> None:
     found = store.ensure(SPEC)
 
     assert (found.model / SHARDS[1]).read_bytes() == b"numbers"
-    assert not [line for line in hub.asked if line.startswith("GET") and line.endswith(SHARDS[0])]
+    assert not [line for line in hub.requests if line.startswith("GET") and line.endswith(SHARDS[0])]
 
 
 def test_weights_in_other_formats_are_not_fetched(hub: Hub) -> None:
@@ -74,7 +74,7 @@ def test_weights_are_not_fetched_where_they_do_not_fit(hub: Hub, monkeypatch: py
 
     with pytest.raises(DiskSpaceError, match=r"org/mine needs 0\.0 GB and .* has 0\.0 GB free.*HF_HOME"):
         store.ensure(SPEC)
-    assert not [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
+    assert not [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
 
 
 def test_disk_space_is_checked_where_the_weights_go(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_weights_of_a_gated_model_with_a_token_that_has_no_access_never_show_it(
     hub: Hub, gated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its account has not accepted the licence."""
-    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    monkeypatch.setenv("HF_TOKEN", "hf_unlicensed")
     hub.repositories["org/mine"].gated = gated
     with pytest.raises(GatedModelError, match="Accept its licence") as caught:
         store.ensure(SPEC)
 
-    assert "hf_stranger" not in str(caught.value)
+    assert "hf_unlicensed" not in str(caught.value)
 
 
 def test_weights_of_a_gated_model_with_its_token_are_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,4 +179,4 @@ def test_hub_is_reachable_is_false_when_the_user_went_offline(hub: Hub, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert not hub_module.DEFAULT.is_reachable()
-    assert hub.asked == []
+    assert hub.requests == []

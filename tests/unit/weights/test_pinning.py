@@ -43,10 +43,10 @@ def test_pin_writes_the_commits_of_all_unpinned_repositories(cache: Path, hub: H
 
     assert pins == Pins(lock, {"org/mine": COMMIT, "org/bot": NEW} | dict.fromkeys(DRAFTS, NEW))
     assert revisions.read(lock) == pins.pinned
-    asked = list(hub.asked)
+    asked = list(hub.requests)
     assert not [question for question in asked if "org/fixed" in question]
     assert pinned(models) == Pins(lock)
-    assert hub.asked == asked
+    assert hub.requests == asked
 
 
 def test_pin_keeps_what_it_got_when_the_hub_refuses_a_repository(cache: Path, hub: Hub, models: Path) -> None:

@@ -203,7 +203,7 @@ def test_prefetch_whose_iterator_is_closed_ends(cache: Path, hub: Hub) -> None:
         for event in events:
             if isinstance(event, Message):
                 break
-        assert hub.asked_for_files.wait(20)
+        assert hub.files_requested.wait(20)
     events.close()
     deadline = time.monotonic() + 10
     while any(thread.name == "prefetch" for thread in threading.enumerate()) and time.monotonic() < deadline:
