@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PINS := service/pins
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
 
+comma := ,
+
 .PHONY: serve install test check soak bench bench-boot bench-gateway bench-gpu bench-readahead bench-weights bench-contract locks clean
 
 serve: $(VENV)/light
@@ -57,17 +59,26 @@ locks: $(VENV)/light
 	$(COMPILE) --override $(PINS)/engine-cpu-overrides.txt $(PINS)/engine-cpu.in -o $(PINS)/engine-cpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# One make at a time builds: a second one waits, and then finds it done. Ctrl-C leaves no mark, and the next make goes on.
+define build
+	@exec 9>$(VENV).lock; \
+	if ! flock --nonblock 9; then echo "Another make is building $(VENV); waiting for it."; flock 9; fi; \
+	if [ -e $@ ] && [ -z "$$(find $^ -newer $@)" ]; then exit 0; fi; \
+	echo "$(1)"; \
+	{ $(2) && touch $@; } || { \
+	  echo "error: $(VENV) could not be built; the installer's own words are above." >&2; \
+	  echo "hint: Check the connection and the room on the disk, then run the same command again." >&2; exit 1; }
+endef
 
 $(VENV)/light: $(PINS)/light.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or sys.exit("Python %d.%d is outside 3.11 to 3.14, which vLLM is built for. Name another: make PYTHON=python3.12 ..." % v)'
-	@echo "Building the light environment, once: $(VENV)"
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(INSTALL) -r $(PINS)/light.lock
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@touch $@
+	$(call build,Building the light environment$(comma) once: $(VENV), \
+	  { $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); } && \
+	  $(INSTALL) -r $(PINS)/light.lock && \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .)
 
 $(VENV)/dev: $(VENV)/light $(PINS)/dev.lock
-	@echo "Adding the tools of the tests: $(VENV)"
-	@$(INSTALL) -r $(PINS)/dev.lock
-	@touch $@
+	$(call build,Adding the tools of the tests: $(VENV), \
+	  $(INSTALL) -r $(PINS)/dev.lock)
