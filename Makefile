@@ -74,7 +74,7 @@ endef
 
 $(VENV)/light: $(PINS)/light.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or sys.exit("Python %d.%d is outside 3.11 to 3.14, which vLLM is built for. Name another: make PYTHON=python3.12 ..." % v)'
-	$(call build,Building the light environment$(comma) once: $(VENV), \
+	$(call build,Building the light environment$(comma) once$(comma) about half a minute: $(VENV), \
 	  { $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); } && \
 	  $(INSTALL) -r $(PINS)/light.lock && \
 	  $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .)

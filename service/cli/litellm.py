@@ -1,4 +1,4 @@
-"""The configuration of a LiteLLM proxy in front of the gateway: every model under its names, one address, one key.
+"""The configuration of a LiteLLM proxy in front of the gateway: every model under its names, one URL, one key.
 
 Pure: a registry in, a document out. No key is ever in it; LiteLLM reads the two it needs from its own environment.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import yaml
 
 from service.errors import ServiceError, UsageError
 from service.registry.gpus import Gpu, find_gpu
@@ -31,10 +33,10 @@ _HEADER = """\
 def api_base(url: str) -> str:
     """Return the `api_base` of a gateway's URL, with or without `/v1` at its end.
 
-    `os.environ/NAME`, LiteLLM's word for "from the environment", stays as it is: that variable then ends in `/v1`.
+    `os.environ/NAME`, which LiteLLM reads from its environment, stays as it is: that variable then ends in `/v1`.
 
     Raises:
-        UsageError: It is no http address, or it carries something secret; the sentence does not repeat it then.
+        UsageError: It is no http URL, or it may hold a secret; then the message does not repeat it.
     """
     if _FROM_ENVIRONMENT.fullmatch(url):
         return url
@@ -45,13 +47,14 @@ def api_base(url: str) -> str:
         host = None
     if "@" in url or "?" in url or "#" in url:
         raise UsageError(
-            "The gateway's URL has a user, a query or a fragment, and may be a secret, which this file is not for. "
-            "Give its scheme, host and port alone, such as https://<workspace>--vllm-gateway-serve.modal.run."
+            "The gateway's URL has a user, a query or a fragment, which may be a secret: this file must not hold one.",
+            hint="Give scheme, host and port alone, such as https://<workspace>--vllm-gateway-serve.modal.run.",
         )
     if not host or parts.scheme not in {"http", "https"} or re.search(r"\s", url):
         raise UsageError(
-            f"'{url}' is not the URL of a gateway. Give scheme, host and port, such as http://127.0.0.1:8000, "
-            "or os.environ/NAME for a variable that LiteLLM is to read it from."
+            f"'{url}' is not the URL of a gateway.",
+            hint="Give scheme, host and port, such as http://127.0.0.1:8000, or os.environ/NAME for a variable that "
+            "LiteLLM reads it from.",
         )
     return url.rstrip("/").removesuffix("/v1") + "/v1"
 
@@ -69,7 +72,7 @@ def config(
         local: List `<key>-local` too.
 
     Raises:
-        UsageError: The URL is none, or Modal offers no such GPU.
+        UsageError: The URL is wrong, or Modal offers no such GPU.
     """
     base, further = api_base(url), [find_gpu(gpu) for gpu in gpus]
     patience_s = settings.hold_s + settings.request_timeout_s  # held until the pool is awake, and then answered
@@ -77,10 +80,10 @@ def config(
         "model_list": [_entry(name, base) for name in _names(registry, further, local)],
         "litellm_settings": {"drop_params": False, "num_retries": 0, "request_timeout": patience_s},
         "router_settings": {
-            "num_retries": 0,  # the gateway waits and clients retry: a third one in between would multiply both
+            "num_retries": 0,  # the gateway waits and clients retry: a third layer would multiply both
             "timeout": patience_s,
             "stream_timeout": patience_s,
-            "disable_cooldowns": True,  # one gateway stands behind all names; it says by itself what is not to be had
+            "disable_cooldowns": True,  # one gateway stands behind all names; it reports by itself what is unavailable
         },
         "general_settings": {"master_key": MASTER_KEY, "health_check_skip_disabled_background_models": True},
     }
@@ -88,7 +91,7 @@ def config(
 
 def as_yaml(config: dict[str, Any]) -> str:
     """Return the configuration as YAML, with a header that says where it comes from."""
-    return _HEADER + "\n".join(_lines(config)) + "\n"
+    return _HEADER + yaml.safe_dump(config, sort_keys=False)
 
 
 def as_json(config: dict[str, Any]) -> str:
@@ -106,7 +109,7 @@ def write(text: str, file: Path) -> None:
         file.write_text(text)
     except OSError as error:
         raise ServiceError(
-            f"'{file}' cannot be written: {error.strerror}. Name a file in a directory of yours."
+            f"'{file}' cannot be written: {error.strerror}.", hint="Name a file in a directory that you may write to."
         ) from error
 
 
@@ -139,19 +142,3 @@ def _entry(name: str, base: str) -> dict[str, Any]:
         # LiteLLM's GET /health asks every model for an answer, which would start a GPU for each
         "model_info": {"disable_background_health_check": True},
     }
-
-
-def _lines(value: Any, indent: str = "") -> Iterator[str]:
-    """Write YAML whose scalars are JSON's, which every reader of YAML takes for what they are."""
-    for key, part in value.items():
-        if isinstance(part, dict):
-            yield f"{indent}{key}:"
-            yield from _lines(part, indent + "  ")
-        elif isinstance(part, list):
-            yield f"{indent}{key}:"
-            for item in part:
-                first, *rest = _lines(item, indent + "    ")
-                yield f"{indent}  - {first.lstrip()}"
-                yield from rest
-        else:
-            yield f"{indent}{key}: {json.dumps(part)}"

@@ -144,7 +144,9 @@ class _Reader:
             if total:
                 self._on_progress(InstallProgress("Downloading", done, total, detail=_largest(line[found.end() :])))
         elif (found := _INSTALLING.search(line)) and _FRAME.search(line):
-            self._on_progress(InstallProgress("Installing", int(found[1]), int(found[2])))
+            done, total = map(int, found.groups())
+            if total:
+                self._on_progress(InstallProgress("Installing", done, total))
         elif line and not _FRAME.search(line):
             self.lines.append(line)
             _output.info("%s", line)

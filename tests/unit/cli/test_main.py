@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.cli.outputs import check_error
+
 COMMAND = Path(sys.executable).with_name("vllm-service")
 CPU_LIMIT_S = 2.0  # of processor time: what else runs on this machine has no part in it
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -57,10 +59,7 @@ def refused(run: Run, home: Path, code: int, *words: str, arguments: tuple[str, 
     done = run(*arguments, **environ)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
 
-    error, *hints = done.stderr.splitlines()
-    assert error.startswith("error: "), done.stderr
-    assert [hint.startswith("hint: ") for hint in hints] in ([], [True]), done.stderr
-    assert done.stderr.endswith("\n")
+    check_error(done.stderr)
     for word in words:
         assert word in done.stderr
     assert (done.returncode, done.stdout) == (code, "")

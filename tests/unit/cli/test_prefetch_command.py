@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.cli.outputs import check_error
+
 COMMAND = Path(sys.executable).with_name("vllm-service")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,9 +55,7 @@ def test_command_that_fails_prints_an_error_and_at_most_one_hint(
 
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
-    error, *hints = done.stderr.splitlines()
-    assert error.startswith("error: ")
-    assert [hint.startswith("hint: ") for hint in hints] in ([], [True])
+    check_error(done.stderr)
     assert not list(tmp_path.rglob("*.toml"))
 
 

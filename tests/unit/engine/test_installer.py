@@ -48,6 +48,7 @@ print("\r\x1b[2K\x1b[37m⠙\x1b[0m \x1b[2mPreparing packages...\x1b[0m (40/145) 
       "\x1b[2mvllm-cpu     \x1b[0m \x1b[32m-\x1b[30m\x1b[2m---\x1b[0m\x1b[0m 4.70 MiB/126.57 MiB      "
       "\x1b[2mtiktoken     \x1b[0m \x1b[32m--\x1b[0m\x1b[0m 16.00 KiB/1.15 MiB      ")
 print("\r\x1b[2K\x1b[1mPrepared \x1b[1m145 packages\x1b[0m in 19.07s\x1b[0m\n")
+print("\r\x1b[2K░░░░░░░░░░ [0/0] \x1b[2m\x1b[0m")
 print("\r\x1b[2K██████░░░░ [108/145] \x1b[2mhttpx==0.28.1   \x1b[0m")
 print("\r\x1b[2KInstalled 145 packages in 748ms\n + httpx==0.28.1\n")
 """)
