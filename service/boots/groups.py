@@ -1,4 +1,4 @@
-"""Which boots compare with which, and what is typical of them: for the tables and the picture of `vllm-service boots`.
+"""Groups boots that can be compared, with what is typical of each: for the tables of `vllm-service boots`.
 
 Compared are the kinds of boot of one model on one GPU: `off`, `gpu, first boot`, `gpu, restored`, and so on.
 """
@@ -16,7 +16,7 @@ _ORDER = ("off", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Group:
-    """Boots of one model on one GPU of one kind, oldest first."""
+    """Boots of one kind, of one model on one GPU, oldest first."""
 
     model: str
     gpu: str
@@ -31,7 +31,7 @@ class Group:
 
     @property
     def ready_seconds(self) -> tuple[float, ...]:
-        """Seconds to ready of the boots to which nothing happened."""
+        """Seconds to ready of the boots with outcome `ready`."""
         return tuple(record.seconds for record in self.records if record.outcome == "ready")
 
     @property
@@ -45,7 +45,7 @@ class Group:
 
 
 def kind(record: BootRecord) -> str:
-    """Return what compares with its like; the first boot of a strategy with snapshots is the one that takes it."""
+    """Return the kind of a boot; the first boot of a strategy with snapshots is the one that takes the snapshot."""
     strategy = shortened(record.strategy, 20)
     if record.restored:
         return f"{strategy}, restored"
@@ -61,7 +61,7 @@ def groups(records: Iterable[BootRecord]) -> list[Group]:
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, without what would move a cursor or is no character of XML."""
+    """Return the text on one line, without characters that would move a cursor."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 

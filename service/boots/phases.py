@@ -32,7 +32,7 @@ class Phases:
         self._zero = time.monotonic()
 
     def begin(self, at: float | None = None) -> None:
-        """Count from here: what came before was paid by an earlier replica, and its spans are negative."""
+        """Count from here: what came before was done by an earlier replica, and its spans are negative."""
         self._zero = time.monotonic() if at is None else at
 
     def engine_begins(self) -> None:
@@ -55,7 +55,7 @@ class Phases:
         self.add(name, began, time.monotonic())
 
     def read(self, line: str) -> None:
-        """Take what a line of vLLM's log says of a phase that has just ended."""
+        """Take the duration of a phase from a line of vLLM's log, which it writes when the phase has ended."""
         for name, pattern in _LOGGED:
             key = (len(self._engines), name)
             if (match := pattern.search(line)) and key not in self._logged:  # each worker logs it

@@ -18,16 +18,16 @@ IN_ENGINE = Path(__file__).parents[1] / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info
 ENTRY = f"{PLUGIN}.main"
 
-# What of the parent's environment the engine has no business with: secrets, and settings that are not the engine's.
+# What of the parent's environment the engine must not inherit: secrets, and settings that are not the engine's.
 _WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHON")
 
-# A CPU replica is one person's laptop: small batches and a small cache start faster and leave memory alone.
+# A CPU replica runs on somebody's laptop: small batches and a small cache start faster and leave memory free.
 _CPU_MAX_MODEL_LEN = 8192
 _CPU_KV_CACHE_BYTES = 2 * 1024**3
 _CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
 _TINY_GB = 0.1
-_CPU_PROGRAM_BYTES = 2 * 1024**3  # vLLM and torch themselves: 1.1 GB at rest, measured, and what a request takes
-_ADAPTERS_AT_ONCE = 4  # in one batch: the GPU's memory is set aside for so many, and more take turns
+_CPU_ENGINE_BYTES = 2 * 1024**3  # vLLM and torch themselves: 1.1 GB idle, measured, and what a request takes
+_ADAPTERS_AT_ONCE = 4  # in one batch: GPU memory is reserved for so many; requests for more wait
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def engine_command(
         adapters: Directory of each LoRA adapter by the name it is served under.
         default_key: Key of the default model; the entry of that key also answers to `llm`.
         device: `cuda` or `cpu`.
-        sleeps: It will be put to sleep, its weights in host memory, and woken from a GPU memory snapshot.
+        sleeps: It will be in sleep mode, its weights in host memory, and woken from a GPU memory snapshot.
         parent_env: The environment to pass on, less secrets and settings.
     """
     options = options or EngineOptions()
@@ -105,7 +105,7 @@ def engine_command(
 def cpu_memory_bytes(spec: ModelSpec) -> int:
     """Return how much memory an engine without a GPU takes; a model of unknown size counts as a small one."""
     cache = _CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES
-    return int((spec.weights_gb or 2.0) * 1e9) + cache + _CPU_PROGRAM_BYTES
+    return int((spec.weights_gb or 2.0) * 1e9) + cache + _CPU_ENGINE_BYTES
 
 
 def _is_tiny(spec: ModelSpec) -> bool:
@@ -130,10 +130,10 @@ def _listening(options: EngineOptions) -> list[str]:
 
 
 def _sleep(device: str, sleeps: bool) -> list[str]:
-    """Return what every engine can be told to do besides serving, and what one that sleeps needs."""
+    """Return the worker extension, which every engine has, and what an engine that sleeps needs."""
     flags = ["--worker-extension-cls", f"{PLUGIN}.worker_extension.WorkerExtension"]
     if sleeps and device == "cuda":  # on CPU vLLM refuses the flag, and the scheduler sleeps without it
-        # weights are read into memory of the engine's own: a mapped file is one that the snapshot has open
+        # weights are read into the engine's own memory: a mapped file would be open in the snapshot
         flags += ["--enable-sleep-mode", "--safetensors-load-strategy", "eager"]
     return flags
 
@@ -197,7 +197,7 @@ def _acceleration(spec: ModelSpec, draft: Path | None, device: str) -> list[str]
 
 
 def _adapters(spec: ModelSpec, adapters: Mapping[str, Path]) -> list[str]:
-    """LoRA adapters, each a model of its own name; none can be added while it runs."""
+    """Return the LoRA adapters, each a model with a name of its own; none can be added while the engine runs."""
     if not adapters:
         return []
     modules = [_json({"name": name, "path": str(path), "base_model_name": spec.key}) for name, path in adapters.items()]
@@ -210,21 +210,22 @@ def _environment(parent_env: Mapping[str, str], device: str, fast_boot: bool, sl
     env |= {
         "PYTHONPATH": str(IN_ENGINE),
         "PYTHONUNBUFFERED": "1",
-        "VLLM_PLUGINS": PLUGIN,  # and no other plugin that happens to be installed
+        "VLLM_PLUGINS": PLUGIN,  # and no other plugin that may be installed
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # as vLLM sets it, for torch is imported first; more are processes
-        "HF_HUB_OFFLINE": "1",  # the weights are here: an outage of the hub cannot stop a boot
+        # vLLM's value, set here because torch is imported before vLLM; with more, torch starts processes
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",  # the weights are local: an outage of the hub must not stop a boot
         "TRANSFORMERS_OFFLINE": "1",
     }
     if device == "cpu":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if fast_boot:  # else logprobs compile C++: 17 s at first, and where no compiler is, the engine ends
+        if fast_boot:  # else logprobs compile C++: 17 s at first, and without a compiler the engine ends
             env["TORCHDYNAMO_DISABLE"] = "1"
-    else:  # as vLLM sets it, for torch is imported first: a look for GPUs must not keep the engine's core from forking
+    else:  # vLLM's value, set here because torch is imported first: the GPU check must not prevent a fork
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    if sleeps:  # no shared memory of NCCL's and no address of this network in a snapshot. Source: llm-d's own script
+    if sleeps:  # no NCCL shared memory and no address of this network in a snapshot. Source: llm-d's own script
         env |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     return env
 

@@ -1,4 +1,4 @@
-"""Files of a directory in one tar, so that a network volume carries one file and not thousands.
+"""Packs the files of a directory into one tar, so that a network volume has one file and not thousands.
 
 An archive is named by the digest of its bytes, holds regular files only, and is refused whole when it is anything else.
 Files are written under a temporary name and renamed: no reader ever sees half of one.
@@ -30,7 +30,7 @@ _ABANDONED_S = 3600
 
 
 class DamagedArchiveError(Exception):
-    """The content is not what the name says, or not what `write` writes."""
+    """The content does not match the name, or is not what `write` writes."""
 
 
 def files(directory: Path, but: Iterable[str] = ()) -> dict[str, Stamp]:
@@ -146,7 +146,7 @@ def _add(tar: tarfile.TarFile, directory: Path, name: str, stamp: Stamp) -> bool
     member.size, member.mode = len(content), stat.S_IMODE(status.st_mode)
     member.mtime = status.st_mtime_ns // 10**9
     # tarfile's own mtime is a float, off by up to 120 ns, and ninja compares nanoseconds: of 20 builds that tarfile
-    # extracted 10 began anew, of ours none. What stands here goes before tarfile's.
+    # extracted 10 started again, of ours none. This header overrides tarfile's own field.
     member.pax_headers = {"mtime": str(Decimal(status.st_mtime_ns) / 10**9)}
     tar.addfile(member, io.BytesIO(content))
     return True
@@ -179,7 +179,7 @@ def _place(tar: tarfile.TarFile, member: tarfile.TarInfo, mtime_ns: int, directo
 
 @contextmanager
 def _temporary(directory: Path) -> Iterator[Path]:
-    """Make an empty file; whatever was not renamed in the end is removed."""
+    """Make an empty file; it is removed in the end if it was not renamed."""
     descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=directory)
     os.close(descriptor)
     try:

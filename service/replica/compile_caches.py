@@ -1,7 +1,8 @@
-"""The engine's compile caches: on local disk while it runs, between replicas in archives on the volumes.
+"""The engine's compile caches: on local disk while it runs, in archives on the volumes between replicas.
 
-A memory snapshot that holds a volume's file open cannot be restored, hence copies: in before the engine reads, out once
-a boot has made something new. What another version, GPU or driver made is never used; nothing here fails a boot.
+A memory snapshot that has a volume's file open cannot be restored. So they are copied: in before the engine reads, out
+once a boot has compiled something new. What another version, GPU or driver compiled is never used; nothing here fails a
+boot.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ _KEPT_SOFTWARE = 3
 
 # Temporary: inductor and vLLM `*.tmp`, startup_plan `*.tmp.<pid>`, Triton `tmp.pid_*`, DeepGEMM and FlashInfer `tmp/`,
 # TileLang `.staging`. Of one process or host: locks, logs, which of its GPUs reach each other. Not compiled: assets.
-# The driver's cache of PTX (CUDA_CACHE_PATH) stays at home: it keeps one index, changed in place, that does not merge.
-_STAYS = ("*.tmp", "*.tmp.*", "tmp", "tmp.pid_*", ".staging", "lock", "locks", "*.lock", "*.log", "assets", "xla_cache",
-          "dummy_cache", "gpu_p2p_access_cache_*")  # fmt: skip
+# The driver's cache of PTX (CUDA_CACHE_PATH) is not shared: it keeps one index, changed in place, that does not merge.
+_NOT_SHARED = (
+    *("*.tmp", "*.tmp.*", "tmp", "tmp.pid_*", ".staging", "lock", "locks", "*.lock", "*.log", "assets", "xla_cache"),
+    *("dummy_cache", "gpu_p2p_access_cache_*"),
+)
 
 
 class Caches:
@@ -65,7 +68,7 @@ class Caches:
     def env(self) -> dict[str, str]:
         """Return the variables that lead the engine here; it is spawned after `load` or `select_hardware`.
 
-        Source: vllm 0.32.0 envs.py, utils/deep_gemm.py, compilation/decorators.py (sets inductor's anew per graph);
+        Source: vllm 0.32.0 envs.py, utils/deep_gemm.py, compilation/decorators.py (sets inductor's again per graph);
         torch 2.13.0 _inductor/runtime/cache_dir_utils.py; triton 3.7.1 knobs.py; tilelang 0.1.12 env.py; flashinfer
         0.7.0.post1 jit/env.py (adds `.cache/flashinfer/<version>/<arch>`) and nv_internal/.../deep_gemm/compiler.cuh.
         FlashInfer's autotuning is below VLLM_CACHE_ROOT by itself (model_executor/warmup/flashinfer_autotune_cache.py).
@@ -107,7 +110,7 @@ class Caches:
     def save(self) -> int:
         """Write what is new to the volumes, one archive each; return its bytes. The caller commits the volumes.
 
-        Files that vanish, change or may still be being written are left for the next call or boot.
+        Files that vanish, change, or may not be complete yet are left for the next call or boot.
         """
         return sum(self._save_new(store) for store in self._volumes) if self._fingerprint else 0
 
@@ -150,7 +153,7 @@ class Caches:
         software = self._volumes[store] / self._software
         archive_dir = software / self._fingerprint / self._scopes[store]
         known = self._known.setdefault(directory, {})
-        found = archive.files(directory, but=_STAYS)
+        found = archive.files(directory, but=_NOT_SHARED)
         try:
             compact = len(list(archive.archives_in(archive_dir))) >= _COMPACT_AT
             chosen = found if compact else {name: stamp for name, stamp in found.items() if known.get(name) != stamp}

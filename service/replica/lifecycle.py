@@ -129,7 +129,7 @@ class Replica:
             if self.plan.snapshot != "gpu" or cold_reason:
                 self._boot(accepted)
             with self._serving_lock:
-                self.engine.wait_for(State.READY, 0)  # it may have died since; from here on `on_death` tells
+                self.engine.wait_for(State.READY, 0)  # it may have died since; from here on `on_death` is called
                 self._serving = True
             self._record("cold" if cold_reason else "ready", cold_reason)
         self._results.publish_caches(compiled=self._compiled_here)
@@ -144,7 +144,7 @@ class Replica:
             self._results.flush(self.plan.shutdown.flush_s)
 
     def _begin(self, restored: bool) -> None:
-        """Begin the boot that this replica is, which under a snapshot may not be the one that prepared."""
+        """Begin the boot of this replica; under a snapshot, another replica may have prepared it."""
         self._restored = restored
         if restored:
             self.id, self._at = records.new_id(), datetime.now(UTC)
@@ -167,13 +167,13 @@ class Replica:
         else:
             return None
         self.engine.stop(0)
-        self.engine.wait_ended(self._left_s() / 2)  # the driver takes back tens of GB first
+        self.engine.wait_ended(self._left_s() / 2)  # the driver frees tens of GB first
         self._engine = self.ready_after_s = None
         _log.warning("boot %s: the engine did not wake as it fell asleep, so it is booted cold. %s", self.id, reason)
         return reason
 
     def _boot(self, accepted: list[str]) -> None:
-        """Bring up an engine that is not built yet."""
+        """Build an engine, or let the held one go on, until it is ready."""
         self._read_ahead()
         hardware = self._probe_hardware()
         if self._engine is None:
@@ -212,7 +212,7 @@ class Replica:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
         if self.plan.device == "cuda":
             self._readahead = Readahead(self._weights.model, self._weights.draft)
-        else:  # such an engine takes no draft, and has the weights in this same memory
+        else:  # a CPU engine takes no draft, and has the weights in this same memory
             self._readahead = Readahead(self._weights.model, memory_share=0.4)
         self._readahead.start()
 
@@ -249,7 +249,7 @@ class Replica:
 
     @contextmanager
     def _stopped_on_failure(self) -> Iterator[None]:
-        """Modal runs no exit hook after a hook that failed or was interrupted: end the engine here."""
+        """Stop the engine on a failure: Modal runs no exit hook after a hook that failed or was interrupted."""
         try:
             yield
         except BaseException as error:

@@ -10,7 +10,7 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # not in Pythons that were built against
 def is_cached(fd: int, begin: int, end: int, step: int) -> bool:
     """Tell whether a byte every `step` of a file's stretch, and its last, are in memory: 2 microseconds for each.
 
-    False where the system does not tell. Source: google/gvisor, `regularFileFD.PRead` (EOPNOTSUPP for every flag of
+    False where the system gives no answer. Source: google/gvisor, `regularFileFD.PRead` (EOPNOTSUPP for every flag of
     preadv2 but one).
     """
     if not _NOWAIT:

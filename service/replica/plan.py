@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.weights.locks import Lock
 
 Snapshot = Literal["off", "cpu", "gpu"]
-WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore brings memory back page by page, at a GB/s or more
+WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore reads memory back page by page, at 1 GB/s or more
 _UNKNOWN_GB = 100.0
 
 
@@ -33,13 +33,13 @@ class Plan(EngineOptions):
         device: `cuda` or `cpu`.
         python: Interpreter of the environment that has vLLM.
         hardware: What the engine runs on; None: the replica probes it, under a CPU snapshot after the restore.
-        parent_env: Environment handed on to the engine, less secrets and settings.
+        parent_env: Environment that the engine inherits, less secrets and settings.
         snapshot: How far `prepare` goes.
-        startup_timeout_s: What a boot may take, once the weights are there.
-        wake_timeout_s: What waking may take before the engine is booted cold; None: by the size of the weights.
-        lock: Keeps replicas from fetching the same weights at once; None: processes of this machine.
-        hang_s: How long a ready engine may give no sign of life.
-        versions: What the engine consists of, for the record.
+        startup_timeout_s: How long a boot may take once the weights are there.
+        wake_timeout_s: How long waking may take before the engine is booted cold; None: by the size of the weights.
+        lock: Serialises fetches of the same weights across replicas; None: across processes of this machine.
+        hang_s: How long a ready engine may emit no heartbeat before it is killed.
+        versions: Versions of what the engine consists of, for the record.
         caches: Where the engine's compile caches are.
         records: Directory of the boots' records.
     """
@@ -83,7 +83,7 @@ class Plan(EngineOptions):
             )
 
     def record(self, hardware: Hardware | None, **facts: Any) -> BootRecord:
-        """Return the record of a boot after this plan.
+        """Return the record of a boot with this plan.
 
         Args:
             hardware: What it ran on; None where it ended before that was known.

@@ -33,10 +33,11 @@ def last_lines(service: Service) -> str:
     assert service.engine() == []
     assert "Ready" not in service.out
     assert "Traceback" not in service.err
-    said = service.err.splitlines()[-1]
-    assert said.startswith("error: The engine exited with code ")
-    assert "before it was ready" in said
-    return said
+    error, hint = service.err.splitlines()[-2:]
+    assert error.startswith("error: The engine exited with code ")
+    assert hint.startswith("hint: ")
+    assert "before it was ready" in error
+    return f"{error} {hint}"
 
 
 @pytest.mark.parametrize(

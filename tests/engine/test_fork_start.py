@@ -53,6 +53,6 @@ def test_unmet_model_is_inspected_in_a_fork(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "A look at a model in a fork failed" in done.stderr + done.stdout
+    assert "A model could not be inspected in a fork" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr + done.stdout
     assert len(list((tmp_path / "modelinfos").iterdir())) == 3

@@ -1,6 +1,6 @@
-"""Forks in place of fresh interpreters, which would import again what this process has: 6 s each.
+"""Starts processes by fork, not as fresh interpreters, which would import everything again: 6 s each.
 
-Sound for as long as this process has computed nothing and asked for no GPU.
+Safe as long as this process has computed nothing and used no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
-LIMIT_S = 60.0  # of a look at a model's class, which imports its module
+LIMIT_S = 60.0  # of the inspection of a model's class, which imports its module
 _CONTEXT = multiprocessing.get_context("fork")
 _LOGGER = logging.getLogger("vllm.vllm_service.fork_start")  # below vLLM's logger, the only one that has a handler
 
@@ -23,14 +23,14 @@ class ForkError(RuntimeError):
 
 
 def enable_fork() -> None:
-    """Let vLLM fork its engine's core, and look at models in forks; not where the environment says "spawn"."""
+    """Let vLLM fork its engine core and inspect models in forks, unless the environment sets "spawn"."""
     if os.environ.setdefault(START_METHOD_VARIABLE, "fork") == "fork":
         _fork_core_on_cpu()
         _inspect_in_forks()
 
 
 def _fork_core_on_cpu() -> None:
-    """Undo that vLLM's CPU platform insists on "spawn"."""
+    """Undo that vLLM's CPU platform sets "spawn"."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -46,7 +46,7 @@ def _fork_core_on_cpu() -> None:
 
 
 def _inspect_in_forks() -> None:
-    """Have vLLM look at the class of a model that it has not met before in a fork; where that fails, as it does."""
+    """Have vLLM inspect the class of a new model in a fork; where that fails, in its own way."""
     from vllm.model_executor.models import registry
     from vllm.utils.system_utils import get_mp_context
 
@@ -58,7 +58,7 @@ def _inspect_in_forks() -> None:
         try:
             return in_fork(look, LIMIT_S)
         except Exception as error:  # noqa: BLE001 - whatever it was, vLLM's own way reports it better
-            _LOGGER.warning("A look at a model in a fork failed, so a fresh interpreter looks: %s", error)
+            _LOGGER.warning("A model could not be inspected in a fork, so a fresh interpreter does it: %s", error)
             return fresh(look)
 
     registry._run_in_subprocess = run

@@ -6,6 +6,6 @@ from vllm_service import amx_workaround, structured_outputs
 
 
 def prepare() -> None:
-    """Change what is to be changed in vLLM and torch."""
+    """Apply this service's changes to vLLM and torch."""
     amx_workaround.enable_amx()
     structured_outputs.enable()

@@ -1,4 +1,4 @@
-"""The engine's program: import, hold when told to, then become vLLM's own API server in the same process.
+"""The engine's main module: import, hold if set to, then become vLLM's own API server in the same process.
 
 Run as `python -m vllm_service.main <arguments of vllm serve>`. What it imports before the hold is everything that a
 process without a GPU may import: vLLM decides its platform at import and keeps it, so under a snapshot that is taken

@@ -1,8 +1,8 @@
-"""Warm-up before a GPU snapshot: the requests that users will send, so that what is compiled on first use is compiled.
+"""Warm-up before a GPU snapshot: requests as users send them, so that what is compiled on first use is compiled.
 
 They go through vLLM's own chat handler, without a port: template, tokenizer, grammar compiler, image processor, and the
-kernels of each shape. Free after the snapshot, so they are thorough; a request that fails is reported and no more,
-since not every model takes every one.
+kernels of each shape. They cost nothing after the snapshot, so they are thorough. A request that fails is only
+reported, since not every model takes every one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _requests(engine: Any) -> dict[str, list[dict[str, Any]]]:
     step = engine.vllm_config.scheduler_config.max_num_batched_tokens
     room = config.max_model_len - 4 * SHORT_TOKENS
     short = _chat("Hello.")
-    # it thinks nothing first: the grammar would begin only after that
+    # without reasoning: the grammar would begin only after it
     structured = {
         "chat_template_kwargs": {"enable_thinking": False},
         "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": _SCHEMA}},
@@ -70,7 +70,7 @@ async def _send(chat: Any, body: dict[str, Any]) -> None:
 
     answer = await chat.create_chat_completion(ChatCompletionRequest.model_validate(body))
     if not isinstance(answer, ChatCompletionResponse):
-        raise RuntimeError(answer.error.message)  # noqa: TRY004 - an answer that says no
+        raise RuntimeError(answer.error.message)  # noqa: TRY004 - an error answer, not a wrong type
 
 
 def _takes_images(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What each worker of the engine can be told besides vLLM's own calls."""
+"""Adds a call to each worker of the engine."""
 
 from __future__ import annotations
 
