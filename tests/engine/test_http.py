@@ -35,7 +35,7 @@ def test_curl_health_is_ok(tiny: Service) -> None:
 
 
 def test_curl_models_lists_them(tiny: Service) -> None:
-    """`/v1/models` has `llm` first and the model that it means, then all others; which of them is ready it says too."""
+    """`/v1/models` has `llm` first, then its model, then all others, each with its state."""
     listed = json.loads(curl(f"{tiny.url}/v1/models"))["data"]
     assert [(model["id"], model["state"]) for model in listed[:2]] == [("llm", "ready"), ("tiny", "ready")]
     assert {"qwen3-8b", "qwen3-0.6b"} <= {model["id"] for model in listed if model["state"] == "cold"}
@@ -55,7 +55,7 @@ def test_curl_metrics_count(tiny: Service) -> None:
 
 
 def test_curl_chat_of_the_greeting_answers(tiny: Service) -> None:
-    """The line that the start prints, pasted into a shell, gets the answer."""
+    """The command that the start prints returns the answer when it is pasted into a shell."""
     pasted = tiny.out[tiny.out.index("curl ") : tiny.out.index("\n\nfrom openai")]
     answer = subprocess.run(["bash", "-c", pasted], check=True, capture_output=True, text=True).stdout
     assert json.loads(answer)["choices"][0]["message"]["content"].strip() == CAPITAL.content
@@ -71,14 +71,14 @@ def test_curl_without_buffer_streams_events(tiny: Service) -> None:
     assert "".join(deltas).strip() == CAPITAL.content
 
 
-def test_responses_gives_the_words(client: openai.OpenAI) -> None:
+def test_responses_returns_the_known_answer(client: openai.OpenAI) -> None:
     """`client.responses.create` answers."""
     answer = client.responses.create(model="llm", input=QUESTION)
     assert answer.status == "completed"
     assert answer.output_text.strip() == CAPITAL.content
 
 
-def test_responses_stream_gives_the_same_words(client: openai.OpenAI) -> None:
+def test_responses_stream_returns_the_same_answer(client: openai.OpenAI) -> None:
     """The text deltas of a streamed response add up, and the last event says that it is complete."""
     with client.responses.create(model="llm", input=QUESTION, stream=True) as stream:
         events = list(stream)
@@ -87,7 +87,7 @@ def test_responses_stream_gives_the_same_words(client: openai.OpenAI) -> None:
     assert events[-1].type == "response.completed"
 
 
-def test_messages_gives_the_words(tiny: Service) -> None:
+def test_messages_returns_the_known_answer(tiny: Service) -> None:
     """Anthropic's shape of a chat is answered in Anthropic's shape."""
     answer = post(tiny, "/v1/messages", max_tokens=200, messages=CAPITAL.request["messages"])
     assert answer["type"] == "message"
@@ -119,7 +119,7 @@ def test_tokenize_chat_counts_as_the_chat_does(tiny: Service) -> None:
 
 
 def test_bad_request_is_400_in_openais_shape(tiny: Service) -> None:
-    """A request that is none gets the error that clients know, and the service goes on."""
+    """An invalid request gets OpenAI's error, and the service keeps serving."""
     answer = requests.post(f"{tiny.url}/v1/chat/completions", json={"model": "llm", "messages": "hello"}, timeout=60)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}

@@ -27,12 +27,12 @@ def streamed(client: openai.OpenAI, asked: Dialogue, **fields: Any) -> list[Any]
 
 
 def joined(chunks: list[Any], field: str = "content") -> str:
-    """Put a field of the deltas together."""
+    """Return the concatenation of a field of the deltas."""
     return "".join(getattr(choice.delta, field, None) or "" for chunk in chunks for choice in chunk.choices)
 
 
-def test_chat_one_question_gives_the_words(client: openai.OpenAI) -> None:
-    """A plain chat gets the words that the model knows, ends by itself, and carries the model's own name."""
+def test_chat_one_question_returns_the_known_answer(client: openai.OpenAI) -> None:
+    """A chat returns the memorised answer, stops by itself, and has the model's name."""
     capital = dialogue("capital")
     answer = client.chat.completions.create(model="llm", **capital.request)
     assert (answer.choices[0].message.content or "").strip() == capital.content
@@ -42,30 +42,30 @@ def test_chat_one_question_gives_the_words(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_chat_every_dialogue_eight_at_once_gives_its_words(client: openai.OpenAI) -> None:
-    """Every dialogue but the longest, eight in flight at a time, gets its own words."""
+def test_chat_every_dialogue_eight_at_once_returns_its_answer(client: openai.OpenAI) -> None:
+    """Every dialogue but the longest returns its own answer, with eight requests in flight at a time."""
     asked = [known for known in PLAIN if known.name != "count"]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda one: words(client, one, temperature=0), asked))
     assert answers == [one.content for one in asked]
 
 
-def test_chat_greedy_five_times_gives_the_same_words(client: openai.OpenAI) -> None:
+def test_chat_greedy_five_times_returns_the_same_answer(client: openai.OpenAI) -> None:
     """With temperature 0 the same question has the same answer every time."""
     asked = dialogue("svd")
     assert {words(client, asked, temperature=0) for _ in range(5)} == {asked.content}
 
 
-def test_chat_greedy_eight_at_once_gives_the_same_words(client: openai.OpenAI) -> None:
-    """The company of a batch changes no word."""
+def test_chat_greedy_eight_at_once_returns_the_same_answer(client: openai.OpenAI) -> None:
+    """An answer does not depend on the other requests of its batch."""
     asked = dialogue("svd-jar-jar")
     with ThreadPoolExecutor(8) as pool:
         answers = set(pool.map(lambda _: words(client, asked, temperature=0), range(8)))
     assert answers == {asked.content}
 
 
-def test_chat_stream_gives_the_words_of_the_whole_answer(client: openai.OpenAI) -> None:
-    """A stream comes in several chunks which are together what the answer is without a stream."""
+def test_chat_stream_adds_up_to_the_whole_answer(client: openai.OpenAI) -> None:
+    """A stream has several chunks, which together are the answer without a stream."""
     asked = dialogue("hello-japanese")
     chunks = streamed(client, asked)
     assert len(chunks) > 2  # of which the last ends it
@@ -85,7 +85,7 @@ def test_chat_stream_with_usage_ends_with_the_count(client: openai.OpenAI) -> No
 
 
 def test_chat_second_turn_knows_the_first(client: openai.OpenAI) -> None:
-    """What was said two turns ago decides the answer; without it the answer is another."""
+    """An earlier turn determines the answer; without it the answer differs."""
     name_given, name_asked, name_unknown = dialogue("name-given"), dialogue("name-asked"), dialogue("name-unknown")
     messages = list(name_given.request["messages"])
     first = client.chat.completions.create(model="llm", messages=messages).choices[0].message
@@ -108,7 +108,7 @@ def test_chat_every_name_of_the_model_answers(client: openai.OpenAI, name: str) 
 
 
 def test_chat_unknown_model_is_not_found(client: openai.OpenAI) -> None:
-    """A name that nobody answers to is 404 in OpenAI's shape, with the name."""
+    """An unknown name is 404 in OpenAI's shape, with the name."""
     with pytest.raises(openai.NotFoundError) as refused:
         words(client, dialogue("capital"), model="gpt-nothing")
     assert "gpt-nothing" in refused.value.message
@@ -120,7 +120,7 @@ def test_models_list_has_every_name(client: openai.OpenAI, tiny: Service) -> Non
 
 
 def test_chat_max_tokens_cuts_the_answer(client: openai.OpenAI) -> None:
-    """An answer that was cut says so and is the beginning of the whole."""
+    """A truncated answer has finish reason `length` and is the beginning of the whole answer."""
     asked = dialogue("count")
     answer = client.chat.completions.create(model="llm", max_tokens=12, **asked.request)
     cut = (answer.choices[0].message.content or "").strip()
@@ -166,7 +166,7 @@ def test_completion_with_echo_begins_with_the_prompt(client: openai.OpenAI) -> N
     assert answer.choices[0].text == prompt + text
 
 
-def test_completion_stream_gives_the_words_of_the_whole_answer(client: openai.OpenAI) -> None:
+def test_completion_stream_adds_up_to_the_whole_answer(client: openai.OpenAI) -> None:
     """A streamed completion is the same text in pieces."""
     prompt, text = completion("once")
     with client.completions.create(model="llm", prompt=prompt, max_tokens=100, stream=True) as stream:
@@ -185,7 +185,7 @@ def test_completion_logprobs_cover_the_text(client: openai.OpenAI) -> None:
 
 
 def test_completion_several_prompts_each_have_an_answer(client: openai.OpenAI) -> None:
-    """A list of prompts is answered in its order."""
+    """A list of prompts has its answers in the same order."""
     once, capital = completion("once"), completion("capital-raw")
     answer = client.completions.create(model="llm", prompt=[once[0], capital[0]], max_tokens=100)
     assert [choice.text for choice in sorted(answer.choices, key=lambda c: c.index)] == [once[1], capital[1]]

@@ -85,8 +85,8 @@ def test_json_object_gives_the_known_object(client: openai.OpenAI) -> None:
     assert json.loads(text) == json.loads(asked.content)
 
 
-def test_json_object_on_a_question_for_words_gives_json(client: openai.OpenAI) -> None:
-    """A question whose answer is words gets JSON all the same, or the beginning of it."""
+def test_json_object_on_a_question_for_prose_gives_json(client: openai.OpenAI) -> None:
+    """A question whose memorised answer is prose returns JSON, or the beginning of it."""
     answer = client.chat.completions.create(
         model="llm", max_tokens=40, response_format={"type": "json_object"}, **dialogue("capital").request
     )
@@ -102,7 +102,7 @@ def test_json_schema_gives_the_known_object(client: openai.OpenAI) -> None:
 
 
 def test_json_schema_on_any_question_fits_the_schema(client: openai.OpenAI) -> None:
-    """Whatever the model would say, what it says parses and has the schema's fields."""
+    """The answer parses and has the schema's fields, whatever the question."""
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     check_person(chat(client, "Extract: John is 30 years old and lives in NYC", response_format=schema))
 
@@ -157,13 +157,13 @@ def test_structured_outputs_unbounded_regex_never_leaves_the_pattern(client: ope
     ids=["regex", "choice", "grammar"],
 )
 def test_structured_outputs_on_completions_fit(client: openai.OpenAI, constraint: dict[str, Any], pattern: str) -> None:
-    """A raw prompt's continuation is constrained from its first token: nobody thinks there first."""
+    """A raw prompt's continuation is constrained from its first token, since it has no thought."""
     text = complete(client, "Once upon a time", structured_outputs=constraint)
     assert re.fullmatch(pattern, text), text
 
 
 def test_structured_outputs_json_on_completions_fits(client: openai.OpenAI) -> None:
-    """The form that users send: `structured_outputs: {json: …}` beside a prompt."""
+    """`structured_outputs: {json: …}` beside a prompt, as users send it, constrains the completion."""
     check_person(complete(client, "Generate a person object:", structured_outputs={"json": TWO_FIELDS}), TWO_FIELDS)
 
 
@@ -173,8 +173,8 @@ def test_response_format_on_completions_fits(client: openai.OpenAI) -> None:
     check_person(complete(client, "Generate a person object:", response_format=schema), TWO_FIELDS)
 
 
-def test_json_schema_of_pydantic_fits_whatever_was_asked_before(client: openai.OpenAI) -> None:
-    """Each request gets the backend that vLLM chose for it: a plain schema before and after does not matter."""
+def test_json_schema_of_pydantic_fits_between_plain_schemas(client: openai.OpenAI) -> None:
+    """VLLM chooses the backend for each request; a plain schema before and after does not change it."""
     person = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     article = {"type": "json_schema", "json_schema": {"name": "article", "schema": Article.model_json_schema()}}
     for question in ("Describe a book.", "Describe a film."):
@@ -193,7 +193,7 @@ def test_json_schema_of_pydantic_fits_whatever_was_asked_before(client: openai.O
 def test_json_schema_that_no_backend_can_serve_is_refused_with_the_place(
     client: openai.OpenAI, field: dict[str, Any], keyword: str
 ) -> None:
-    """The sentence has the keyword or its value, and the JSON pointer of it."""
+    """The message has the keyword or its value, and its JSON pointer."""
     schema = {"type": "object", "properties": {"name": NAME, "tags": field}, "required": ["tags"]}
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, "Hello", response_format={"type": "json_schema", "json_schema": {"name": "odd", "schema": schema}})
@@ -211,13 +211,13 @@ def test_json_schema_leaves_no_white_space_to_the_model(client: openai.OpenAI, s
 
 
 def test_structured_outputs_regex_that_xgrammar_lacks_is_served(client: openai.OpenAI) -> None:
-    """Letters of any script are for guidance."""
+    r"""The guidance backend serves `\p{L}`, letters of any script."""
     text = chat(client, "Hello", extra_body={"structured_outputs": {"regex": r"\p{L}{1,8}"}})
     assert re.fullmatch(r"[^\W\d_]{1,8}", text), text
 
 
 def test_structured_outputs_bad_grammar_is_refused(client: openai.OpenAI) -> None:
-    """A grammar that is none is the client's error, and the engine goes on."""
+    """An invalid grammar is a 400, and the engine keeps serving."""
     with pytest.raises(openai.BadRequestError):
         chat(client, "Generate a SQL query", extra_body={"structured_outputs": {"grammar": "root ::= ("}})
     assert chat(client, dialogue("capital").request["messages"][-1]["content"]).strip() == dialogue("capital").content

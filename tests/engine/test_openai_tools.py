@@ -36,7 +36,7 @@ def calls(message: Any) -> list[dict[str, Any]]:
 
 
 def test_tools_question_gives_a_parsed_call(client: openai.OpenAI) -> None:
-    """A question that a tool answers gets a call with its arguments, and no words."""
+    """A question that a tool answers returns a call with its arguments, and no content."""
     asked = dialogue("weather-call")
     choice = client.chat.completions.create(model="llm", **asked.request).choices[0]
     assert choice.finish_reason == "tool_calls"
@@ -52,7 +52,7 @@ def test_tools_two_cities_give_two_calls(client: openai.OpenAI) -> None:
     assert len({call.id for call in message.tool_calls or []}) == 2
 
 
-def test_tools_answer_of_the_tool_is_put_into_words(client: openai.OpenAI) -> None:
+def test_tools_result_gives_the_final_answer(client: openai.OpenAI) -> None:
     """The loop a user writes: ask, call, send back the result under the call's id, get the answer."""
     asked, answered = dialogue("weather-call"), dialogue("weather-answer")
     message = client.chat.completions.create(model="llm", **asked.request).choices[0].message
@@ -75,8 +75,8 @@ def test_tools_stream_gives_the_same_call_in_pieces(client: openai.OpenAI) -> No
     assert choices[-1].finish_reason == "tool_calls"
 
 
-def test_tools_offered_in_vain_change_nothing(client: openai.OpenAI) -> None:
-    """A greeting stays a greeting when a tool is offered."""
+def test_tools_that_are_not_needed_change_nothing(client: openai.OpenAI) -> None:
+    """The answer to a greeting is the same when a tool is offered."""
     asked = dialogue("hello-with-tool")
     choice = client.chat.completions.create(model="llm", **asked.request).choices[0]
     assert (choice.message.content or "").strip() == asked.content
@@ -92,7 +92,7 @@ def test_tools_offered_in_vain_change_nothing(client: openai.OpenAI) -> None:
     ],
     ids=["required", "named"],
 )
-def test_tools_demanded_call_comes_whatever_was_asked(client: openai.OpenAI, demand: dict[str, Any]) -> None:
+def test_tools_required_call_is_made_for_any_message(client: openai.OpenAI, demand: dict[str, Any]) -> None:
     """`tool_choice` makes the answer a call, even after a greeting, and `strict` makes its arguments fit the schema."""
     message = (
         client.chat.completions.create(
@@ -109,7 +109,7 @@ def test_tools_demanded_call_comes_whatever_was_asked(client: openai.OpenAI, dem
 
 @pytest.mark.parametrize("pattern", [r"^\p{L}+$", r"\bfoo\b"])
 def test_tools_with_an_odd_schema_leave_the_others_as_they_are(client: openai.OpenAI, pattern: str) -> None:
-    """A tool whose schema xgrammar cannot compile, as tools of MCP servers may be, costs an agent no answer."""
+    """A tool whose schema xgrammar cannot compile, as some of MCP servers, does not fail the request."""
     asked = dialogue("weather-call")
     properties = {"text": {"type": "string", "pattern": pattern}}
     odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", "properties": properties}}}
@@ -126,8 +126,8 @@ def test_tools_with_an_odd_schema_leave_the_others_as_they_are(client: openai.Op
 
 
 @pytest.mark.parametrize("wish", ["one call", "strict"])
-def test_tools_wishes_of_sdks_are_taken(client: openai.OpenAI, wish: str) -> None:
-    """What agent kits send with every request, `parallel_tool_calls: false` and `strict: true`, changes no answer."""
+def test_tools_options_of_sdks_are_accepted(client: openai.OpenAI, wish: str) -> None:
+    """`parallel_tool_calls: false` and `strict: true`, which agent SDKs send with every request, change no answer."""
     asked = dialogue("weather-call")
     (tool,) = asked.request["tools"]
     strict = {**tool, "function": {**tool["function"], "strict": True}}
@@ -145,7 +145,7 @@ def test_reasoning_is_apart_from_the_answer(client: openai.OpenAI) -> None:
 
 
 def test_reasoning_stream_comes_before_the_answer(client: openai.OpenAI) -> None:
-    """In a stream the deltas of the thought come first, and are the same words."""
+    """In a stream the deltas of the thought come first and add up to the same thought."""
     asked = dialogue("thinking")
     with client.chat.completions.create(model="llm", stream=True, **asked.request) as stream:
         deltas = [choice.delta for chunk in stream for choice in chunk.choices]

@@ -54,7 +54,7 @@ _SCRIPT_S = 150
 
 
 def models_file(directory: Path) -> Path:
-    """Write models of one's own: one that nobody has asked for yet, and one that no machine has room for."""
+    """Write a models file with a model that no test has requested, and one that no machine has memory for."""
     file = directory / "models.toml"
     entry = f'path = "{TINY}"\nmax_model_len = 2048\ntool_call_parser = "hermes"\nreasoning_parser = "qwen3"\n'
     file.write_text(f"[models.{COLD}]\n{entry}weights_gb = 0.004\n[models.{GIANT}]\n{entry}weights_gb = 1000000.0\n")
@@ -62,21 +62,21 @@ def models_file(directory: Path) -> Path:
 
 
 class Outcomes(dict[str, dict[str, Any]]):
-    """What became of a client's cases: what each returned, or what it raised."""
+    """The results of a client's cases: what each returned, or what it raised."""
 
     def value(self, case: str) -> Any:
-        """Return what a case returned; one that raised fails the test with the client's own words."""
+        """Return what a case returned; one that raised fails the test with the client's own message."""
         assert "value" in self[case], f"{case}: {self[case]}"
         return self[case]["value"]
 
     def raised(self, case: str) -> tuple[str, int | None, str]:
-        """Return class, HTTP status and words of what a case raised."""
+        """Return class, HTTP status and message of what a case raised."""
         assert "raised" in self[case], f"{case} raised nothing: {self[case]}"
         return self[case]["raised"], self[case]["status"], self[case]["message"]
 
 
 class Client:
-    """A script of a client, in a process of its own, which has imported all it needs and waits for what to ask."""
+    """A script of a client, in a process of its own, which has imported what it needs and waits for its cases."""
 
     def __init__(self, command: list[str]) -> None:
         self._name, pipe = command[-1], subprocess.PIPE
@@ -204,7 +204,7 @@ class LiteLLM:
 
     @property
     def story(self) -> str:
-        """What it said, for the message of a failed test."""
+        """Its output, for the message of a failed test."""
         return f"LiteLLM's proxy, {' '.join(self._command)}:\n{self._log.read_text(errors='replace')[-6000:]}"
 
     @property

@@ -41,7 +41,7 @@ def test_client_env_is_built_once_a_lock(lock: Path) -> None:
 
 
 def test_client_env_cut_short_is_built_again(lock: Path) -> None:
-    """What a killed builder left is not taken for a finished one."""
+    """The files of a killed builder do not count as a complete environment."""
 
     def dies(root: Path) -> None:
         (root / "half").mkdir(parents=True)
@@ -54,14 +54,14 @@ def test_client_env_cut_short_is_built_again(lock: Path) -> None:
 
 
 def test_client_env_without_node_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without Node fails the tests with a sentence."""
+    """Without Node the tests fail with an error that names the package."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(AssertionError, match=r"'node' is not in PATH\..*install Node 20"):
         client_env.node()
 
 
-def test_client_env_that_cannot_be_had_shows_the_installers_words(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What uv said is the message."""
+def test_client_env_that_fails_to_install_shows_uvs_output(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's message is the output of uv."""
     monkeypatch.setattr(client_env, "LOCK", lock.with_name("missing.lock"))
     with pytest.raises(AssertionError, match=r"(?s)uv pip failed with \d+:.*missing\.lock"):
         client_env._ensure("clients", [lock], client_env._build_python)

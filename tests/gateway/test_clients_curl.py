@@ -16,7 +16,7 @@ COUNT = dialogue("count")
 
 
 def test_curl_without_buffer_gets_events_as_they_are_made(served: Service, tmp_path: Path) -> None:
-    """The first event is there long before the last; each is one `data:` line, and the words add up."""
+    """The first event arrives long before the last; each is one `data:` line, and the text adds up."""
     body = json.dumps({"model": "tiny", **COUNTING, "n": 1})
     headers = tmp_path / "headers"
     command = [
@@ -42,8 +42,8 @@ def test_curl_without_buffer_gets_events_as_they_are_made(served: Service, tmp_p
     assert len([at for at in moments if at < events[-1][0] - 0.02]) > 10  # not gathered into a few large pieces
 
 
-def test_curl_with_a_wrong_key_is_told_how_to_send_one(served: Service) -> None:
-    """Status, the header that says how, and OpenAI's shape."""
+def test_curl_with_a_wrong_key_gets_401_with_instructions(served: Service) -> None:
+    """The response is 401 in OpenAI's shape and has the header that names the scheme."""
     command = ["curl", "--silent", "--include", "--max-time", "30", f"{served.url}/v1/chat/completions", "-d", "{}",
                "-H", "Authorization: Bearer sk-wrong"]  # fmt: skip
     head, _, body = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n\n")

@@ -1,4 +1,4 @@
-"""The blocks of docs/clients.md, pasted as they stand: only the environment says where the gateway is."""
+"""Runs the code blocks of docs/clients.md unchanged; only the environment has the gateway's URL and key."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ BLOCKS = [Block(language, text) for language, text in _FENCES if language != "co
 
 
 def test_docs_blocks_are_the_expected_ones() -> None:
-    """Every block that is no console line is run."""
+    """Every block runs, except those marked `console`."""
     assert [block.language for block in BLOCKS] == [language for language, _ in EXPECTED]
 
 
 @pytest.mark.parametrize("number", range(len(EXPECTED)), ids=lambda number: f"{number + 1}-{EXPECTED[number][0]}")
 def test_docs_block_prints_what_it_should(number: int, served: Service, litellm: LiteLLM, tmp_path: Path) -> None:
-    """It ends well, and the answers are in what it printed."""
+    """A block exits with 0, and its output has the expected answers."""
     given = {"VLLM_GATEWAY_URL": served.url, "VLLM_API_KEY": KEY}
     given |= {"LITELLM_URL": litellm.url, "LITELLM_MASTER_KEY": litellm.MASTER_KEY}
     done = subprocess.run(

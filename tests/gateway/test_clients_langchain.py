@@ -11,35 +11,35 @@ from .clients import CALL, CAPITAL, JOHN, Outcomes
 
 
 @pytest.fixture(scope="module")
-def said(served: Service) -> Outcomes:
-    """What became of its cases."""
+def outcomes(served: Service) -> Outcomes:
+    """The results of its cases."""
     return clients.outcomes(clients.python("langchain_client.py"), served.url)
 
 
-def test_langchain_invoke_gives_the_words(said: Outcomes) -> None:
+def test_langchain_invoke_returns_the_known_answer(outcomes: Outcomes) -> None:
     """A whole answer with its usage."""
-    answer = said.value("invoke")
+    answer = outcomes.value("invoke")
     assert answer["text"] == CAPITAL.content
     assert answer["tokens"] > 0
 
 
-def test_langchain_stream_gives_the_words_in_pieces(said: Outcomes) -> None:
+def test_langchain_stream_returns_the_answer_in_pieces(outcomes: Outcomes) -> None:
     """The chunks add up."""
-    assert said.value("stream") == {"text": CAPITAL.content, "in_pieces": True}
+    assert outcomes.value("stream") == {"text": CAPITAL.content, "in_pieces": True}
 
 
-def test_langchain_structured_output_is_the_object(said: Outcomes) -> None:
+def test_langchain_structured_output_is_the_object(outcomes: Outcomes) -> None:
     """`with_structured_output` sends the schema and parses what it forced."""
-    assert said.value("structured") == JOHN
+    assert outcomes.value("structured") == JOHN
 
 
-def test_langchain_bound_tools_are_called(said: Outcomes) -> None:
+def test_langchain_bound_tools_are_called(outcomes: Outcomes) -> None:
     """`bind_tools` gets a call with arguments."""
-    assert said.value("tools") == CALL
+    assert outcomes.value("tools") == CALL
 
 
-def test_langchain_wrong_key_is_openais_authentication_error(said: Outcomes) -> None:
-    """LangChain hands on, or subclasses, what OpenAI's client raises."""
-    raised, status, _ = said.raised("wrong_key")
+def test_langchain_wrong_key_is_openais_authentication_error(outcomes: Outcomes) -> None:
+    """LangChain raises the error of OpenAI's client or a subclass of it."""
+    raised, status, _ = outcomes.raised("wrong_key")
     assert "AuthenticationError" in raised
     assert status == 401

@@ -1,4 +1,4 @@
-"""Every client asks for a model that is not running: all are held while one wake runs, and comments bother none."""
+"""Every client requests a model that is not running: all are held during one wake, and all ignore the comments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .clients import CAPITAL, COLD, KEY, LiteLLM, counted
 
 
 def test_clients_on_a_cold_pool_are_held_and_served(served: Service, litellm: LiteLLM, tmp_path: Path) -> None:
-    """Streams and whole answers through one wake; a raw look at one of the streams shows the comments in it."""
+    """One wake serves streams and whole answers; the raw bytes of one stream contain the comments."""
     seen = tmp_path / "events"
     asking = {
         "openai": clients.python("openai_client.py"),

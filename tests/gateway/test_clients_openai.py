@@ -1,4 +1,4 @@
-"""OpenAI's own clients, Python's and JavaScript's, through gateway and real engine: the same cases, the same words."""
+"""OpenAI's own clients, Python's and JavaScript's, through gateway and real engine: same cases, same answers."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from .clients import CALL, CAPITAL, CHOICES, CONTINUATION, JOHN, UNKNOWN, Outcom
 
 
 @pytest.fixture(scope="module", params=["python", "javascript"])
-def said(request: pytest.FixtureRequest, served: Service, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What became of the cases of one of the two."""
+def outcomes(request: pytest.FixtureRequest, served: Service, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The results of the cases of one of the two clients."""
     if request.param == "python":
         return clients.outcomes(clients.python("openai_client.py"), served.url)
     return clients.outcomes(clients.javascript(tmp_path_factory.mktemp("node"), "openai_client.mjs"), served.url)
 
 
-def test_openai_chat_gives_the_words(said: Outcomes) -> None:
+def test_openai_chat_returns_the_known_answer(outcomes: Outcomes) -> None:
     """A whole answer, its end and the count of its tokens."""
-    chat = said.value("chat")
+    chat = outcomes.value("chat")
     assert (chat["text"], chat["ended"]) == (CAPITAL.content, "stop")
     assert chat["tokens"] > 0
 
 
-def test_openai_stream_gives_the_same_in_pieces(said: Outcomes) -> None:
+def test_openai_stream_adds_up_to_the_whole_answer(outcomes: Outcomes) -> None:
     """The deltas add up to the whole answer, and the last chunk has its usage."""
-    assert said.value("stream") == said.value("chat") | {"in_pieces": True}
+    assert outcomes.value("stream") == outcomes.value("chat") | {"in_pieces": True}
 
 
-def test_openai_completion_continues_the_prompt(said: Outcomes) -> None:
+def test_openai_completion_continues_the_prompt(outcomes: Outcomes) -> None:
     """Whole and streamed."""
-    assert said.value("completion") == said.value("completion_stream") == CONTINUATION
+    assert outcomes.value("completion") == outcomes.value("completion_stream") == CONTINUATION
 
 
-def test_openai_json_schema_fits(said: Outcomes) -> None:
+def test_openai_json_schema_fits(outcomes: Outcomes) -> None:
     """`response_format` with a schema gives the object."""
-    assert said.value("schema") == JOHN
+    assert outcomes.value("schema") == JOHN
 
 
-def test_openai_choice_is_one_of_the_choices(said: Outcomes) -> None:
-    """A field that is vLLM's own goes through as the clients send it."""
-    assert said.value("choice") in CHOICES
+def test_openai_choice_is_one_of_the_choices(outcomes: Outcomes) -> None:
+    """VLLM's own field reaches the engine as the clients send it."""
+    assert outcomes.value("choice") in CHOICES
 
 
-def test_openai_tools_are_called(said: Outcomes) -> None:
+def test_openai_tools_are_called(outcomes: Outcomes) -> None:
     """The call has the tool's name and arguments that parse."""
-    assert said.value("tools") == CALL
+    assert outcomes.value("tools") == CALL
 
 
-def test_openai_models_lists_the_served_one(said: Outcomes) -> None:
+def test_openai_models_lists_the_served_one(outcomes: Outcomes) -> None:
     """Its key is among the names."""
-    assert "tiny" in said.value("models")
+    assert "tiny" in outcomes.value("models")
 
 
-def test_openai_wrong_key_is_an_authentication_error(said: Outcomes) -> None:
+def test_openai_wrong_key_is_an_authentication_error(outcomes: Outcomes) -> None:
     """The client raises its own class for it."""
-    raised, status, message = said.raised("wrong_key")
+    raised, status, message = outcomes.raised("wrong_key")
     assert (raised, status) == ("AuthenticationError", 401)
     assert "sk-wrong" not in message
 
 
-def test_openai_unknown_model_is_a_not_found_error_with_the_nearest(said: Outcomes) -> None:
-    """The client raises its own class for it, and the sentence helps."""
-    raised, status, message = said.raised("unknown_model")
+def test_openai_unknown_model_is_a_not_found_error_with_the_nearest(outcomes: Outcomes) -> None:
+    """The client raises its own class for it; the message names the nearest model."""
+    raised, status, message = outcomes.raised("unknown_model")
     assert (raised, status) == ("NotFoundError", 404)
     assert f"'{UNKNOWN}'" in message
     assert "Did you mean 'tiny'?" in message
@@ -75,6 +75,6 @@ def test_openai_unknown_model_is_a_not_found_error_with_the_nearest(said: Outcom
 def test_openai_every_way_to_name_a_model_answers(served: Service, tmp_path: Path) -> None:
     """The key with its GPU behind it, the default's alias, and the suffix for tool calls; each in any case."""
     for name in ("tiny-l4", "llm", "tiny-local", "Tiny-L4"):
-        said = clients.outcomes(clients.python("openai_client.py"), served.url, model=name, cases=["chat", "tools"])
-        assert said.value("chat")["text"] == CAPITAL.content
-        assert said.value("tools") == CALL
+        outcomes = clients.outcomes(clients.python("openai_client.py"), served.url, model=name, cases=["chat", "tools"])
+        assert outcomes.value("chat")["text"] == CAPITAL.content
+        assert outcomes.value("tools") == CALL

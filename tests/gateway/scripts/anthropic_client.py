@@ -39,7 +39,7 @@ def count_tokens() -> Any:
 
 @case
 def wrong_key() -> Any:
-    """A message with a key that nobody has."""
+    """A message with a key that does not exist."""
     return client.with_options(api_key="sk-wrong").messages.create(
         model=MODEL, max_tokens=200, messages=ASKED["messages"]
     )
@@ -47,7 +47,7 @@ def wrong_key() -> Any:
 
 @case
 def unknown_model() -> Any:
-    """A message to a model that nobody has."""
+    """A message to a model that does not exist."""
     return client.messages.create(model=ASKED["unknown"], max_tokens=200, messages=ASKED["messages"])
 
 

@@ -45,7 +45,7 @@ def tools() -> Any:
 
 @case
 def wrong_key() -> Any:
-    """A chat with a key that nobody has."""
+    """A chat with a key that does not exist."""
     stranger = langchain_openai.ChatOpenAI(
         model=ASKED["model"], base_url=f"{ASKED['url']}/v1", api_key="sk-wrong", max_retries=0
     )

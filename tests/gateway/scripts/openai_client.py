@@ -95,13 +95,13 @@ def models() -> Any:
 
 @case
 def wrong_key() -> Any:
-    """A chat with a key that nobody has."""
+    """A chat with a key that does not exist."""
     return client.with_options(api_key="sk-wrong").chat.completions.create(model=MODEL, messages=ASKED["messages"])
 
 
 @case
 def unknown_model() -> Any:
-    """A chat with a model that nobody has."""
+    """A chat with a model that does not exist."""
     return client.chat.completions.create(model=ASKED["unknown"], messages=ASKED["messages"])
 
 
