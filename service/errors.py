@@ -89,11 +89,11 @@ class EnvironmentBuildError(ServiceError):
 
 
 class UnauthenticatedBindError(UsageError):
-    """Without keys the server would answer anybody who can reach it."""
+    """Without keys the server would answer every client that can reach it."""
 
 
 class PortInUseError(ServiceError):
-    """Somebody else listens where the service should."""
+    """Another process listens on the service's port."""
 
 
 class GpuCountError(ServiceError):
@@ -113,7 +113,7 @@ class EngineError(ServiceError):
 
 
 class EngineTimeoutError(EngineError):
-    """The engine lives but did not get to the next stop in time."""
+    """The engine runs, but did not reach the next state in time."""
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:

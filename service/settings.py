@@ -30,7 +30,7 @@ _TEXTS = {
 
 
 class Settings(BaseModel):
-    """Everything a deployment or a local run can be told, one `SERVICE_` variable a field.
+    """All settings of a deployment or a local run, one `SERVICE_` variable a field.
 
     A field that is None takes the registry entry's value (`gpu`, `n_gpu`) or is derived (`app`, `hub_secret`).
     """
@@ -140,7 +140,7 @@ def _by_field(given: Mapping[str, str]) -> tuple[list[SettingsError], dict[str, 
 
 
 def _joined(errors: Iterable[SettingsError]) -> SettingsError:
-    """Return one error that tells all of these."""
+    """Return one error that lists all of these."""
     errors = list(errors)
     hints = dict.fromkeys(error.hint for error in errors if error.hint)
     return SettingsError(" ".join(error.message for error in errors), hint=" ".join(hints))
@@ -177,7 +177,7 @@ def _limits(info: FieldInfo) -> tuple[int, int]:
 
 
 def _hint(name: str, value: str, info: FieldInfo) -> str:
-    """Return what to write where somebody wrote a duration such as `2m`, or where a platform set the variable."""
+    """Return what to write in place of a duration such as `2m`, or where a platform set the variable."""
     if value.startswith("tcp://"):
         return f"Kubernetes sets {name} for a Service named 'service'; set enableServiceLinks: false in the pod's spec."
     units = {"s": 1, "m": 60, "h": 3600}

@@ -21,7 +21,7 @@ ENTRY = f"{PLUGIN}.main"
 # What of the parent's environment the engine must not inherit: secrets, and settings that are not the engine's.
 _WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHON")
 
-# A CPU replica runs on somebody's laptop: small batches and a small cache start faster and leave memory free.
+# A CPU replica usually runs on a laptop: small batches and a small cache start faster and leave memory free.
 _CPU_MAX_MODEL_LEN = 8192
 _CPU_KV_CACHE_BYTES = 2 * 1024**3
 _CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
@@ -160,7 +160,7 @@ def _parsers(spec: ModelSpec) -> list[str]:
         flags += ["--chat-template", str(Path(__file__).parents[1] / spec.chat_template)]
     # `--structured-outputs-config` and `--tool-strict-level` stay at vLLM's `auto`. Backend "xgrammar" refuses a schema
     # with `multipleOf`, or with `pattern` beside `minLength`; level "parameter" refuses every request that offers one
-    # tool which xgrammar cannot compile. vllm_service/structured_outputs.py tells what `auto` needs besides.
+    # tool which xgrammar cannot compile. vllm_service/structured_outputs.py says what else `auto` needs.
     return flags
 
 

@@ -133,7 +133,7 @@ def _build(root: Path, device: Device, on_progress: OnProgress) -> None:
 
 
 def _install_cpu_torch(root: Path, on_progress: OnProgress) -> None:
-    """Install the CPU build of torch: from a directory that pip was told to look in, else from PyTorch's own index."""
+    """Install the CPU build of torch: from a directory that pip is configured with, else from PyTorch's own index."""
     pins = ("--no-deps", "-r", str(PINS / "engine-cpu-torch.txt"))
     if _install(root, on_progress, "--offline", *pins).code != 0:
         _check("pip install", _install(root, on_progress, "--torch-backend", "cpu", *pins))

@@ -110,7 +110,7 @@ def _texts(descriptor: int) -> Iterator[str]:
             yield ""
             continue
         data = b""
-        with contextlib.suppress(OSError):  # EIO: nobody has the other end open any more
+        with contextlib.suppress(OSError):  # EIO: no process has the other end open any more
             data = os.read(descriptor, _READ)
         if not data:
             return
@@ -173,8 +173,8 @@ def _size(text: str) -> float:
 
 
 def _pip_find_links() -> list[str]:
-    """Return where pip was told to look for wheels, by its variable or its configuration."""
+    """Return the directories in which pip looks for wheels, by its variable or its configuration."""
     if links := os.environ.get("PIP_FIND_LINKS"):
         return links.split()
-    asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()

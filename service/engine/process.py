@@ -62,7 +62,7 @@ class EngineProcess:
         command: From `args.engine_command`.
         python: Interpreter of the environment that has vLLM.
         hold: Where it stops until `release`.
-        neutral_imports: Import only what asks for no GPU before the hold (a snapshot is taken where none is visible).
+        neutral_imports: Before the hold import only what does not touch a GPU, since none is visible during a snapshot.
         hang_s: How long a READY engine may emit no heartbeat before it is killed.
         shutdown: How long each step of its end may take.
         on_line: Called with every line of the engine's output, from a thread.
@@ -142,7 +142,7 @@ class EngineProcess:
 
         Raises:
             EngineError: It ended before; the message has the exit code and the root cause from its log.
-            EngineTimeoutError: It lives, but did not get there in `timeout_s` seconds.
+            EngineTimeoutError: It runs, but did not reach the state in `timeout_s` seconds.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._state.value >= state.value, timeout_s)
@@ -221,7 +221,7 @@ class EngineProcess:
         self._fail(
             f"The engine hung: it generated no token for {self._hang_s:.0f} s, though it was asked for one. "
             "It was killed.",
-            hint="Its log tells what it did last; raise SERVICE_HANG_S to allow it more time.",
+            hint="Its log shows what it did last; raise SERVICE_HANG_S to allow it more time.",
         )
 
     def _fail(self, message: str, hint: str = "") -> None:

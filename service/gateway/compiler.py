@@ -79,12 +79,12 @@ class Compiler:
         except (OSError, ValueError):
             await self._end()
             return None
-        except BaseException:  # cancelled: an answer to nobody would be taken for the next job's
+        except BaseException:  # cancelled: the next job would read this one's answer
             _kill(process)
             raise
 
     async def close(self) -> None:
-        """End the process, and wait until it is gone."""
+        """Stop the process, and wait until it has ended."""
         self._keep()
         if self._process:
             _kill(self._process)
@@ -184,7 +184,7 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any]:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    """Kill the process and its fork: they are a group of their own, which lives as long as its leader is not reaped."""
+    """Kill the process and its fork: a group of their own, which exists until its leader is reaped."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

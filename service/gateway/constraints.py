@@ -47,21 +47,23 @@ class Constraint:
     param: str
 
 
-def constraints(asked: RequestFields) -> Iterator[Constraint]:
+def constraints(fields: RequestFields) -> Iterator[Constraint]:
     """Yield what a request wants compiled, each within its bounds.
 
     Raises:
         APIError: 400: it is over a bound, or cannot be what its name says.
     """
-    for name, raw in asked.constraints.items():
+    for name, raw in fields.constraints.items():
         try:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError):
-            raise refusal(name, "is no JSON that can be read; a lone surrogate such as \\ud800 is none") from None
-        yield from _tools(value, asked.forces_tool) if name == "tools" else _READERS[name](value)
+            raise constraint_error(
+                name, "is not JSON that can be parsed; a lone surrogate such as \\ud800 is invalid"
+            ) from None
+        yield from _tools(value, fields.forces_tool) if name == "tools" else _READERS[name](value)
 
 
-def refusal(param: str, fault: str) -> APIError:
+def constraint_error(param: str, fault: str) -> APIError:
     """Return the answer to a constraint that cannot be served."""
     return APIError(
         400,
@@ -96,7 +98,7 @@ def _structured_outputs(value: Value) -> Iterator[Constraint]:
 def _tools(value: list[Any], are_forced: bool) -> Iterator[Constraint]:
     """Check the arguments' schemas, and yield those that vLLM compiles: of strict tools; of all if a call is forced."""
     if len(value) > TOOLS:
-        raise refusal("tools", f"has {len(value)} tools; at most {TOOLS} are compiled")
+        raise constraint_error("tools", f"has {len(value)} tools; at most {TOOLS} are compiled")
     for position, tool in enumerate(value):
         if isinstance(tool, dict):
             function = _dict(tool, "function") or tool
@@ -118,9 +120,9 @@ def _schema(value: object, param: str) -> Constraint:
         try:
             value = msgspec.json.decode(value)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise refusal(param, f"is a string, but no JSON schema: {error}") from None
+            raise constraint_error(param, f"is a string, but not a JSON schema: {error}") from None
     if not isinstance(value, dict | bool):
-        raise refusal(param, f"is of type {type(value).__name__}; a JSON schema is an object")
+        raise constraint_error(param, f"is of type {type(value).__name__}; a JSON schema is an object")
     _check_schema(value, param)
     return Constraint("json", json.dumps(value), param)
 
@@ -128,22 +130,22 @@ def _schema(value: object, param: str) -> Constraint:
 def _regex(value: object, param: str) -> Constraint:
     text = _text(value, param, REGEX_LIMIT)
     if "\0" in text:
-        raise refusal(param, "holds a NUL character")
+        raise constraint_error(param, "holds a NUL character")
     return Constraint("regex", text, param)
 
 
 def _choice(value: object, param: str) -> Constraint:
     if not isinstance(value, list) or not value or not all(isinstance(choice, str) for choice in value):
-        raise refusal(param, "is not a list of at least one string")
+        raise constraint_error(param, "is not a list of at least one string")
     if len(value) > CHOICES:
-        raise refusal(param, f"has {len(value)} choices; at most {CHOICES} are compiled")
+        raise constraint_error(param, f"has {len(value)} choices; at most {CHOICES} are compiled")
     return Constraint("choice", json.dumps(value), param)
 
 
 def _grammar(value: object, param: str) -> Constraint:
     text = _text(value, param, GRAMMAR_LIMIT)
     if not text.strip():
-        raise refusal(param, "is empty")
+        raise constraint_error(param, "is empty")
     return Constraint("grammar", text, param)
 
 
@@ -152,18 +154,18 @@ def _tag(value: object, param: str) -> Constraint:
     try:
         tag = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise refusal(param, f"is no JSON: {error}") from None
+        raise constraint_error(param, f"is not JSON: {error}") from None
     if not isinstance(tag, dict):
-        raise refusal(param, f"is of type {type(tag).__name__}; a structural tag is an object")
+        raise constraint_error(param, f"is of type {type(tag).__name__}; a structural tag is an object")
     _check_schema(tag, param, _TAG_NESTING)
     return Constraint("structural_tag", text, param)
 
 
 def _text(value: object, param: str, limit: int) -> str:
     if not isinstance(value, str):
-        raise refusal(param, f"is of type {type(value).__name__}, not a string")
+        raise constraint_error(param, f"is of type {type(value).__name__}, not a string")
     if (size := len(value.encode())) > limit:
-        raise refusal(param, f"is {size} bytes long; at most {limit} are compiled")
+        raise constraint_error(param, f"is {size} bytes long; at most {limit} are compiled")
     return value
 
 
@@ -173,16 +175,16 @@ def _check_schema(schema: object, param: str, nesting: int = NESTING) -> None:
     while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
         if depth > nesting:
-            raise refusal(param, f"is nested deeper than {nesting} levels")
+            raise constraint_error(param, f"is nested deeper than {nesting} levels")
         for node in level:
             if isinstance(node, dict):
                 properties += _check_object(node, param)
                 values += len(node["enum"]) if isinstance(node.get("enum"), list) else 0
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
     if properties > PROPERTIES:
-        raise refusal(param, f"has {properties} properties; at most {PROPERTIES} are compiled")
+        raise constraint_error(param, f"has {properties} properties; at most {PROPERTIES} are compiled")
     if values > VALUES:
-        raise refusal(param, f"has {values} values in enums; at most {VALUES} are compiled")
+        raise constraint_error(param, f"has {values} values in enums; at most {VALUES} are compiled")
 
 
 def _check_object(schema: Value, param: str) -> int:
@@ -190,10 +192,14 @@ def _check_object(schema: Value, param: str) -> int:
     count, required = len(_dict(schema, "properties")), schema.get("required")
     optional = count - (len(required) if isinstance(required, list) else 0)
     if optional > OPTIONAL_PROPERTIES:
-        raise refusal(param, f"has an object with {optional} optional properties; at most {OPTIONAL_PROPERTIES} may be")
+        raise constraint_error(
+            param, f"has an object with {optional} optional properties; at most {OPTIONAL_PROPERTIES} are compiled"
+        )
     most = schema.get("maxProperties", count if schema.get("minProperties") else 0)
     if isinstance(most, int) and count * min(most, count) > COUNTED_PROPERTIES:
-        raise refusal(param, f"counts up to {most} of {count} properties; leave minProperties and maxProperties out")
+        raise constraint_error(
+            param, f"counts up to {most} of {count} properties; leave minProperties and maxProperties out"
+        )
     return count
 
 

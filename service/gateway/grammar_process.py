@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 TOKENS = 4096  # an engine has 30 to 250 thousand, and is so much slower
-MASK_S = 0.01  # for one byte; 0.3 s of an engine that knows 150 thousand, in which it serves nobody
+MASK_S = 0.01  # for one byte; 0.3 s of an engine that knows 150 thousand, in which it serves no request
 WALK_S = 0.6  # for all of them
 _STEPS = 400  # bytes that are written
 _CHOICES = 96  # of them not the only one possible
@@ -60,7 +60,7 @@ def main() -> None:
 
 def vocabulary() -> list[bytes]:
     """Return every byte, words of letters as a tokenizer may have them, and an end."""
-    draw = random.Random(0)  # noqa: S311 - the same for everybody
+    draw = random.Random(0)  # noqa: S311 - the same in every process
     words = {bytes([byte]): None for byte in range(256)}
     while len(words) < TOKENS - 1:
         words[bytes(draw.choices(_LETTERS + _ENDS, [4] * 13 + [1] * 31, k=draw.randint(2, 8)))] = None
@@ -234,7 +234,7 @@ def _in_fork(work: Any, limit_s: float) -> dict[str, str]:
     text = b""
     while True:
         ready = select.select([read, 0], [], [])[0]
-        if 0 in ready:  # nobody sends the next job before this one's answer: it is the end
+        if 0 in ready:  # the parent sends the next job only after this one's answer, so this is the end of the pipe
             os.kill(pid, signal.SIGKILL)
             os._exit(0)
         if not (piece := os.read(read, 65536)):

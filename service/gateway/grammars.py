@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from service.gateway.api_errors import APIError, unavailable
 from service.gateway.compiler import COMPILE_S, IDLE_S, START_S, Compiler, NoCompilerError, SilentCompilerError
-from service.gateway.constraints import Constraint, constraints, refusal
+from service.gateway.constraints import Constraint, constraint_error, constraints
 from service.gateway.request_fields import RequestFields
 
 REMEMBERED = 1024
@@ -61,24 +61,24 @@ class Grammars:
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._jobs: dict[bytes, asyncio.Task[_Verdict]] = {}
 
-    async def check(self, asked: RequestFields) -> None:
+    async def check(self, fields: RequestFields) -> None:
         """Let a request through, or say why its output's form cannot be served.
 
         Raises:
             APIError: 400 `invalid_grammar`: it is over a bound, or costs too much. 503: it could not be found out.
         """
-        if not asked.constraints:
+        if not fields.constraints:
             return
-        parts = [part for name, raw in asked.constraints.items() for part in (name.encode(), raw)]
-        key = _digest(*parts, b"forced" * asked.forces_tool)
+        parts = [part for name, raw in fields.constraints.items() for part in (name.encode(), raw)]
+        key = _digest(*parts, b"forced" * fields.forces_tool)
         verdict = self._recall(key)
         if verdict is None:
-            verdict = await self._judge(asked)
+            verdict = await self._judge(fields)
             self._remember(key, verdict)
         if verdict.fault and not verdict.lasting:
             raise _later(f"{verdict.param} {verdict.fault}")
         if verdict.fault:
-            raise refusal(verdict.param, verdict.fault)
+            raise constraint_error(verdict.param, verdict.fault)
 
     async def close(self) -> None:
         """End the compiling process and what waits for it."""
@@ -88,9 +88,9 @@ class Grammars:
         if self._compiler:
             await self._compiler.close()
 
-    async def _judge(self, asked: RequestFields) -> _Verdict:
+    async def _judge(self, fields: RequestFields) -> _Verdict:
         lasting = True
-        for constraint in constraints(asked):
+        for constraint in constraints(fields):
             verdict = await self._judge_one(constraint) if self._compiler else _Verdict()
             if verdict.fault:
                 return _Verdict(verdict.fault, constraint.param, verdict.lasting)
@@ -109,7 +109,7 @@ class Grammars:
             job.add_done_callback(lambda _: self._jobs.pop(key))
         try:
             async with asyncio.timeout(WAIT_S):
-                return await asyncio.shield(job)  # whoever leaves leaves it to the others
+                return await asyncio.shield(job)  # a request that is cancelled does not cancel it for the others
         except TimeoutError:
             return _Verdict(f"was not compiled within {WAIT_S:.0f} s", lasting=False)
 

@@ -27,7 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 COMMENT_INTERVAL_S = 3.0
-_TRIES = 5  # each may get a connection that the engine has closed; a pool that is gone is woken by the next try
+_TRIES = 5  # each may get a connection that the engine has closed; the next try wakes a pool that has ended
 _FOLLOW_S = 0.05
 _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",

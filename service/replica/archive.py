@@ -45,7 +45,7 @@ def files(directory: Path, but: Iterable[str] = ()) -> dict[str, Stamp]:
     for parent, directories, names in os.walk(directory):
         directories[:] = [name for name in directories if not _matches(name, but)]
         for path in (Path(parent, name) for name in names if not _matches(name, but)):
-            with suppress(OSError):  # gone since
+            with suppress(OSError):  # removed meanwhile
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode) and abs(now - status.st_mtime) >= _SETTLED_S:
                     found[str(path.relative_to(directory))] = (status.st_size, status.st_mtime_ns)

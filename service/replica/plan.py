@@ -25,7 +25,7 @@ _UNKNOWN_GB = 100.0
 
 @dataclass(frozen=True)
 class Plan(EngineOptions):
-    """How one replica is to run: the options of its engine, and all that the engine itself is not told.
+    """How one replica is to run: the options of its engine, and what the engine itself does not get.
 
     Attributes:
         spec: The model.

@@ -164,8 +164,8 @@ class Running:
         """Return what a structured output is refused with."""
         try:
             return self.run(self._grammars.check(request_fields.parse_fields(body(outputs))))
-        except APIError as refusal:
-            return refusal
+        except APIError as api_error:
+            return api_error
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +196,11 @@ def test_structured_output_that_would_hold_up_an_engine_is_refused_within_its_ti
     """One such request has an engine compile for minutes, or stand still before every token of everybody."""
     outputs, words = COSTLY[name]
     begun = time.monotonic()
-    refusal = gateway.check(outputs)
+    api_error = gateway.check(outputs)
 
-    assert refusal is not None
-    assert (refusal.status, refusal.code) == (400, "invalid_grammar")
-    assert words in refusal.message
+    assert api_error is not None
+    assert (api_error.status, api_error.code) == (400, "invalid_grammar")
+    assert words in api_error.message
     assert time.monotonic() - begun < 4 * COMPILE_S
     again = time.thread_time()
     assert gateway.check(outputs) is not None

@@ -4,7 +4,7 @@ Commands are JSON lines:
 - `release` ends the hold and carries what must be in no command line, environment or snapshot: the digests of the keys.
 - `drain` begins the end: `grace_s` seconds for the requests in flight, `cancel_s` to cancel what is left then.
 
-The end of the pipe means that the parent is gone. Then the engine's whole process group is killed at once: nothing may
+The end of the pipe means that the parent has ended. Then the whole process group is killed at once: no engine may
 hold a GPU without a parent that watches it.
 """
 
@@ -67,7 +67,7 @@ class ParentPipe:
             for line in lines:
                 self._take(json.loads(line))
         if directory := os.environ.get(DIRECTORY_VARIABLE):
-            shutil.rmtree(directory, ignore_errors=True)  # the parent, which removes it otherwise, is gone
+            shutil.rmtree(directory, ignore_errors=True)  # the parent, which otherwise removes it, has ended
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     def _take(self, command: Command) -> None:

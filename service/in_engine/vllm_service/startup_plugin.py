@@ -36,7 +36,7 @@ class StartupPlugin:
         """Add no route: this process is controlled by a pipe, not over HTTP."""
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Generate the canary; hold asleep when told to; return, and vLLM listens."""
+        """Generate the canary; hold asleep if configured; when this returns, vLLM listens."""
         pipe = parent_pipe.current()
         if engine_client is None or pipe is None:
             return

@@ -207,7 +207,7 @@ def test_up_on_a_taken_port_leaves_the_log_of_whoever_has_it(run: Run, home: Pat
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_up_on_every_address_without_a_key_is_refused(run: Run, home: Path, host: str) -> None:
-    """An open door needs a key."""
+    """An address that other machines reach needs a key."""
     refused(run, home, 2, f"'{host}'", "API_KEY=", arguments=("up", "tiny", "--host", host))
 
 

@@ -23,7 +23,7 @@ SECRETS = {
     "MODAL_KEY": "s3cret-proxy",
     "MODAL_SECRET": "s3cret-proxy-too",
 }
-DOOR = (
+SERVER_FLAGS = (
     *("--host", "127.0.0.1", "--port", "8000"),
     *("--middleware", "vllm_service.guard.Guard"),
     *("--shutdown-timeout", "1"),
@@ -46,7 +46,7 @@ def test_argv_of_a_text_model_on_cuda_is_this() -> None:
     """Parsers and context from the entry, one GPU, no compilation."""
     assert command("qwen3-8b", default_key="qwen3-8b").argv == (
         *("--model", "/weights", "--served-model-name", "qwen3-8b", "Qwen/Qwen3-8B-FP8", "llm"),
-        *DOOR,
+        *SERVER_FLAGS,
         "--enforce-eager",
         *WORKER,
         *(
@@ -65,7 +65,7 @@ def test_argv_of_a_model_with_images_limits_them() -> None:
     """Without a limit one request may bring any number of images."""
     assert command("qwen3-vl-30b").argv == (
         *("--model", "/weights", "--served-model-name", "qwen3-vl-30b", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
-        *DOOR,
+        *SERVER_FLAGS,
         "--enforce-eager",
         *WORKER,
         *(
@@ -83,7 +83,7 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
     speculative = '{"method":"eagle3","num_speculative_tokens":7,"model":"/draft"}'
     assert command("gpt-oss-120b", EngineOptions(fast_boot=False), draft=Path("/draft")).argv == (
         *("--model", "/weights", "--served-model-name", "gpt-oss-120b", "openai/gpt-oss-120b"),
-        *DOOR,
+        *SERVER_FLAGS,
         *("--no-enforce-eager", "--async-scheduling"),
         *WORKER,
         *(
@@ -111,7 +111,7 @@ def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
     """One process, small batches, and a cache of 64 MiB."""
     assert command("tiny", device="cpu", default_key="tiny").argv == (
         *("--model", "/weights", "--served-model-name", "tiny", "llm"),
-        *DOOR,
+        *SERVER_FLAGS,
         *("--enforce-eager", "--distributed-executor-backend", "uni"),
         *WORKER,
         *(
@@ -149,7 +149,7 @@ def test_argv_of_an_entry_with_nothing_but_a_source_leaves_the_rest_to_vllm() ->
 
     assert engine_command(spec, WEIGHTS).argv == (
         *("--model", "/weights", "--served-model-name", "mine", "org/mine"),
-        *DOOR,
+        *SERVER_FLAGS,
         "--enforce-eager",
         *WORKER,
     )

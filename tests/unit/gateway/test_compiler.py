@@ -77,7 +77,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def refusal_of(checked: Grammars, regex: str = "a") -> APIError:
+async def error_of(checked: Grammars, regex: str = "a") -> APIError:
     """Return what an expression is refused with."""
     with pytest.raises(APIError) as caught:
         await checked.check(asked(regex))
@@ -138,7 +138,7 @@ def test_grammar_that_is_refused_is_refused_again_without_a_job(python: Callable
 
     async def run() -> None:
         checked = Grammars(interpreter)
-        first, second = await refusal_of(checked), await refusal_of(checked)
+        first, second = await error_of(checked), await error_of(checked)
         assert first is not second
         assert first.message == second.message
         assert first.message.startswith("structured_outputs.regex is too ambiguous: so. ")
@@ -172,9 +172,9 @@ def test_constraint_is_refused_only_if_no_engine_would_survive_it(
         try:
             await checked.check(request_fields.parse_fields(json.dumps(body).encode()))
             assert passes
-        except APIError as refusal:
+        except APIError as api_error:
             assert not passes
-            assert str(refusal.param).startswith(next(iter(body)))
+            assert str(api_error.param).startswith(next(iter(body)))
         await checked.close()
 
     asyncio.run(run())
@@ -217,7 +217,7 @@ def test_compiler_that_does_not_start_leaves_the_bounds_and_says_so_once(
         )
         await checked.check(asked("a"))
         await checked.check(asked("b"))
-        assert "NUL" in (await refusal_of(checked, "\0")).message
+        assert "NUL" in (await error_of(checked, "\0")).message
         await checked.close()
 
     asyncio.run(run())
@@ -236,12 +236,12 @@ def test_compiler_that_falls_silent_is_replaced(python: Callable[[str], str]) ->
     async def run() -> None:
         checked = Grammars(interpreter, compile_s=0.05)
         begun = time.monotonic()
-        refusal = await refusal_of(checked, "a")
+        api_error = await error_of(checked, "a")
         assert time.monotonic() - begun < 5
-        assert (refusal.status, refusal.code) == (503, "grammars_busy")
-        assert refusal.headers["Retry-After"]
+        assert (api_error.status, api_error.code) == (503, "grammars_busy")
+        assert api_error.headers["Retry-After"]
         await checked.check(asked("b"))
-        await refusal_of(checked, "a")
+        await error_of(checked, "a")
         await checked.close()
 
     asyncio.run(run())
@@ -256,7 +256,7 @@ def test_compiler_that_ends_during_a_job_is_replaced(python: Callable[[str], str
 
     async def run() -> None:
         checked = Grammars(interpreter)
-        assert (await refusal_of(checked, "a")).status == 503
+        assert (await error_of(checked, "a")).status == 503
         await checked.check(asked("b"))
         await checked.close()
 
@@ -291,8 +291,8 @@ def test_client_that_leaves_takes_no_answer_of_others(python: Callable[[str], st
         leaving = asyncio.create_task(checked.check(asked("first")))
         await until(lambda: jobs(interpreter) == 1)
         leaving.cancel()
-        assert "is second" in (await refusal_of(checked, "second")).message
-        assert "is first" in (await refusal_of(checked, "first")).message
+        assert "is second" in (await error_of(checked, "second")).message
+        assert "is first" in (await error_of(checked, "first")).message
         await checked.close()
 
     asyncio.run(run())
@@ -311,7 +311,7 @@ def test_grammars_beyond_the_queue_are_sent_away_for_now(
         checked = Grammars(interpreter)
         waiting = [asyncio.create_task(checked.check(asked(regex))) for regex in "aab"]
         await asyncio.sleep(0)
-        assert (await refusal_of(checked, "c")).status == 503
+        assert (await error_of(checked, "c")).status == 503
         await asyncio.gather(*waiting)
         await checked.check(asked("c"))
         await checked.close()
@@ -326,7 +326,7 @@ def test_client_waits_no_longer_than_its_bound(python: Callable[[str], str], mon
 
     async def run() -> None:
         checked = Grammars(interpreter)
-        assert (await refusal_of(checked)).status == 503
+        assert (await error_of(checked)).status == 503
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
@@ -383,7 +383,7 @@ def test_compiler_gets_no_secret(python: Callable[[str], str], monkeypatch: pyte
 
     async def run() -> None:
         checked = Grammars(python(READY + f"for job in jobs(): {answer}"))
-        message = (await refusal_of(checked)).message
+        message = (await error_of(checked)).message
         assert "secret-of-the-gateway" not in message
         assert os.defpath in message
         await checked.close()

@@ -140,26 +140,26 @@ def space(draw: random.Random) -> str:
 )
 def test_body_that_is_no_json_object_is_refused_with_the_position(body: bytes, words: str) -> None:
     """A body that the engine cannot parse does not reach it."""
-    refusal = refused(body)
+    api_error = refused(body)
 
-    assert words in refusal.message
-    assert refusal.code == "invalid_json"
+    assert words in api_error.message
+    assert api_error.code == "invalid_json"
 
 
 @pytest.mark.parametrize("value", ["5", "true", '["x"]', '{"a":"x"}', "1.5"])
 def test_model_that_is_no_string_is_refused(value: str) -> None:
     """The error contains the value."""
-    refusal = refused(f'{{"model":{value}}}'.encode())
+    api_error = refused(f'{{"model":{value}}}'.encode())
 
-    assert refusal.param == "model"
-    assert value in refusal.message
+    assert api_error.param == "model"
+    assert value in api_error.message
 
 
 def test_model_longer_than_any_name_is_refused_without_its_text() -> None:
     """A search for the nearest names of ten megabytes would not end."""
-    refusal = refused(b'{"model":"' + b"x" * NAME_LIMIT + b'"}')
+    api_error = refused(b'{"model":"' + b"x" * NAME_LIMIT + b'"}')
 
-    assert "xxx" not in refusal.message
+    assert "xxx" not in api_error.message
 
 
 @pytest.mark.parametrize("value", ["1", "0", '"true"', "[]"])
@@ -172,11 +172,11 @@ def test_stream_that_is_no_boolean_is_refused(value: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", str(N_LIMIT + 1), "1.0", "1e1", '"2"', "true", "[2]", "9" * 100_000])
 def test_count_outside_its_bound_is_refused(name: str, value: str) -> None:
     """One request would cost as much as thousands."""
-    refusal = refused(f'{{"{name}":{value}}}'.encode())
+    api_error = refused(f'{{"{name}":{value}}}'.encode())
 
-    assert refusal.param == name
-    assert f"1 to {N_LIMIT}" in refusal.message
-    assert len(refusal.message) < 200
+    assert api_error.param == name
+    assert f"1 to {N_LIMIT}" in api_error.message
+    assert len(api_error.message) < 200
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])
@@ -189,10 +189,10 @@ def test_count_at_its_bound_passes(name: str, value: int) -> None:
 @pytest.mark.parametrize("name", sorted(GUIDED))
 def test_removed_field_is_refused_with_its_replacement(name: str) -> None:
     """The engine accepts and ignores it."""
-    refusal = refused(f'{{"model":"x","{name}":{{"type":"object"}}}}'.encode())
+    api_error = refused(f'{{"model":"x","{name}":{{"type":"object"}}}}'.encode())
 
-    assert (refusal.param, refusal.code) == (name, "unsupported_parameter")
-    assert "structured_outputs" in refusal.message or "Leave it out" in refusal.message
+    assert (api_error.param, api_error.code) == (name, "unsupported_parameter")
+    assert "structured_outputs" in api_error.message or "Leave it out" in api_error.message
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_removed_field_is_refused_with_its_replacement(name: str) -> None:
 )
 def test_constraint_over_its_size_is_refused(name: str, value: str) -> None:
     """It would be copied and compiled."""
-    refusal = refused(f'{{"{name}":{value}}}'.encode())
+    api_error = refused(f'{{"{name}":{value}}}'.encode())
 
-    assert (refusal.param, refusal.code) == (name, "invalid_grammar")
+    assert (api_error.param, api_error.code) == (name, "invalid_grammar")
 
 
 @pytest.mark.parametrize("value", ['"text"', "3", "true"])
