@@ -48,7 +48,7 @@ def test_gemma_template_writes_turns_tools_and_results() -> None:
     """System words and tools precede the first question; calls are Python; results share a user's turn."""
     template = Registry.load().specs["gemma-3-12b"].chat_template
     assert template
-    prompt = render(BUILT_IN.parent / template, [WEATHER])
+    prompt = render(BUILT_IN.parents[1] / template, [WEATHER])
     called = 'weather(city="Par\\"is", days=2, exact=True, note=None, of=["a", {"b": 1}])'
     turns = prompt.split("<start_of_turn>")
     assert turns[0] == "<bos>"
@@ -68,6 +68,6 @@ def test_gemma_template_without_tools_mentions_none() -> None:
     """A plain chat is Gemma's own form, with the system's words before the first question."""
     template = Registry.load().specs["gemma-3-27b"].chat_template
     assert template
-    prompt = render(BUILT_IN.parent / template, [])
+    prompt = render(BUILT_IN.parents[1] / template, [])
     assert prompt.startswith("<bos><start_of_turn>user\nBe brief.\n\n<start_of_image>Where is this")
     assert "functions" not in prompt
