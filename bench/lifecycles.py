@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,16 +63,23 @@ class Lifecycles:
         caches = Caches(environment.compiled(), environment.versions(env.device), model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
-    def hold_and_release(self) -> Lifecycle:
-        """Bring an engine to its hold, let it wait, release it, generate a token, stop it."""
-        snapshot = self._random.choice(STRATEGIES[1:])
+    def hold_and_release(
+        self, snapshot: Snapshot | None = None, ask: Callable[[int], object] = first_token
+    ) -> Lifecycle:
+        """Bring an engine to its hold, let it wait, release it, ask it for something, stop it.
+
+        Args:
+            snapshot: Which hold; by default one at random.
+            ask: Called with the port of the engine when it is ready.
+        """
+        snapshot = snapshot or self._random.choice(STRATEGIES[1:])
         with _leftovers() as left:
             replica = self._replica(snapshot=snapshot)
             try:
                 replica.prepare()
                 time.sleep(self._random.uniform(0, 0.5))
                 replica.start()
-                first_token(replica.plan.port)
+                ask(replica.plan.port)
                 end = "ready"
             except EngineError as error:
                 end = f"failed: {error}"

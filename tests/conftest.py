@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+from tests.engine.running import ONE_THREAD
+
+os.environ.update(ONE_THREAD)
 
 # Fixtures that take seconds to make (engines, proxies): all files with a test that uses one go to one worker, which
 # makes it once. Every other file is a group of its own.

@@ -25,7 +25,7 @@ import pytest
 from service.boots.records import BootRecord
 from service.engine import environment as engine_environment
 from tests.engine.dialogues import QUESTION
-from tests.engine.running import BOOT_S, requests_running
+from tests.engine.running import BOOT_S, ONE_THREAD, requests_running
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def client_mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_runtime(client_mount: Path) -> ContainerRuntime:
     """Containers with the real engine."""
     python = engine_environment.ensure().python
-    return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu"})
+    return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu", **ONE_THREAD})
 
 
 @pytest.fixture(scope="session")

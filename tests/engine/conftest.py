@@ -41,6 +41,7 @@ def engine_python(engine_env_: engine_environment.EngineEnv) -> str:
 def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model, served without keys, where no C++ is compiled; Ctrl-C ends it, and then nothing of it is left."""
     with Service(tmp_path_factory.mktemp("tiny"), "tiny", CXX="/nowhere/c++") as service:
+        service.wait_said("Starting the engine").probe_port()
         yield service.wait_ready()
         assert service.engine(), service.story
         asked = service.signal(signal.SIGINT)

@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_S = 0.02
 BOOT_S = 150  # about 10 s on two idle cores; the machine of a test is not always idle
 GONE_S = 10
+# Engines of the tests compute with one thread each. Several workers with an engine each share two cores, and OpenMP's
+# threads wait for each other by spinning: on such a machine 16 answers of 300 tokens took 19.7 s of processor time with
+# two threads and 1.0 s with one.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _OURS = ("SERVICE_", "API_KEY", "HF_TOKEN")
 
 
@@ -45,6 +49,7 @@ class Service:
         state = {"XDG_STATE_HOME": str(directory), "SERVICE_PORT": str(self.port)}
         self.environment = {**inherited, **state, **environment}
         self.began = 0.0
+        self.port_while_starting = ("", "")
         self._session = -1
 
     def __enter__(self) -> Self:
@@ -136,6 +141,19 @@ class Service:
             with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # there is none yet, or none any more
                 self.leader()
         return session_members(self._session) if self._session > 0 else []
+
+    def probe_port(self) -> None:
+        """Keep in `port_while_starting` the errors that listening on its port and connecting to it gave."""
+        listening = connecting = ""
+        try:
+            socket.create_server(("127.0.0.1", self.port)).close()
+        except OSError as error:
+            listening = os.strerror(error.errno or 0)
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError as error:
+            connecting = os.strerror(error.errno or 0)
+        self.port_while_starting = (listening, connecting)
 
     def wait_gone(self, deadline: float) -> None:
         """Wait until no process of the engine runs and its port is free again.

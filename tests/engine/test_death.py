@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,14 +80,9 @@ def test_start_without_a_tokenizer_names_it(start: Start, tmp_path: Path) -> Non
     assert "tokenizer" in service.err.splitlines()[-1]
 
 
-def test_start_keeps_its_port_from_the_beginning(start: Start) -> None:
+def test_start_keeps_its_port_from_the_beginning(tiny: Service) -> None:
     """Nobody else can take the port while the engine imports, and nobody is let in before it is ready."""
-    service = start("tiny").wait_said("Starting the engine")
-    with pytest.raises(OSError, match="Address already in use"):
-        socket.create_server(("127.0.0.1", service.port))
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", service.port), 1)
-    service.wait_ready()
+    assert tiny.port_while_starting == ("Address already in use", "Connection refused")
 
 
 def test_start_of_a_directory_that_is_no_model_starts_no_engine(start: Start, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import psutil
 import pytest
@@ -24,11 +26,11 @@ ENDLESS = {"n": 16, "max_tokens": 1900, "ignore_eos": True}  # far longer than a
 
 
 @contextmanager
-def stream(service: Service, **fields: object) -> Iterator[Iterator[str]]:
+def stream(service: Service, path: str = "/v1/chat/completions", **fields: object) -> Iterator[Iterator[str]]:
     """Open a stream and give its events, of which the first has come: it is in flight."""
-    body = {"model": "llm", "stream": True, **dialogue("count").request, **fields}
-    with requests.post(f"{service.url}/v1/chat/completions", json=body, stream=True, timeout=120) as answer:
-        assert answer.status_code == 200
+    body = {"model": "llm", "stream": True, "prompt": "One two three", **dialogue("count").request, **fields}
+    with requests.post(f"{service.url}{path}", json=body, stream=True, timeout=120) as answer:
+        assert answer.status_code == 200, answer.text
         events = (line.decode().removeprefix("data: ") for line in answer.iter_lines() if line)
         while not content(next(events)):
             pass  # the role comes before the first word
@@ -36,8 +38,9 @@ def stream(service: Service, **fields: object) -> Iterator[Iterator[str]]:
 
 
 def content(event: str) -> str:
-    """Return the words of an event."""
-    return "".join(choice["delta"].get("content") or "" for choice in json.loads(event).get("choices", []))
+    """Return the words of an event of a chat, or of a completion."""
+    choices = json.loads(event).get("choices", [])
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content") or "" for choice in choices)
 
 
 def test_ready_parent_is_small(tiny: Service) -> None:
@@ -53,49 +56,101 @@ def test_ready_engine_is_one_session_of_its_own(tiny: Service) -> None:
     assert set(leader.children(recursive=True)) < set(tiny.engine())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_stop_with_a_stream_in_flight_lets_it_finish(start: Start, number: int) -> None:
-    """The signal comes amid a stream: the stream gets its last word, and then all is gone within 10 s with code 0."""
+def test_interrupt_lets_a_stream_finish_cuts_endless_ones_and_refuses_new_requests(start: Start) -> None:
+    """SIGINT amid streams: one that ends within the drain is whole, longer ones end with an error after it.
+
+    A new request gets 503 meanwhile, and is told when to come again. All is gone within 10 s, with code 0.
+    """
     service = start("tiny").wait_ready()
+    (core,) = [process for process in service.engine() if process != service.leader()]
+    paths = ("/v1/chat/completions", "/v1/completions")
+    with ThreadPoolExecutor(len(paths)) as pool, ExitStack() as streams:
+        endless = [streams.enter_context(stream(service, path, **{**ENDLESS, "n": 4})) for path in paths]
+        finite = streams.enter_context(stream(service))
+        count_to_ninety(finite)
+        refused = [pool.submit(first_refusal, service, path) for path in paths]
+        asked = service.signal(signal.SIGINT)
+        check_whole(list(finite))
+        core.suspend()  # from here on the other streams cannot end by themselves, however fast the machine is
+        cut = [list(events) for events in endless]
+        answers = [future.result(10) for future in refused]
+    service.wait_gone(asked + GONE_S)
+    assert service.wait_ended(GONE_S) == 0
+    assert time.monotonic() - asked < GONE_S
+    for answer in answers:
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    for *_, error, done in cut:
+        assert done == "[DONE]"
+        assert json.loads(error)["error"]["type"] == "service_unavailable"
+
+
+def test_termination_lets_a_stream_finish(start: Start) -> None:
+    """SIGTERM amid a stream: it gets its last word, and then all is gone within 10 s with code 0.
+
+    This engine computes with as many threads as there are cores, as outside the tests.
+    """
+    service = start("tiny", OMP_NUM_THREADS=str(os.cpu_count()), VLLM_CPU_OMP_THREADS_BIND="auto").wait_ready()
     service.engine()
     with stream(service) as events:
-        said = ""
-        while " 9" not in said[100:]:  # past 40: what is left after 90 fits the drain on a busy machine too
-            said += content(next(events))
-        asked = service.signal(number)
-        rest = list(events)
+        count_to_ninety(events)
+        asked = service.signal(signal.SIGTERM)
+        check_whole(list(events))
+    service.wait_gone(asked + GONE_S)
+    assert service.wait_ended(GONE_S) == 0
+    assert time.monotonic() - asked < GONE_S
+
+
+def count_to_ninety(events: Iterator[str]) -> None:
+    """Read the counting up to 90: what is left then fits the drain on a busy machine too."""
+    said = ""
+    while " 9" not in said[100:]:  # past 40
+        said += content(next(events))
+
+
+def check_whole(rest: list[str]) -> None:
+    """Insist that this is how the counting ends."""
     assert rest[-1] == "[DONE]"
     assert "stop" in [choice["finish_reason"] for event in rest[:-1] for choice in json.loads(event)["choices"]]
     assert "".join(content(event) for event in rest[:-1]).endswith(dialogue("count").content[-20:])
-    service.wait_gone(asked + GONE_S)
-    assert service.wait_ended(GONE_S) == 0
-    assert time.monotonic() - asked < GONE_S
 
 
-def test_stop_with_a_stream_that_never_ends_cuts_it(start: Start) -> None:
-    """A stream longer than the drain is cut: everything is gone within 10 s all the same."""
-    service = start("tiny").wait_ready()
-    service.engine()
-    with stream(service, **ENDLESS) as events:
-        asked = service.signal(signal.SIGINT)
-        drain_to_the_end(events)
-    service.wait_gone(asked + GONE_S)
-    assert service.wait_ended(GONE_S) == 0
-    assert time.monotonic() - asked < GONE_S
-
-
-def drain_to_the_end(events: Iterator[str]) -> None:
-    """Read a stream until it ends or breaks."""
-    try:
-        for _ in events:
-            pass
-    except requests.RequestException:
+def first_refusal(service: Service, path: str) -> requests.Response:
+    """Ask again and again from the drain's beginning on; return the first answer that is not a success."""
+    wait_until(lambda: "Stopping" in service.err, 10, service)
+    body = {"model": "llm", "prompt": "One", **dialogue("count").request, "max_tokens": 1}
+    while (answer := requests.post(f"{service.url}{path}", json=body, timeout=10)).status_code == 200:
         pass
+    return answer
 
 
-def test_stop_asked_twice_ends_at_once(start: Start) -> None:
-    """The second Ctrl-C does not wait for the stream."""
-    service = start("tiny").wait_ready()
+@pytest.fixture(scope="module")
+def two_starts(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
+    """Two services that began together on one port, once one of them has ended or both say that they are ready."""
+    state, port = tmp_path_factory.mktemp("two"), free_port()
+    with Service(state, "tiny", port=port, name="one") as one, Service(state, "tiny", port=port, name="other") as other:
+        both = (one, other)
+        wait_until(lambda: any(s.ended for s in both) or all("Ready" in s.out for s in both), BOOT_S, one)
+        yield both
+
+
+def test_two_starts_at_once_on_one_port_give_one_service(two_starts: tuple[Service, Service], tiny: Service) -> None:
+    """Of two that begin together one serves and the other says that the port is taken and never that it is ready."""
+    assert not all("Ready" in service.out for service in two_starts), "Both say that they serve."
+    (loser,) = [service for service in two_starts if service.ended]
+    (winner,) = [service for service in two_starts if not service.ended]
+    assert loser.wait_ended(1) == 1
+    assert f"{winner.port}" in loser.err
+    assert "Ready" not in loser.out
+    winner.wait_ready()
+    for service in (winner, tiny):  # another port is another service
+        assert requests.get(f"{service.url}/health", timeout=10).json() == {"status": "ok"}
+    assert not port_is_free(winner.port)
+
+
+def test_stop_asked_twice_ends_at_once(two_starts: tuple[Service, Service]) -> None:
+    """The second Ctrl-C does not wait for the stream. It ends the one of the two starts that serves."""
+    (service,) = [service for service in two_starts if not service.ended]
+    service.wait_ready()
     service.engine()
     with stream(service, **ENDLESS):
         service.signal(signal.SIGINT)
@@ -171,23 +226,3 @@ def test_start_on_the_port_of_a_running_service_leaves_that_alone(start: Start, 
     assert f"Port {tiny.port}" in second.err
     assert requests.get(f"{tiny.url}/health", timeout=10).json() == {"status": "ok"}
     assert tiny.log_file.read_text().startswith(before)
-
-
-def test_two_starts_at_once_on_one_port_give_one_service(
-    start: Start, tiny: Service, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Of two that begin together one serves and the other says that the port is taken and never that it is ready."""
-    port = free_port()
-    state = {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
-    both = [start("tiny", port=port, name=name, **state) for name in ("one", "other")]
-    wait_until(lambda: any(service.ended for service in both) or all("Ready" in s.out for s in both), BOOT_S, both[0])
-    assert not all("Ready" in service.out for service in both), "Both say that they serve."
-    (loser,) = [service for service in both if service.ended]
-    (winner,) = [service for service in both if not service.ended]
-    assert loser.wait_ended(1) == 1
-    assert f"{port}" in loser.err
-    assert "Ready" not in loser.out
-    winner.wait_ready()
-    for service in (winner, tiny):  # another port is another service
-        assert requests.get(f"{service.url}/health", timeout=10).json() == {"status": "ok"}
-    assert not port_is_free(port)

@@ -1,29 +1,28 @@
-"""What the strategies promise, with the real engine: random lifecycles, fresh randomness, an end that clients hear."""
+"""What the strategies promise, with the real engine: holds, random lifecycles, fresh randomness."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import signal
-import threading
-from collections.abc import Callable
+import socket
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import requests
 
 from bench.lifecycles import Lifecycles
+from service.engine.args import EngineOptions, engine_command
 from service.engine.environment import EngineEnv
+from service.engine.process import EngineProcess, State
+from service.in_engine.vllm_service.events import Event
 from service.registry.models import Registry
-from service.replica.lifecycle import Replica
-from service.replica.plan import Plan
+from service.replica.plan import Snapshot
 
-from .dialogues import dialogue
-from .running import Service, free_port, wait_until
+from .dialogues import TINY, dialogue
+from .running import BOOT_S, free_port
 
-Start = Callable[..., Service]
-SEED = 20261121  # `make soak` takes another each time
+SEED = 20261121  # `make soak` takes another each time, and runs 30 holds and 20 kills
 
 
 @pytest.fixture
@@ -32,67 +31,91 @@ def lifecycles(engine_env_: EngineEnv) -> Lifecycles:
     return Lifecycles(random.Random(SEED))  # noqa: S311 - no secret
 
 
-def test_engine_held_and_released_five_times_is_ready_and_leaves_nothing(lifecycles: Lifecycles) -> None:
-    """At IMPORTED or ASLEEP: released it serves, and afterwards there is no process, socket or file of it."""
-    assert [one for one in (lifecycles.hold_and_release() for _ in range(5)) if not one.good] == []
+def test_replicas_held_and_released_are_ready_draw_other_random_numbers_and_leave_nothing(
+    lifecycles: Lifecycles,
+) -> None:
+    """Released from either hold a replica serves, and afterwards there is no process, socket or file of it.
 
-
-def test_engine_killed_at_random_five_times_is_reported_and_leaves_nothing(lifecycles: Lifecycles) -> None:
-    """Whichever process, whenever: ready all the same, or a sentence that says what happened, and nothing is left."""
-    assert [one for one in (lifecycles.kill_at_random() for _ in range(5)) if not one.good] == []
-
-
-def test_two_replicas_give_different_random_answers(engine_env_: EngineEnv) -> None:
-    """VLLM starts every engine with seed 0, and a snapshot freezes it: each replica gets a randomness of its own."""
-    answers = [_random_answer(engine_env_, snapshot) for snapshot in ("cpu", "gpu")]
+    vLLM starts every engine with seed 0, and a snapshot freezes it: each replica seeds its samplers anew.
+    """
+    answers: list[str] = []
+    holds: tuple[Snapshot, ...] = ("cpu", "gpu")
+    ended = [lifecycles.hold_and_release(hold, lambda port: answers.append(random_answer(port))) for hold in holds]
+    assert [one for one in ended if not one.good] == []
     assert answers[0] != answers[1]
 
 
-def test_replica_of_an_entry_with_a_seed_keeps_it(engine_env_: EngineEnv) -> None:
-    """Whoever writes --seed into an entry wants the same answers from every replica."""
-    answers = [_random_answer(engine_env_, "cpu", extra_args=("--seed", "7")) for _ in range(2)]
-    assert answers[0] == answers[1]
+def test_engine_killed_at_random_three_times_is_reported_and_leaves_nothing(lifecycles: Lifecycles) -> None:
+    """Whichever process, whenever: ready all the same, or a sentence that says what happened, and nothing is left."""
+    assert [one for one in (lifecycles.kill_at_random() for _ in range(3)) if not one.good] == []
 
 
-def _random_answer(env: EngineEnv, snapshot: Any, **fields: Any) -> str:
-    """Return what a fresh replica makes of a prompt at a high temperature."""
-    spec = Registry.load().specs["tiny"].model_copy(update=fields)
-    replica = Replica(Plan(spec, "tiny", env.device, env.python, os.environ, snapshot=snapshot, port=free_port()))
+@dataclass(frozen=True)
+class Seeded:
+    """What was seen of an engine of a registry entry with `--seed`.
+
+    Attributes:
+        listened: Whether its port took connections in the hold.
+        events: Fields of the events of its boot.
+        random_answer: Its first answer, at a high temperature.
+        greedy_answer: Its answer to the dialogue `capital`.
+        ended: Its state after the stop.
+    """
+
+    listened: bool
+    events: dict[Event, dict[str, Any]]
+    random_answer: str
+    greedy_answer: str
+    ended: State
+
+
+@pytest.fixture(scope="module")
+def seeded(engine_env_: EngineEnv) -> tuple[Seeded, Seeded]:
+    """Two engines of one entry with a seed, each held at ASLEEP and released."""
+    return _seeded(engine_env_), _seeded(engine_env_)
+
+
+def _seeded(env: EngineEnv) -> Seeded:
+    spec = Registry.load().specs["tiny"].model_copy(update={"extra_args": ("--seed", "7")})
+    port = free_port()
+    options = EngineOptions(port=port)
+    command = engine_command(spec, TINY, options, default_key="tiny", device=env.device, parent_env=os.environ)
+    events: dict[Event, dict[str, Any]] = {}
+    engine = EngineProcess(command, python=env.python, hold="asleep", on_event=events.__setitem__)
+    engine.spawn()
     try:
-        replica.prepare()
-        replica.start()
-        body = {"model": "llm", "prompt": "Once", "temperature": 2.0, "top_k": -1, "max_tokens": 40, "ignore_eos": True}
-        url = f"http://127.0.0.1:{replica.plan.port}/v1/completions"
-        return str(requests.post(url, json=body, timeout=60).json()["choices"][0]["text"])
+        engine.wait_for(State.ASLEEP, BOOT_S)
+        with socket.socket() as probe:
+            listened = probe.connect_ex(("127.0.0.1", port)) == 0
+        engine.release()
+        engine.wait_for(State.READY, BOOT_S)
+        drawn = random_answer(port)
+        body = {"model": "llm", **dialogue("capital").request}
+        answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+        greedy = answer.json()["choices"][0]["message"]["content"]
     finally:
-        replica.stop(0)
+        engine.stop(5)
+    return Seeded(listened, events, drawn, greedy, engine.state)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_stop_cuts_a_stream_with_an_error_event_and_refuses_new_requests(start: Start, path: str) -> None:
-    """During the drain a new request gets 503 and when to come again; what outlives the drain ends with an error."""
-    service = start("tiny").wait_ready()
-    service.engine()
-    body = {"model": "llm", "stream": True, "n": 16, "max_tokens": 1900, "ignore_eos": True, "prompt": "One two three"}
-    body |= dialogue("count").request
-    with requests.post(f"{service.url}{path}", json=body, stream=True, timeout=120) as answer:
-        assert answer.status_code == 200, answer.text
-        lines = answer.iter_lines()
-        next(lines)
-        refused: list[requests.Response] = []
+def test_engine_held_asleep_has_no_port_and_wakes_with_the_same_canary(seeded: tuple[Seeded, Seeded]) -> None:
+    """Built, warmed and asleep without a listener; after the release it wakes, repeats its canary and serves."""
+    for seen in seeded:
+        assert not seen.listened
+        assert seen.events[Event.WOKEN]["different"] is None
+        assert seen.events[Event.WOKEN]["tokens"] == seen.events[Event.CANARY]["tokens"]
+        assert seen.events[Event.CANARY]["tokens"]
+        assert seen.greedy_answer == dialogue("capital").content
+        assert seen.ended is State.STOPPED
 
-        def ask() -> None:
-            wait_until(lambda: "Stopping" in service.err, 10, service)
-            while not refused or refused[-1].status_code == 200:
-                short = {**body, "stream": False, "n": 1, "max_tokens": 1}
-                refused.append(requests.post(f"{service.url}{path}", json=short, timeout=10))
 
-        asker = threading.Thread(target=ask)
-        asker.start()
-        service.signal(signal.SIGINT)
-        *_, error, done = [line.decode() for line in lines if line]
-        asker.join(10)
-    assert (refused[-1].status_code, refused[-1].headers["Retry-After"]) == (503, "5")
-    assert done == "data: [DONE]"
-    assert json.loads(error.removeprefix("data: "))["error"]["type"] == "service_unavailable"
-    assert service.wait_ended(10) == 0
+def test_engines_of_an_entry_with_a_seed_keep_it(seeded: tuple[Seeded, Seeded]) -> None:
+    """A user who writes --seed into an entry wants the same answers from every replica."""
+    assert seeded[0].random_answer == seeded[1].random_answer
+
+
+def random_answer(port: int) -> str:
+    """Return what an engine makes of a prompt at a high temperature."""
+    body = {"model": "llm", "prompt": "Once", "temperature": 2.0, "top_k": -1, "max_tokens": 40, "ignore_eos": True}
+    answer = requests.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+    return str(answer.json()["choices"][0]["text"])
