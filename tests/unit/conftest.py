@@ -26,7 +26,7 @@ FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Take away what the developer's shell says about this service; caches and logs go to a directory of the test."""
+    """Remove this service's variables of the developer's shell; caches and logs go to a directory of the test."""
     for name in os.environ:
         if name.startswith(_OURS):
             monkeypatch.delenv(name)
@@ -36,7 +36,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def port() -> int:
-    """Return a port of loopback that nobody listens on."""
+    """Return a free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

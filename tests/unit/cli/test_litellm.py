@@ -1,4 +1,4 @@
-"""What LiteLLM is told: names, address, timeouts, no key; and the example that people copy."""
+"""The LiteLLM configuration: names, URL, timeouts, no key; and the example that people copy."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_help_lists_the_commands(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("command", ["up", "models"])
-def test_help_of_a_command_tells_its_options(run: Run, command: str) -> None:
+def test_help_of_a_command_lists_its_options(run: Run, command: str) -> None:
     """Each explains itself."""
     done = run(command, "--help")
 
@@ -194,7 +194,7 @@ def test_up_on_a_taken_port_names_another(run: Run, home: Path, port: int) -> No
         )
 
 
-def test_up_on_a_taken_port_leaves_the_log_of_whoever_has_it(run: Run, home: Path, port: int) -> None:
+def test_up_on_a_taken_port_keeps_the_log_of_the_other_process(run: Run, home: Path, port: int) -> None:
     """The service that runs there writes its log at this very place."""
     log = home / ".local" / "state" / "vllm-service" / f"engine-{port}.log"
     log.parent.mkdir(parents=True)

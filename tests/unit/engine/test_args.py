@@ -202,7 +202,7 @@ def test_argv_of_a_draft_without_a_repository_names_no_model() -> None:
 
 
 def test_command_carries_host_and_port() -> None:
-    """What the supervisor polls is what the engine was told."""
+    """The supervisor polls the host and port that the engine's command has."""
     made = command("tiny", EngineOptions(host="0.0.0.0", port=9))
 
     assert (made.host, made.port) == ("0.0.0.0", 9)

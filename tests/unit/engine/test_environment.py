@@ -24,7 +24,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 class Installer:
-    """Stands for uv: makes what `venv` makes, notes its arguments, fails when told to; knows no other commands."""
+    """A fake uv: creates what `venv` creates, records its arguments, fails on demand; rejects other commands."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []

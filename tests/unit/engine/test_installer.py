@@ -24,7 +24,7 @@ WAITS_S = 10
 @pytest.fixture
 def uv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> UV:
     """Return a function that puts a Python program in uv's place."""
-    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # nobody asks pip then
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # pip's configuration is not read then
 
     def replace(program: str) -> None:
         script, wrapper = tmp_path / "uv.py", tmp_path / "python"
@@ -117,7 +117,7 @@ def test_uv_that_fails_leaves_its_last_words(uv: UV, printed: str, kept: list[st
 
 
 def test_uv_ends_when_its_caller_is_interrupted(uv: UV) -> None:
-    """Ctrl-C reaches whoever waits for uv; no uv goes on installing behind its back."""
+    """Ctrl-C interrupts the wait for uv, and uv ends too."""
     uv("print('begun\\n'); time.sleep(60)")
     before = set(psutil.Process().children())
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))

@@ -1,4 +1,4 @@
-"""EngineProcess against the fake engine: states, holds, waiting, and what each wait says when it is in vain."""
+"""EngineProcess against the fake engine: states, holds, waits, and the error of each wait that fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Command = Callable[..., EngineCommand]
 
 @pytest.fixture
 def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
-    """Return a function that spawns an engine from a script; it is gone after the test."""
+    """Return a function that spawns an engine from a script; it is stopped after the test."""
     engines: list[EngineProcess] = []
 
     def spawn(hold: Any = "", on_event: Any = None, **script: Any) -> EngineProcess:
@@ -40,13 +40,13 @@ def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
 
 
 def released(engine: EngineProcess) -> dict[str, Any]:
-    """Return what the fake says it was told at its release."""
+    """Return what the fake engine received with its release."""
     lines = lambda: [line for line in engine.log.lines if line.startswith("release ")]  # noqa: E731
     assert eventually(lambda: bool(lines()))
     return dict(json.loads(lines()[0].removeprefix("release ")))
 
 
-def test_engine_without_hold_goes_to_ready_and_tells_each_step(start: Start) -> None:
+def test_engine_without_hold_gets_ready_and_reports_each_step(start: Start) -> None:
     """A release that comes early is kept until the engine asks for it."""
     events: list[str] = []
     engine = start(on_event=lambda name, _: events.append(name))
@@ -71,7 +71,7 @@ def test_engine_events_carry_times_in_order(start: Start) -> None:
 
 
 def test_engine_ready_reports_no_heartbeat(start: Start) -> None:
-    """A heartbeat is for the supervisor alone: it comes for as long as the engine lives, and belongs to no boot."""
+    """Heartbeats are for the supervisor only: they are no events of the boot."""
     events: list[str] = []
     engine = start(on_event=lambda name, _: events.append(name))
     engine.release()
@@ -106,7 +106,7 @@ def test_engine_held_stays_until_the_release(start: Start, hold: str, held_at: S
     assert engine.state is State.READY
 
 
-def test_engine_asleep_tells_the_canary_before_and_after(start: Start) -> None:
+def test_engine_asleep_reports_the_canary_before_and_after(start: Start) -> None:
     """READY comes only after the engine has woken, not with the canary before the sleep."""
     events: list[str] = []
     engine = start("asleep", on_event=lambda name, _: events.append(name))
@@ -119,7 +119,7 @@ def test_engine_asleep_tells_the_canary_before_and_after(start: Start) -> None:
     assert events[7:] == ["awake", "woken", "opening", "ready"]
 
 
-def test_engine_release_hands_on_digests_by_pipe_only(start: Start) -> None:
+def test_engine_release_sends_digests_by_pipe_only(start: Start) -> None:
     """What the engine accepts as keys is in no argument and no variable."""
     engine = start()
     engine.release(["ab" * 32])
@@ -139,7 +139,7 @@ def test_engine_release_after_its_end_raises_nothing(start: Start) -> None:
 
 
 def test_engine_release_without_keys_says_so(start: Start) -> None:
-    """No keys is sent as an empty list, which the guard tells from no release."""
+    """No keys are sent as an empty list, which the guard distinguishes from no release."""
     engine = start()
     engine.release()
     engine.wait_for(State.READY, READY_S)
@@ -187,7 +187,7 @@ def test_engine_wait_for_a_passed_state_returns_at_once(start: Start) -> None:
     engine.wait_for(State.ASLEEP, 0)
 
 
-def test_engine_stopped_while_somebody_waits_raises_there(start: Start) -> None:
+def test_engine_stopped_during_a_wait_raises_in_the_waiting_thread(start: Start) -> None:
     """A waiter does not sit out its time when another thread stops the engine."""
     engine = start("imported")
     engine.wait_for(State.IMPORTED, READY_S)
@@ -207,7 +207,7 @@ def test_engine_stopped_while_somebody_waits_raises_there(start: Start) -> None:
     assert "was stopped" in str(caught[0])
 
 
-def test_engine_wait_ended_tells_whether_it_ended(start: Start) -> None:
+def test_engine_wait_ended_returns_whether_it_ended(start: Start) -> None:
     """False after the timeout, True after the end."""
     engine = start("imported")
     assert engine.wait_ended(0.05) is False

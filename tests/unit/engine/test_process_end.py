@@ -30,7 +30,7 @@ TRACEBACK = ["Traceback (most recent call last):", '  File "x.py", line 1, in f'
 
 @pytest.fixture
 def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
-    """Return a function that spawns an engine from a script and brings it to a state; it is gone after the test."""
+    """Return a function that spawns an engine from a script and brings it to a state; it is stopped after the test."""
     engines: list[EngineProcess] = []
 
     def spawn(until: State = State.READY, on_death: Any = None, **script: Any) -> EngineProcess:
@@ -128,7 +128,7 @@ def test_death_without_a_traceback_names_the_last_line(start: Start) -> None:
 
 
 def test_death_after_ready_calls_on_death_once_with_the_reason(start: Start) -> None:
-    """The one who serves is told by a call, with the root line, and later waits raise the same."""
+    """`on_death` is called with the root cause, and later waits raise the same error."""
     deaths: list[EngineError] = []
     engine = start(on_death=deaths.append, last_lines=TRACEBACK)
     ask_to_die(engine, 9)
@@ -179,7 +179,7 @@ def test_death_of_the_leader_ends_its_grandchild(start: Start) -> None:
     assert group(engine.pid) == []
 
 
-def test_death_where_nobody_reaps_orphans_is_reported_at_once(start: Start) -> None:
+def test_death_where_no_process_reaps_orphans_is_reported_at_once(start: Start) -> None:
     """In a container whose first process reaps nothing, a dead worker stays a zombie for ever: it runs no more."""
     engine = start(grandchild=True)
     grandchild = next(pid for pid in group(engine.pid) if pid != engine.pid)

@@ -1,4 +1,4 @@
-"""An engine that lives and does nothing: noticed by the heartbeat it lacks, killed, and said so."""
+"""An engine that runs but hangs: the watchdog misses its heartbeat, kills it, and reports it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def deaths() -> list[EngineError]:
 
 @pytest.fixture
 def start(fake_command: Command, fake_python: str, deaths: list[EngineError]) -> Iterator[Start]:
-    """Return a function that spawns an engine from a script and brings it to READY; it is gone after the test."""
+    """Return a function that spawns an engine from a script and brings it to READY; it is stopped after the test."""
     engines: list[EngineProcess] = []
 
     def spawn(hang_s: float, hold: Any = "", **script: Any) -> EngineProcess:
@@ -72,7 +72,7 @@ def test_engine_with_a_heartbeat_stays_ready(start: Start, deaths: list[EngineEr
 
 
 def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[EngineError]) -> None:
-    """SIGSTOP, or a driver that never returns: no process ends, and still somebody must see it."""
+    """With SIGSTOP, or a driver that never returns, no process ends, and the hang is noticed all the same."""
     engine = start(3.0)
     os.kill(engine.pid, signal.SIGSTOP)
 
@@ -82,7 +82,7 @@ def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[En
 
 
 def test_engine_asleep_needs_no_heartbeat(start: Start, deaths: list[EngineError]) -> None:
-    """A snapshot may be restored days later; only what is open is asked for life."""
+    """A snapshot may be restored days later; only an engine with an open port needs a heartbeat."""
     engine = start(0.05, "asleep")
 
     assert not engine.wait_ended(0.3)
@@ -90,7 +90,7 @@ def test_engine_asleep_needs_no_heartbeat(start: Start, deaths: list[EngineError
 
 
 def test_stop_of_an_engine_that_hangs_comes_before_the_hang_is_noticed(start: Start, deaths: list[EngineError]) -> None:
-    """It is gone in the time that any engine gets, and is no death."""
+    """The engine ends within the usual time, and `on_death` is not called."""
     engine = start(60, hang_at="heartbeat")
     os.kill(engine.pid, signal.SIGSTOP)
     began = time.monotonic()

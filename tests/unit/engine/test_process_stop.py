@@ -25,7 +25,7 @@ Command = Callable[..., EngineCommand]
 
 @pytest.fixture
 def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
-    """Return a function that spawns an engine from a script and brings it to a state; it is gone after the test."""
+    """Return a function that spawns an engine from a script and brings it to a state; it is stopped after the test."""
     engines: list[EngineProcess] = []
 
     def spawn(until: State = State.READY, hold: Any = "", on_event: Any = None, **script: Any) -> EngineProcess:
@@ -43,7 +43,7 @@ def start(fake_command: Command, fake_python: str) -> Iterator[Start]:
 
 
 def stop(engine: EngineProcess, grace_s: float) -> float:
-    """Stop the engine, insist that it is gone as it was asked to, and return the seconds that it took."""
+    """Stop the engine, assert that it has ended as requested, and return the seconds that it took."""
     began = time.monotonic()
     engine.stop(grace_s)
     took_s = time.monotonic() - began
@@ -57,7 +57,7 @@ def drains(engine: EngineProcess) -> list[str]:
     return [line for line in engine.log.lines if line.startswith("drain ")]
 
 
-def test_stop_tells_the_grace_to_the_engine(start: Start) -> None:
+def test_stop_sends_the_grace_to_the_engine(start: Start) -> None:
     """The engine refuses new requests and ends old ones; it must know until when."""
     engine = start()
     stop(engine, GRACE_S)
@@ -66,7 +66,7 @@ def test_stop_tells_the_grace_to_the_engine(start: Start) -> None:
 
 
 def test_stop_with_nothing_in_flight_returns_long_before_the_grace_is_over(start: Start) -> None:
-    """The grace is for requests; nobody waits for none."""
+    """The grace is for requests in flight; without any the stop does not wait."""
     assert stop(start(), GRACE_S) < GRACE_S / 4
 
 
@@ -77,7 +77,7 @@ def test_stop_with_a_request_in_flight_waits_for_the_grace_and_not_much_longer(s
     assert 0.5 <= took_s < 0.5 + CANCEL_S + TERMINATE_S + SLACK_S
 
 
-def test_stop_without_a_grace_asks_nobody(start: Start) -> None:
+def test_stop_without_a_grace_sends_no_drain(start: Start) -> None:
     """A failed boot and a second Ctrl-C end at once."""
     engine = start(in_flight=True, ignore_sigterm=True)
 
@@ -156,7 +156,7 @@ def test_stop_without_a_grace_ends_one_that_waits(start: Start) -> None:
 
 
 def test_stop_reports_no_phase_of_the_boot(start: Start) -> None:
-    """`on_event` tells of the boot; that the drain is over is for `stop` alone."""
+    """`on_event` gets the events of the boot; only `stop` gets the end of the drain."""
     events: list[str] = []
     engine = start(on_event=lambda name, _: events.append(name))
     stop(engine, GRACE_S)

@@ -46,11 +46,11 @@ def test_compare_within_the_noise_of_kernels_is_none(drift: float) -> None:
 
 
 @pytest.mark.parametrize("drift", [TOLERANCE * 1.5, -TOLERANCE * 1.5])
-def test_compare_beyond_the_noise_is_told_with_both_values(drift: float) -> None:
+def test_compare_beyond_the_noise_names_both_values(drift: float) -> None:
     """The token is the same, the memory behind it is not."""
-    told = compare(BEFORE, changed(2, 3, {3: -0.2 + drift, 4: -1.9}))
+    difference = compare(BEFORE, changed(2, 3, {3: -0.2 + drift, 4: -1.9}))
 
-    assert told == f"token 2 has logprob {-0.2 + drift:.3f} instead of -0.200"
+    assert difference == f"token 2 has logprob {-0.2 + drift:.3f} instead of -0.200"
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_compare_beyond_the_noise_is_told_with_both_values(drift: float) -> None
         (2, 4, {4: -1.9, 9: -2.0}),  # what it was before is nowhere near now
     ],
 )
-def test_compare_in_a_token_is_told_with_both(place: int, token: int, logprobs: dict[int, float]) -> None:
+def test_compare_with_another_token_names_both(place: int, token: int, logprobs: dict[int, float]) -> None:
     """The first place that differs is named."""
-    told = compare(BEFORE, changed(place, token, logprobs))
+    difference = compare(BEFORE, changed(place, token, logprobs))
 
-    assert told == f"token {place} is {token} instead of {BEFORE.tokens[place - 1]}"
+    assert difference == f"token {place} is {token} instead of {BEFORE.tokens[place - 1]}"
 
 
 def test_compare_between_two_tied_tokens_is_none() -> None:
@@ -77,7 +77,7 @@ def test_compare_between_two_tied_tokens_is_none() -> None:
     assert compare(before, after) is None
 
 
-def test_compare_between_tokens_that_were_tied_only_before_is_told() -> None:
+def test_compare_between_tokens_that_were_tied_only_before_is_a_difference() -> None:
     """A tie that came apart is more than noise."""
     before = canary_of((7, {7: -0.70, 8: -0.72}))
     after = canary_of((8, {8: -0.1, 7: -3.0}))
@@ -88,13 +88,13 @@ def test_compare_between_tokens_that_were_tied_only_before_is_told() -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [(-0.2, NAN), (NAN, -0.2), (NAN, NAN), (-0.2, -math.inf), (-0.2, math.inf)]
 )
-def test_compare_with_what_is_no_number_is_told(before: float, after: float) -> None:
+def test_compare_with_nan_is_a_difference(before: float, after: float) -> None:
     """An engine full of NaN is broken, also when it was before."""
     assert compare(canary_of((3, {3: before})), canary_of((3, {3: after}))) is not None
 
 
 @pytest.mark.parametrize("length", [0, 2])
-def test_compare_in_length_is_told(length: int) -> None:
+def test_compare_with_another_length_is_a_difference(length: int) -> None:
     """The canary is of a fixed length: fewer tokens are a failure."""
     short = Canary(BEFORE.tokens[:length], BEFORE.logprobs[:length])
 

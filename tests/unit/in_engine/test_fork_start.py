@@ -25,7 +25,7 @@ def test_fork_returns_what_the_call_returns() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_fork_that_raises_tells_what(capfd: pytest.CaptureFixture[str]) -> None:
+def test_fork_that_raises_reports_the_error(capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing of it is on stderr: the first traceback of an engine's log is taken for the cause of its death."""
     with pytest.raises(fork_start.ForkError, match="ZeroDivisionError: division by zero"):
         fork_start.in_fork(lambda: 1 / 0, 10)

@@ -96,7 +96,7 @@ def heartbeats(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s
 
 
 def test_heartbeat_of_a_busy_engine_that_makes_steps_is_emitted_at_each_look(steps: Steps) -> None:
-    """Tokens come: it lives, and need not be asked."""
+    """While tokens are generated the engine is not probed."""
 
     def step(_: int) -> None:
         steps.value += 3

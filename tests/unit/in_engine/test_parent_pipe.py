@@ -73,7 +73,7 @@ class Engine:
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """Return a process with a parent pipe; it is gone after the test."""
+    """Return a process with a parent pipe; it is killed after the test."""
     started = Engine()
     yield started
     started.process.kill()
@@ -146,7 +146,7 @@ def test_parent_pipe_of_a_forked_child_is_none_and_passes_to_no_program(engine: 
 
 @pytest.mark.parametrize("released", [False, True])
 def test_end_of_the_commands_kills_the_group(engine: Engine, released: bool) -> None:
-    """The parent is gone: nothing may hold a GPU that no parent watches."""
+    """When the parent has ended, no process may hold a GPU without a parent that watches it."""
     if released:
         engine.send({"command": "release"})
         engine.heard()

@@ -182,7 +182,7 @@ def test_weights_over_the_memory_are_refused_before_anything_is_built(
 def test_serve_until_a_signal_drains_and_returns(
     reporter: Reporter, engine: None, port: int, number: signal.Signals
 ) -> None:
-    """Ready, then the signal: everything is gone, nothing is raised, and the handlers are what they were."""
+    """After the signal all processes have ended, nothing is raised, and the previous handlers are restored."""
     before = signal.getsignal(number)
     ready: list[serve.Ready] = []
 
@@ -223,7 +223,7 @@ def test_serve_whose_engine_dies_raises_the_reason(reporter: Reporter, engine: N
         serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, on_ready, environ={})
 
 
-def test_serve_with_keys_hands_on_their_digests_only(
+def test_serve_with_keys_passes_their_digests_only(
     reporter: Reporter, engine: None, port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The engine's environment, arguments and output never hold the key."""

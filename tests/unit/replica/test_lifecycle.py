@@ -1,4 +1,4 @@
-"""A replica's life against the fake engine: prepare, (checkpoint), start, stop."""
+"""A replica's lifecycle against the fake engine: prepare, (checkpoint), start, stop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_replica_started_has_a_span_for_each_phase(plan: Plan) -> None:
         assert 0 <= span.start <= span.end <= round(replica.ready_after_s, 3)
 
 
-def test_replica_tells_its_phases_as_they_pass(plan: Plan) -> None:
+def test_replica_reports_its_phases_as_they_pass(plan: Plan) -> None:
     """By the names of the engine's own events; the local run shows them."""
     events: list[str] = []
     replica = Replica(plan, on_event=events.append)
@@ -159,7 +159,7 @@ def test_replica_interrupted_leaves_nothing(plan: Plan) -> None:
     assert group(replica.engine.pid) == []
 
 
-def test_replica_whose_engine_dies_later_tells_once(plan: Plan) -> None:
+def test_replica_whose_engine_dies_later_reports_it_once(plan: Plan) -> None:
     """`start` has returned: the one who serves learns it by a call."""
     deaths: list[EngineError] = []
     replica = Replica(plan, on_death=deaths.append)
@@ -172,7 +172,7 @@ def test_replica_whose_engine_dies_later_tells_once(plan: Plan) -> None:
     assert ["SIGKILL" in str(death) for death in deaths] == [True]
 
 
-def test_replica_whose_engine_hangs_tells_once(plan: Plan) -> None:
+def test_replica_whose_engine_hangs_reports_it_once(plan: Plan) -> None:
     """A hang is a death that had to be found."""
     deaths: list[EngineError] = []
     replica = Replica(scripted(plan, hang_s=3.0, script={"hang_at": "heartbeat"}), on_death=deaths.append)
@@ -184,7 +184,7 @@ def test_replica_whose_engine_hangs_tells_once(plan: Plan) -> None:
     replica.stop()
 
 
-def test_replica_whose_engine_dies_before_it_is_ready_calls_nobody(plan: Plan) -> None:
+def test_replica_whose_engine_dies_before_it_is_ready_does_not_call_on_death(plan: Plan) -> None:
     """Before, `start` raises; who replaces replicas would do it twice."""
     deaths: list[EngineError] = []
     replica = Replica(scripted(plan, script={"die_at": "canary"}), on_death=deaths.append)

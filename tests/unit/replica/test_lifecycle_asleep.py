@@ -41,7 +41,7 @@ class Watched(Replica):
         self.sleeper: EngineProcess = self.engine
 
     def assert_booted_cold(self, reason: str, warnings: list[str]) -> None:
-        """Insist that another engine is READY, the first is gone, and the reason was logged."""
+        """Assert that another engine is READY, the first has ended, and the reason was logged."""
         assert self.engine is not self.sleeper
         self.engine.wait_for(State.READY, 0)
         assert group(self.sleeper.pid) == []
@@ -59,7 +59,7 @@ def asleep(plan: Plan, **changes: Any) -> Watched:
 
 
 def test_replica_under_a_gpu_snapshot_is_held_asleep_with_no_port(plan: Plan) -> None:
-    """Built, warmed up and heard before the checkpoint; no socket is open, and it was told no key."""
+    """The engine is built, warmed up and has its canary before the checkpoint; it has no open socket and no key."""
     replica = asleep(plan)
     try:
         assert replica.engine.state is State.ASLEEP
@@ -87,7 +87,7 @@ def test_replica_that_wakes_is_ready_with_the_same_engine(plan: Plan, warnings: 
 
 
 def test_replica_that_wakes_as_another_is_booted_cold(plan: Plan, warnings: Warnings) -> None:
-    """A restore that brought its memory back wrong must never answer anybody."""
+    """An engine whose memory was restored wrong must never serve a request."""
     replica = asleep(plan, script={"different": True, "grandchild": True})
     replica.start()
     try:
@@ -131,7 +131,7 @@ def test_replica_whose_engine_dies_while_it_wakes_is_booted_cold(plan: Plan, ste
         replica.stop()
 
 
-def test_replica_booted_cold_and_dead_later_tells_it(plan: Plan) -> None:
+def test_replica_booted_cold_and_dead_later_reports_it(plan: Plan) -> None:
     """The second engine is watched as the first would have been."""
     replica = asleep(plan, script={"different": True})
     replica.start()
@@ -143,7 +143,7 @@ def test_replica_booted_cold_and_dead_later_tells_it(plan: Plan) -> None:
 
 
 def test_replica_whose_cold_boot_fails_as_well_leaves_nothing(plan: Plan) -> None:
-    """The second failure is the one that is raised; both engines are gone."""
+    """The second failure is raised, and both engines have ended."""
     script = {"different": True, "die_at": "building", "code": 5, "only": "imported", "grandchild": True}
     replica = asleep(plan, script=script)
     with pytest.raises(EngineError, match="code 5"):
@@ -176,7 +176,9 @@ def test_replica_that_wakes_in_the_moment_it_is_given_up_is_not_taken_for_ready(
 
     def see(event: str) -> None:
         if event == "ready":
-            replica.sleeper.wait_ended(READY_S)  # given up: the engine has said so, and nobody has seen it yet
+            replica.sleeper.wait_ended(
+                READY_S
+            )  # the engine has reported its failure, which the replica has not read yet
 
     replica._on_event = see
     with pytest.raises(EngineError, match="code 5"):
@@ -190,7 +192,7 @@ def test_replica_restored_has_spans_before_zero(plan: Plan) -> None:
     """What the snapshot holds was paid by an earlier replica; what came after counts from the restore."""
     replica = asleep(plan)
     before = replica.id
-    time.sleep(0.01)  # spans are told to the millisecond
+    time.sleep(0.01)  # spans have a resolution of a millisecond
     replica.start(restored=True)
     replica.stop()
     record = replica.records[0]
@@ -203,7 +205,7 @@ def test_replica_restored_has_spans_before_zero(plan: Plan) -> None:
     assert (record.restored, record.id == replica.id, replica.id == before) == (True, True, False)
 
 
-def test_replica_not_restored_tells_how_long_the_checkpoint_took(plan: Plan) -> None:
+def test_replica_not_restored_records_how_long_the_checkpoint_took(plan: Plan) -> None:
     """The first replica takes the snapshot itself, between its two hooks."""
     replica = asleep(plan)
     time.sleep(0.1)
@@ -237,7 +239,7 @@ def test_replica_of_several_gpus_is_refused_a_gpu_snapshot(plan: Plan) -> None:
     assert [record.outcome for record in replica.records] == ["failed"]
 
 
-def test_replica_asleep_on_a_gpu_is_told_to_sleep_and_the_cold_one_is_not(plan: Plan) -> None:
+def test_replica_asleep_on_a_gpu_gets_the_sleep_flag_and_the_cold_one_does_not(plan: Plan) -> None:
     """Sleep mode takes memory and time that an engine which never sleeps need not pay."""
     replica = asleep(plan, device="cuda", script={"different": True})
     argv = replica.sleeper.command.argv
