@@ -12,7 +12,7 @@ os.environ.update(ONE_THREAD)
 
 # Fixtures that take seconds to make (engines, proxies): all files with a test that uses one go to one worker, which
 # makes it once. Every other file is a group of its own.
-SHARED = ("served", "tiny")
+SHARED = ("served", "tiny", "generating")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from service.engine import environment as engine_environment
 
+from .guarded import KEYS, Guarded, guarded
 from .running import GONE_S, Service
 
 HERE = Path(__file__).parent
@@ -48,6 +49,13 @@ def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert service.wait_ended(GONE_S) == 0, service.story
         service.wait_gone(asked + GONE_S)
         assert time.monotonic() - asked < GONE_S
+
+
+@pytest.fixture(scope="session")
+def generating(engine_env_: engine_environment.EngineEnv) -> Iterator[Guarded]:
+    """A generating engine behind its guard, with keys and no gateway in front."""
+    with guarded(engine_env_, KEYS) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

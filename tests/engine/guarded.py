@@ -23,6 +23,7 @@ from .exposure import Answer, Case
 from .routes import registered_routes
 from .running import free_port
 
+KEYS = ("sk-alice-4f1c9a", "sk-bob-77e0d2", "sk-default-0b5e31")
 POOLING = ("--runner", "pooling", "--convert", "embed")  # makes an embedding model of the tiny one
 _ANSWER_S = 10  # the guard and vLLM answer within milliseconds; one that waits for a body never does
 

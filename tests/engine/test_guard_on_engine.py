@@ -16,11 +16,10 @@ from service.engine.environment import EngineEnv
 
 from .dialogues import QUESTION, dialogue
 from .exposure import BODY_LIMIT, BODY_LIMITS, MIB, Case, cases, violations
-from .guarded import POOLING, Guarded, guarded
+from .guarded import KEYS, POOLING, Guarded, guarded
 from .routes import ALLOWED, ask, ask_in_chunks, error_of
 from .running import session_members
 
-KEYS = ("sk-alice-4f1c9a", "sk-bob-77e0d2", "sk-default-0b5e31")
 # Each with a body of its own; the two that name a stored response are answered by vLLM in words.
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": QUESTION,
@@ -36,13 +35,6 @@ WEBSOCKET = (
     "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     "Authorization: Bearer {key}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-
-
-@pytest.fixture(scope="module")
-def generating(engine_env_: EngineEnv) -> Iterator[Guarded]:
-    """A generating engine with keys."""
-    with guarded(engine_env_, KEYS) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 import requests
 
-from service.engine.environment import EngineEnv
 from service.in_engine.vllm_service import request_lists
-from service.registry.models import Registry
-from service.replica.lifecycle import Replica
-from service.replica.plan import Plan
 
-from .running import free_port
+from .guarded import Guarded
 
 USER = {"role": "user", "content": "Count: one two three"}
 RESPONSES, CHAT, MESSAGES = "/v1/responses", "/v1/chat/completions", "/v1/messages"
@@ -52,29 +46,15 @@ print(json.dumps([
 """
 
 
-@pytest.fixture(scope="module")
-def replica(engine_env_: EngineEnv) -> Iterator[Replica]:
-    """The tiny model's engine with its guard, and no gateway in front."""
-    spec = Registry.load().specs["tiny"]
-    plan = Plan(spec, "tiny", engine_env_.device, engine_env_.python, os.environ, snapshot="off", port=free_port())
-    replica = Replica(plan)
-    try:
-        replica.prepare()
-        replica.start()
-        yield replica
-    finally:
-        replica.stop(0)
-
-
-def post(replica: Replica, path: str, **fields: Any) -> requests.Response:
+def post(engine: Guarded, path: str, **fields: Any) -> requests.Response:
     """Post a body of these fields."""
     body = {"model": "llm", "max_output_tokens" if path == RESPONSES else "max_tokens": 1, **fields}
-    return requests.post(f"http://127.0.0.1:{replica.plan.port}{path}", json=body, timeout=120)
+    return requests.post(f"{engine.url}{path}", json=body, headers=engine.headers, timeout=120)
 
 
-def used(replica: Replica) -> tuple[float, int]:
+def used(engine: Guarded) -> tuple[float, int]:
     """Return the API process's seconds of CPU and its bytes of memory."""
-    process = psutil.Process(replica.engine.pid)
+    process = psutil.Process(engine.pid)
     times = process.cpu_times()
     return times.user + times.system, process.memory_info().rss
 
@@ -99,13 +79,15 @@ def used(replica: Replica) -> tuple[float, int]:
         *("items too many", "tools empty", "include numbers", "messages empty", "parts numbers", "anthropic empty"),
     ],
 )
-def test_bad_list_is_400_in_a_second_and_costs_no_memory(replica: Replica, path: str, fields: dict[str, Any]) -> None:
+def test_bad_list_is_400_in_a_second_and_costs_no_memory(
+    generating: Guarded, path: str, fields: dict[str, Any]
+) -> None:
     """What the guard lets through for want of a field ends at the first such item; others are answered at once."""
-    before_s, before = used(replica)
+    before_s, before = used(generating)
     began = time.monotonic()
-    answer = post(replica, path, **fields)
+    answer = post(generating, path, **fields)
     took_s = time.monotonic() - began
-    after_s, after = used(replica)
+    after_s, after = used(generating)
 
     assert answer.status_code == 400, answer.text[:500]
     assert after_s - before_s < CPU_S, f"{after_s - before_s:.1f} s of CPU, {took_s:.1f} s in all"
@@ -114,11 +96,11 @@ def test_bad_list_is_400_in_a_second_and_costs_no_memory(replica: Replica, path:
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (RESPONSES, "input"), (MESSAGES, "messages")])
-def test_long_conversation_is_served(replica: Replica, path: str, field: str) -> None:
+def test_long_conversation_is_served(generating: Guarded, path: str, field: str) -> None:
     """As many turns as the tiny model's context holds."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 100
 
-    answer = post(replica, path, **{field: [*turns, USER]})
+    answer = post(generating, path, **{field: [*turns, USER]})
 
     assert answer.status_code == 200, answer.text[:500]
 
