@@ -12,6 +12,7 @@ app = typer.Typer(
     name="vllm-service",
     help="Open language models behind an OpenAI-compatible API: on this machine, or deployed to Modal.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
