@@ -56,7 +56,7 @@ class Bench:
         env = environment.ensure()
         spec = Registry.load().specs["tiny"]
         versions = environment.versions(env.device)
-        caches = Caches(environment.compiled(), versions, model=spec.key)
+        caches = Caches(environment.compile_cache_dir(), versions, model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, versions=versions, caches=caches)
 
     def round(self) -> None:

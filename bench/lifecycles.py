@@ -60,7 +60,7 @@ class Lifecycles:
         self._random = rng
         env = environment.ensure()
         spec = Registry.load().specs["tiny"]
-        caches = Caches(environment.compiled(), environment.versions(env.device), model=spec.key)
+        caches = Caches(environment.compile_cache_dir(), environment.versions(env.device), model=spec.key)
         self._plan = Plan(spec, spec.key, env.device, env.python, os.environ, caches=caches)
 
     def hold_and_release(

@@ -88,7 +88,7 @@ def ensure(
     return env
 
 
-def compiled() -> Path:
+def compile_cache_dir() -> Path:
     """Return where engines of this machine keep what they compile."""
     return _cache_home() / "compiled"
 

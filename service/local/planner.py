@@ -125,7 +125,7 @@ class LocalPlanner:
             port=port,
             shutdown=LOCAL_SHUTDOWN,
             versions=versions,
-            caches=Caches(environment.compiled(), versions, model=spec.key),
+            caches=Caches(environment.compile_cache_dir(), versions, model=spec.key),
             records=records.local_directory(),
         )
 
