@@ -32,7 +32,8 @@ _TEXTS = {
 class Settings(BaseModel):
     """All settings of a deployment or a local run, one `SERVICE_` variable a field.
 
-    A field that is None takes the registry entry's value (`gpu`, `n_gpu`) or is derived (`app`, `hub_secret`).
+    A field that is None takes the registry entry's value (`gpu`, `n_gpu`), is derived (`app`, `hub_secret`), or is left
+    to Modal or vLLM (`region`, `max_containers`, `target_inputs`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -170,7 +170,7 @@ def describe(event: ModelReady | RevisionRemoved) -> str:
     if event.damage:
         return "\n".join([f"{at} is damaged", *(f"  {line}" for line in event.damage)])
     if not event.size:
-        return f"{at} matches the hub"
+        return f"{at} matches the checksums that the hub gave"
     return f"{at} is complete, {size(event.size)}{'' if event.fetched else ', already in the cache'}"
 
 

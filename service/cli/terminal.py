@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from service.engine.installer import InstallProgress
     from service.local.serve import Ready
 
-TABLE_WIDTH = 120  # a terminal that is narrower wraps whole lines, which reads better than cut columns
+TABLE_WIDTH = 120  # of lines that are filled; a narrower terminal wraps them
+_UNBOUNDED_WIDTH = 10_000  # of tables: a terminal that is narrower wraps whole lines, which reads better than cut cells
 _LOGGER = "service"
 _OUTPUT_LOGGER = "service.engine.output"
 _LINE_EVERY_S = 10.0
@@ -57,7 +58,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]
         table.add_column(header, no_wrap=True, justify="right" if header in aligned else "left")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, width=TABLE_WIDTH).print(table)
+    Console(highlight=False, width=_UNBOUNDED_WIDTH).print(table)
 
 
 @contextmanager

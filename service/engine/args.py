@@ -25,6 +25,7 @@ _WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN
 _CPU_MAX_MODEL_LEN = 8192
 _CPU_KV_CACHE_BYTES = 2 * 1024**3
 _CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
+_CPU_MAX_NUM_SEQS = 16
 _TINY_GB = 0.1
 _CPU_ENGINE_BYTES = 2 * 1024**3  # vLLM and torch themselves: 1.1 GB idle, measured, and what a request takes
 _ADAPTERS_AT_ONCE = 4  # in one batch: GPU memory is reserved for so many; requests for more wait
@@ -170,7 +171,7 @@ def _limits(spec: ModelSpec, device: str) -> list[str]:
         # -1: as long as the model allows and the cache holds
         flags += ["--max-model-len", str(min(spec.max_model_len, _CPU_MAX_MODEL_LEN) if spec.max_model_len else -1)]
         flags += ["--kv-cache-memory-bytes", str(_CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES)]
-        flags += ["--max-num-seqs", "16", "--max-num-batched-tokens", "2048"]
+        flags += ["--max-num-seqs", str(_CPU_MAX_NUM_SEQS), "--max-num-batched-tokens", "2048"]
     elif spec.max_model_len:
         flags += ["--max-model-len", str(spec.max_model_len)]
     if spec.limit_mm_per_prompt:

@@ -1,6 +1,8 @@
 """The steps of a boot, in order: what each is called on the pipe, what people see, which phase of the record it ends.
 
-The engine emits most of them to its parent; a few are the parent's own. To add one, add a line here and emit it.
+The engine emits most of them to its parent; a few are the parent's own. To add one, add a line here with its phase, put
+it into `since` of the phases that follow, so that no two overlap, and emit it. What people see while its phase lasts is
+the label of the event before it.
 Standard library only: both sides import this.
 """
 

@@ -97,7 +97,7 @@ class Guard:
             await body.refuse()
         elif scope["path"] == "/health":
             await self.app(scope, receive, _healthy(send))
-        elif scope["method"] == "POST" and scope["path"] in request_lists.ROUTES:
+        elif scope["method"] == "POST" and scope["path"] in request_lists.LISTS:
             await self._check_lists(scope, body)
         else:
             await self.app(scope, body.receive, body.send)

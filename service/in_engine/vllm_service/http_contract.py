@@ -35,7 +35,8 @@ class ApiRoute:
         is_own_without_model: The gateway answers itself when the query names no model.
         streams: Whether the answer is a stream of events when the body's `stream` is true.
         body_limit: Bytes that a body may have.
-        task: Which models serve it, as vLLM names their task; None: all.
+        task: vLLM's name of the task for which an engine registers the route; None: every engine does. Tests compare
+            it with engines.
     """
 
     method: str

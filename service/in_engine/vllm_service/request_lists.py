@@ -145,7 +145,7 @@ _MESSAGES = _List(_Message, content=_PARTS, tool_calls=_OBJECTS)
 _BLOCKS = _List(_Block, content=_OBJECTS)
 _CHAT = {"messages": _MESSAGES, "tools": _OBJECTS}
 _ANTHROPIC = {"messages": _List(_AnthropicMessage, content=_BLOCKS), "system": _BLOCKS, "tools": _OBJECTS}
-ROUTES: Mapping[str, Mapping[str, _List]] = {
+LISTS: Mapping[str, Mapping[str, _List]] = {
     "/v1/chat/completions": _CHAT,
     "/v1/responses": {"input": _List(_Item, content=_TYPED, output=_OBJECTS, summary=_TYPED), "tools": _OBJECTS},
     "/v1/messages": _ANTHROPIC,
@@ -154,7 +154,7 @@ ROUTES: Mapping[str, Mapping[str, _List]] = {
     "/tokenize": _CHAT,
 }
 _BOUNDS = {"tools": TOOLS, "system": PARTS}
-_NAMES = sorted({name for lists in ROUTES.values() for name in lists})
+_NAMES = sorted({name for lists in LISTS.values() for name in lists})
 _FIELDS = msgspec.json.Decoder(msgspec.defstruct("_Fields", [(name, _Unread, msgspec.UNSET) for name in _NAMES]))
 _OF_OBJECTS = re.compile(rb"\[\s*\{")
 
@@ -165,7 +165,7 @@ def check(path: str, body: bytes | bytearray) -> None:
     Raises:
         InvalidListError: An item is not what its list has, or there are too many; or the body is no JSON object.
     """
-    lists = ROUTES.get(path)
+    lists = LISTS.get(path)
     if not lists or not body:
         return
     try:

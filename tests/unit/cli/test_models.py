@@ -78,3 +78,14 @@ def test_models_with_an_unknown_default_are_refused() -> None:
     """As at a deploy."""
     with pytest.raises(UnknownModelError):
         print_models(REGISTRY, "nothing-like-it", as_json=True)
+
+
+def test_models_as_table_with_a_long_name_cut_no_cell(capsys: Capture) -> None:
+    """A models file may name repositories that are longer than those of the built-in entries."""
+    spec = REGISTRY.specs["qwen3-8b"].model_copy(update={"key": "long", "hub_id": f"organisation/{'x' * 80}"})
+    print_models(Registry({"long": spec}), "long", as_json=False)
+    out = capsys.readouterr().out
+
+    assert f"organisation/{'x' * 80}" in out
+    assert "40,960" in out
+    assert "…" not in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -35,3 +36,22 @@ def test_event_that_ends_a_phase_gives_a_span(event: Event) -> None:
     phases.mark(event, 3.0)
 
     assert [(span.name, span.start, span.end) for span in phases.spans()] == [(event.phase, 1.0, 3.0)]
+
+
+@pytest.mark.parametrize("hold", ["", "imported", "asleep"])
+def test_phases_of_a_boot_do_not_overlap(hold: str) -> None:
+    """Each begins where the one before it ended: an event that is added is in `since` of those that follow it."""
+    asleep = {Event.WARMED, Event.ASLEEP, Event.AWAKE, Event.WOKEN}
+    passed = [event for event in Event if event.is_of_the_boot and (hold == "asleep" or event not in asleep)]
+    if hold:  # the release comes after the hold
+        passed.remove(Event.RELEASED)
+        passed.insert(passed.index(Event(hold)) + 1, Event.RELEASED)
+    phases = Phases()
+    phases.begin(0.0)
+    phases.engine_begins()
+    for second, event in enumerate(passed):
+        phases.mark(event, float(second))
+
+    spans = phases.spans()
+    assert len(spans) == sum(bool(event.phase) for event in passed)
+    assert all(before.end <= after.start for before, after in itertools.pairwise(spans)), spans

@@ -13,7 +13,7 @@ import pytest
 from vllm_service import parent_pipe
 from vllm_service.guard import Guard
 from vllm_service.http_contract import BODY_LIMIT, MIB, TEXT_BODY_LIMIT
-from vllm_service.request_lists import ROUTES
+from vllm_service.request_lists import LISTS
 
 from tests.unit.in_engine.test_guard import DIGEST, KEY, Behind, ask, bearer
 
@@ -58,7 +58,7 @@ def test_body_in_chunks_over_the_limit_is_refused(path: str, limit: int) -> None
     answer = ask(Guard(behind, []), path, "POST", chunks=(b"a" * limit, b"b", b"never read"))
 
     assert answer.status == 413
-    if path in ROUTES:
+    if path in LISTS:
         assert behind.scopes == []
     else:
         assert (behind.read, behind.disconnected) == (b"a" * limit, True)
@@ -223,7 +223,7 @@ def test_body_with_a_bad_list_is_refused_in_anthropics_shape_on_their_routes() -
     assert "messages[0]" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("path", sorted(ROUTES))
+@pytest.mark.parametrize("path", sorted(LISTS))
 def test_body_that_the_client_breaks_off_never_reaches_the_application(path: str) -> None:
     """The client has left, and half a body is no request."""
     behind, sent = Behind(), []

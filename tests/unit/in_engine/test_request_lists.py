@@ -10,7 +10,8 @@ import pytest
 
 from service.gateway import request_fields
 from service.gateway.api_errors import APIError
-from service.in_engine.vllm_service.request_lists import ITEMS, PARTS, ROUTES, TOOLS, InvalidListError, check
+from service.in_engine.vllm_service import http_contract
+from service.in_engine.vllm_service.request_lists import ITEMS, LISTS, PARTS, TOOLS, InvalidListError, check
 
 RESPONSES, CHAT, MESSAGES, EMBEDDINGS = "/v1/responses", "/v1/chat/completions", "/v1/messages", "/v1/embeddings"
 USER = {"role": "user", "content": "hi"}
@@ -129,11 +130,11 @@ def test_bad_list_is_found_however_the_body_is_written(body: bytes) -> None:
         check(RESPONSES, body)
 
 
-@pytest.mark.parametrize("path", sorted(ROUTES))
+@pytest.mark.parametrize("path", sorted(LISTS))
 @pytest.mark.parametrize("item", [b"0,", b"{},", b'"a",', b'{"role":"user"},', b'{"role":"user","content":[{}]},'])
 def test_body_full_of_items_costs_no_memory(path: str, item: bytes) -> None:
     """No tree is built of what is refused, nor of the values of what is not."""
-    body = b'{"%s":[' % next(iter(ROUTES[path])).encode() + item * (4 * MIB // len(item)) + b"{}]}"
+    body = b'{"%s":[' % next(iter(LISTS[path])).encode() + item * (4 * MIB // len(item)) + b"{}]}"
     tracemalloc.start()
     with pytest.raises(InvalidListError):
         check(path, body)
@@ -156,3 +157,13 @@ def test_gateway_refuses_a_bad_list_with_its_field() -> None:
     assert (refusal.value.status, refusal.value.param) == (400, "input")
     assert json.loads(refusal.value.body("/v1/messages"))["type"] == "error"
     assert set(json.loads(refusal.value.body(RESPONSES))) == {"error"}
+
+
+def test_lists_of_every_route_with_a_body_are_bounded() -> None:
+    """A route that is added says which lists its body has; these two have texts and tokens alone."""
+    routes = (route for listed in http_contract.ROUTES.values() for route in listed.values())
+
+    assert {route.path for route in routes if route.model_from == "body"} == LISTS.keys() | {
+        "/v1/completions",
+        "/detokenize",
+    }
