@@ -1,6 +1,6 @@
 """Settings: the only reader of `SERVICE_*`. Resolved once, at deploy; the image carries them to the container.
 
-A name that is nearly one of a setting is refused as much as a wrong value: a typo must not silently deploy the default.
+A name close to that of a setting is an error, as a wrong value is: a typo must not silently deploy the default.
 Other `SERVICE_` names are ignored with a warning, since platforms set such variables themselves.
 """
 
@@ -19,10 +19,9 @@ from service.registry.gpus import check_count, find_gpu
 
 _log = logging.getLogger(__name__)
 PREFIX = "SERVICE_"
-_NEAR = (
-    0.7  # SCALEDOWN is near SCALEDOWN_WINDOW; Coolify's SERVICE_FQDN_APP and Kubernetes's SERVICE_SERVICE_HOST are not
-)
-_TEXTS = {
+# SCALEDOWN is near SCALEDOWN_WINDOW; Coolify's SERVICE_FQDN_APP and Kubernetes's SERVICE_SERVICE_HOST are not near any.
+_TYPO_CUTOFF = 0.7
+_EXPECTED_TEXTS = {
     "app": "a name of 1 to 64 letters, digits, dots, dashes and underscores",
     "volume_prefix": "1 to 40 letters, digits, dots, dashes and underscores",
     "region": "the name of a region, such as us or us-west",
@@ -49,14 +48,14 @@ class Settings(BaseModel):
     snapshot: Literal["off", "cpu", "gpu"] = Field("cpu", description="where the memory snapshot is taken")
     scaledown_window: int = Field(900, ge=2, le=3600, description="seconds without a request before a replica stops")
     min_containers: int = Field(0, ge=0, le=1000, description="replicas that are always up")
-    max_containers: int | None = Field(None, ge=1, le=1000, description="replicas at most")
+    max_containers: int | None = Field(None, ge=1, le=1000, description="most replicas of one pool")
     buffer_containers: int = Field(0, ge=0, le=1000, description="idle replicas kept ahead of load")
     max_inputs: int = Field(64, ge=1, le=1000, description="requests one replica takes at once")
     target_inputs: int | None = Field(
-        None, ge=1, le=1000, description="requests a replica is meant to have; more scale up"
+        None, ge=1, le=1000, description="requests per replica to aim for; above it Modal starts another"
     )
     startup_timeout_s: int = Field(1800, ge=10, le=86400, description="seconds a boot may take")
-    hang_s: int = Field(180, ge=10, le=86400, description="seconds an engine may give no token before it is replaced")
+    hang_s: int = Field(180, ge=10, le=86400, description="seconds an engine may generate no token before it is killed")
     request_timeout_s: int = Field(3600, ge=1, le=86400, description="seconds a request may take")
     region: str | None = Field(None, min_length=2, description="a Modal region; multiplies the price by 1.5 to 1.75")
     direct_auth: Literal["proxy", "keys"] = Field(
@@ -67,7 +66,7 @@ class Settings(BaseModel):
     hub_secret: str | None = Field(None, description="Modal secret with HF_TOKEN, for gated models")
     keys_secret: str = Field("vllm-api-key", min_length=1, description="Modal secret with API_KEY or API_KEYS")
     volume_prefix: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9._-]{1,40}$", description="what the names of Modal's volumes begin with"
+        None, pattern=r"^[A-Za-z0-9._-]{1,40}$", description="prefix of the names of Modal's volumes"
     )
     port: int = Field(8000, ge=1, le=65535, description="port of the API")
 
@@ -84,7 +83,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if errors := list(self._contradictions()):
-            raise _joined(errors)
+            raise _join(errors)
         return self
 
     def _contradictions(self) -> Iterator[SettingsError]:
@@ -104,7 +103,7 @@ class Settings(BaseModel):
         """Read `SERVICE_*` from `environ` (default: this process's environment).
 
         Raises:
-            SettingsError: Names are nearly those of settings, or values outside their range; it names all of them.
+            SettingsError: Names are close to those of settings, or values are invalid; the error lists all of them.
         """
         environ = os.environ if environ is None else environ
         given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
@@ -113,9 +112,9 @@ class Settings(BaseModel):
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
-            errors += map(_refusal, error.errors())
+            errors += map(_setting_error, error.errors())
         if settings is None or errors:
-            raise _joined(errors)
+            raise _join(errors)
         return settings
 
     def to_env(self) -> dict[str, str]:
@@ -129,7 +128,7 @@ def _by_field(given: Mapping[str, str]) -> tuple[list[SettingsError], dict[str, 
     variables = {PREFIX + field.upper(): field for field in Settings.model_fields}
     errors, ignored = [], []
     for name in given.keys() - variables.keys():
-        if near := nearest(name.removeprefix(PREFIX), Settings.model_fields, _NEAR):
+        if near := nearest(name.removeprefix(PREFIX), Settings.model_fields, _TYPO_CUTOFF):
             known = ", ".join(sorted(variables))
             hint = f"Did you mean '{PREFIX}{near.upper()}'? Known: {known}."
             errors.append(SettingsError(f"{name} is not a setting of this service.", hint=hint))
@@ -140,15 +139,15 @@ def _by_field(given: Mapping[str, str]) -> tuple[list[SettingsError], dict[str, 
     return errors, {field: given[name] for name, field in variables.items() if given.get(name)}
 
 
-def _joined(errors: Iterable[SettingsError]) -> SettingsError:
+def _join(errors: Iterable[SettingsError]) -> SettingsError:
     """Return one error that lists all of these."""
     errors = list(errors)
     hints = dict.fromkeys(error.hint for error in errors if error.hint)
     return SettingsError(" ".join(error.message for error in errors), hint=" ".join(hints))
 
 
-def _refusal(detail: Any) -> SettingsError:
-    """Say one of pydantic's complaints in this project's words."""
+def _setting_error(detail: Any) -> SettingsError:
+    """Turn one of pydantic's errors into one that names the variable, its value and what was expected."""
     if detail["type"] == "value_error":  # one of our own validators raised it
         error: SettingsError = detail["ctx"]["error"]
         return error
@@ -169,7 +168,7 @@ def _expected(field: str) -> str:
         return f"a whole number from {lowest} to {highest}"
     if isinstance(types[0], str):
         return "one of " + ", ".join(types)
-    return _TEXTS[field]
+    return _EXPECTED_TEXTS[field]
 
 
 def _limits(info: FieldInfo) -> tuple[int, int]:
@@ -178,7 +177,7 @@ def _limits(info: FieldInfo) -> tuple[int, int]:
 
 
 def _hint(name: str, value: str, info: FieldInfo) -> str:
-    """Return what to write in place of a duration such as `2m`, or where a platform set the variable."""
+    """Return the next step for a duration such as `2m`, or for a variable that Kubernetes set; else an empty string."""
     if value.startswith("tcp://"):
         return f"Kubernetes sets {name} for a Service named 'service'; set enableServiceLinks: false in the pod's spec."
     units = {"s": 1, "m": 60, "h": 3600}

@@ -1,6 +1,6 @@
 """Modal's volumes: the caches that outlive replicas, and where they are mounted.
 
-In the container their paths begin with `~/.cache/`, the default of the programs that fill them.
+They are mounted below `~/.cache/`, where huggingface_hub, vLLM and FlashInfer keep their caches by default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def records_directory() -> Path:
 
 
 def compile_caches() -> dict[str, Path]:
-    """Return store of compile caches -> the directory of its volume in the container."""
+    """Return name of each compile cache -> the directory of its volume in the container."""
     return {
         replica_compile_caches.VLLM: _in_container(VLLM_CACHE),
         replica_compile_caches.FLASHINFER: _in_container(FLASHINFER_CACHE),
@@ -44,4 +44,5 @@ def compile_caches() -> dict[str, Path]:
 
 
 def _in_container(mount: str) -> Path:
+    """Return where a volume is mounted, from the home of this process: /root on Modal, another in tests."""
     return Path.home() / PurePosixPath(mount).relative_to("/root")

@@ -6,8 +6,8 @@
 | IMPORTED | heavy imports are done; held here under `imported`  | waits for `release`                    |
 | ASLEEP   | built, canary recorded, asleep; held under `asleep` | waits for `release`                    |
 | READY    | the canary was generated and the port answers       | returns                                |
-| STOPPED  | `stop` was called and the group is gone             | raises EngineError                     |
-| FAILED   | it died, was killed, or hung, without being asked   | raises EngineError with the root cause |
+| STOPPED  | `stop` was called and the group has ended           | raises EngineError                     |
+| FAILED   | it died, was killed, or hung, without `stop`        | raises EngineError with the root cause |
 
 Only `_set` changes the state, and an end is final. A READY engine emits a heartbeat (see `in_engine/.../heartbeat.py`);
 one without is killed. Nothing here imports vllm.
@@ -67,7 +67,7 @@ class EngineProcess:
         shutdown: How long each step of its end may take.
         on_line: Called with every line of the engine's output, from a thread.
         on_event: Called with every event of the boot and its fields, from a thread.
-        on_death: Called once, from a thread, when the engine ends without having been asked to.
+        on_death: Called once, from a thread, when the engine ends without `stop`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class EngineProcess:
         line = json.dumps({"command": command, **fields}) + "\n"
         with self._changed:
             if self._state not in _ENDS:
-                with contextlib.suppress(BrokenPipeError):  # it is dying: `wait_for` says why
+                with contextlib.suppress(BrokenPipeError):  # it is dying: `wait_for` raises the reason
                     os.write(self._running.commands_fd, line.encode())
 
     def wait_for(self, state: State, timeout_s: float) -> None:
@@ -150,7 +150,7 @@ class EngineProcess:
                 raise self._failure
             if self._state in _ENDS:
                 raise EngineError(
-                    f"The engine was stopped before it was {state.name}: the service was asked to end meanwhile.",
+                    f"The engine was stopped before it was {state.name}, because the service is stopping.",
                     hint="Start it again.",
                 )
             if self._state.value < state.value:
@@ -189,7 +189,7 @@ class EngineProcess:
 
     def _read_log(self) -> None:
         output = self._running.process.stdout
-        assert output is not None  # noqa: S101 - spawn() asked for a pipe
+        assert output is not None  # noqa: S101 - spawn() opens a pipe
         with output:
             for line in output:
                 self.log.add(line.decode(errors="replace").rstrip("\n"))
@@ -219,7 +219,7 @@ class EngineProcess:
 
     def _end_hung(self) -> None:
         self._fail(
-            f"The engine hung: it generated no token for {self._hang_s:.0f} s, though it was asked for one. "
+            f"The engine hung: it generated no token for {self._hang_s:.0f} s, though a probe requested one. "
             "It was killed.",
             hint="Its log shows what it did last; raise SERVICE_HANG_S to allow it more time.",
         )
@@ -232,7 +232,7 @@ class EngineProcess:
 
     def _take(self, event: Event, fields: dict[str, Any]) -> None:
         """Take note of an event. It is reported before the state that it brings about is entered."""
-        if event.is_of_the_boot:
+        if event.is_boot_event:
             self._report(event, fields)
         if state := _ENTERED_WITH.get(event):
             self._set(state)
@@ -261,7 +261,7 @@ class EngineProcess:
             time.sleep(POLL_S)
 
     def _reap(self, events: threading.Thread) -> None:
-        """Wait for the leader's end; then end what is left of its group, and say why it died unless it was asked to."""
+        """Wait for the leader's end; then end the rest of its group, and record why it died if nothing stopped it."""
         code = self._running.process.wait()
         lived_s = time.monotonic() - self._spawned_at
         kill_group(self.pid, self._shutdown.kill_s)

@@ -26,12 +26,12 @@ from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
 
 _BACKLOG = 2048
-HEAD_LIMIT = 128 * 1024
+HEAD_LIMIT = 128 * 1024  # bytes of a request line and its headers
 
 
 def create_local_app(
     registry: Registry,
-    first: ModelSpec,
+    default: ModelSpec,
     scheduler: LocalScheduler,
     clients: ClientRegistry,
     metrics: Metrics,
@@ -42,20 +42,20 @@ def create_local_app(
     """Return the gateway to this machine's engines.
 
     Args:
-        registry: The models.
-        first: The model of requests for `llm`.
-        scheduler: The engines.
-        clients: Whom it serves.
+        registry: The models that it serves.
+        default: The model of requests for `llm`.
+        scheduler: Starts and evicts the engines.
+        clients: The API clients and their limits.
         metrics: Counts and logs requests.
-        python: Interpreter of the environment that has the engine's libraries.
-        settings: How long requests are held.
+        python: Interpreter of the engine's environment; it runs the grammar compiler.
+        settings: `hold_s`, how long a request is held while its pool wakes.
     """
-    router = ModelRouter(registry, first.key, scheduler.pool)
+    router = ModelRouter(registry, default.key, scheduler.pool)
     return create_app(router, clients, metrics, hold_s=settings.hold_s, grammars=Grammars(python))
 
 
 class LocalServer:
-    """Serves until a signal, or `end`.
+    """Serves until a signal arrives or `end` is called.
 
     Args:
         app: The gateway.
@@ -76,12 +76,12 @@ class LocalServer:
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=_LimitedHeadProtocol,
             lifespan="on",
             ws="none",
             access_log=False,
             log_config=None,
-            log_level="critical",  # the gateway logs its own failures, and every answer that breaks off
+            log_level="critical",  # the gateway itself logs its failures and every answer that is cut short
             proxy_headers=False,
             server_header=False,
             date_header=False,
@@ -95,7 +95,7 @@ class LocalServer:
         self._must_end = False
 
     def run(self, signals: tuple[signal.Signals, ...]) -> None:
-        """Serve; the first of the signals drains, the second ends everything at once. Blocks; in the main thread."""
+        """Serve; the first of the signals drains, the second kills everything at once. Blocks. Main thread only."""
         with raised_process_limits(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(signals))
 
@@ -103,15 +103,16 @@ class LocalServer:
         """End at once, from any thread: the engine that the service was started for has died."""
         self._must_end = True
         if self._loop:
-            with contextlib.suppress(RuntimeError):  # it has ended
+            with contextlib.suppress(RuntimeError):  # the loop is closed: serving has ended
                 self._loop.call_soon_threadsafe(self._end, 0.0)
 
     async def _serve(self, signals: tuple[signal.Signals, ...]) -> None:
         self._loop = loop = asyncio.get_running_loop()
         for number in signals:
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._on_signal)
         self._scheduler.begin()
-        self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else old connections keep the port
+        # Connections in TIME_WAIT would keep the port otherwise.
+        self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self._must_end:
             self._end(0.0)
         try:
@@ -121,7 +122,7 @@ class LocalServer:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    def _signalled(self) -> None:
+    def _on_signal(self) -> None:
         if not self._ending:
             self._on_drain()
             self._end(None)
@@ -138,26 +139,26 @@ class LocalServer:
         self._server.should_exit = True
 
 
-class _Protocol(HttpToolsProtocol):
-    """Bounds a request's head, which httptools does not."""
+class _LimitedHeadProtocol(HttpToolsProtocol):
+    """Limits the size of a request's head, which httptools does not."""
 
-    _head = 0
+    _counted = 0  # bytes of the head so far; while a body arrives: see `on_headers_complete`
 
     def data_received(self, data: bytes) -> None:
         """Close the connection when a head exceeds the limit."""
-        self._head += len(data)
+        self._counted += len(data)
         super().data_received(data)
-        if self._head > HEAD_LIMIT:
+        if self._counted > HEAD_LIMIT:
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """Stop counting: the body follows."""
-        self._head = -BODY_LIMIT - HEAD_LIMIT
+        """Restart so far below zero that a body within BODY_LIMIT, which is counted too, stays under the limit."""
+        self._counted = -BODY_LIMIT - HEAD_LIMIT
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Start counting the next head."""
-        self._head = 0
+        self._counted = 0
         super().on_message_complete()
 
 
@@ -170,11 +171,11 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Leave the signal handlers as they are."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Listen, and report it."""
         await super().startup(sockets)
         if not self.should_exit:
             self._on_open()

@@ -1,4 +1,4 @@
-"""Errors of the disk under the hub cache, in words."""
+"""Turns errors of the disk that holds the hub cache into errors with a next step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from service.errors import DiskSpaceError, WeightsError
 from service.weights.files import RepositorySpec
 from service.weights.hub_cache import hub_cache
 
-_FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "has used up its quota", errno.EFBIG: "takes no file so large"}
+_FULL = {
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "has used up its quota",
+    errno.EFBIG: "does not accept a file of this size",
+}
 
 
 @contextmanager
 def translate_disk_errors(repository: RepositorySpec) -> Iterator[None]:
-    """Turn what the operating system reports while a repository is written into an error with the next step.
+    """Turn an OSError raised while a repository is written into an error with the next step.
 
     Raises:
         DiskSpaceError: The disk or the volume is full.
-        WeightsError: Any other error of the operating system.
+        WeightsError: Any other OSError.
     """
     try:
         yield
@@ -39,7 +43,7 @@ def disk_space_error(repository: RepositorySpec, reason: str) -> DiskSpaceError:
     return DiskSpaceError(
         f"{hub_cache()} {reason} ({shutil.disk_usage(hub_cache()).free / 1e9:.1f} GB free) and {repository.label} is "
         "not complete.",
-        hint="Free some, or set HF_HOME to a directory on a larger disk, and start again: finished files are kept.",
+        hint="Free disk space, or set HF_HOME to a directory on a larger disk. Finished files are kept: start again.",
     )
 
 
@@ -48,7 +52,7 @@ def disk_full_reason(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return _FULL[error.errno]
-        if isinstance(error, RuntimeError):  # Xet's errors carry a text alone
+        if isinstance(error, RuntimeError):  # hf-xet gives a text and no errno
             for number, reason in _FULL.items():
                 if os.strerror(number).lower() in str(error).lower():
                     return reason

@@ -1,8 +1,8 @@
-"""The weights of registry entries: fetched from the hub into the cache once, verified, and offline from then on.
+"""The weights of registry entries: fetched from the hub into the cache once, verified, and used offline from then on.
 
 The cache is huggingface_hub's own (`HF_HOME`, by default `~/.cache/huggingface`): on Modal a volume, on a laptop shared
-with every other program that uses the hub. What is complete there is used without asking the hub. Everything is
-addressed by commit, and fetched under a lock.
+with every other program that uses the hub. A complete revision there is used without a request to the hub.
+Every revision is a commit, and is fetched under a lock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Weights:
         model: The model's directory.
         draft: The draft model's directory.
         adapters: The adapters' directories, by name.
-        fetched: Something was downloaded or verified just now, so a cache that others share has something new.
+        fetched: This call downloaded or verified something, so a shared cache (a Modal volume) has changes to commit.
     """
 
     model: Path
@@ -48,12 +48,12 @@ def ensure(spec: ModelSpec, lock: Lock | None = None) -> Weights:
 
     Args:
         spec: The registry entry.
-        lock: Serialises fetches of the same repository; None: among the processes of this machine.
+        lock: Serialises fetches of the same repository; None: a lock among the processes of this machine.
 
     Raises:
         GatedModelError: The hub wants a token of an account that accepted the model's licence.
         DiskSpaceError: The cache has too little room for what is missing, or became full.
-        WeightsError: The hub cannot be reached, or has no such repository or revision, or sends something else.
+        WeightsError: The hub cannot be reached, or has no such repository or revision, or sends damaged files.
     """
     return _Fetch(_find_complete, lambda _: None, lock).run(spec)
 
@@ -61,7 +61,7 @@ def ensure(spec: ModelSpec, lock: Lock | None = None) -> Weights:
 def fetch(
     spec: ModelSpec, on_progress: Callable[[Progress], None] = lambda _: None, lock: Lock | None = None
 ) -> Weights:
-    """Do as `ensure` does, and also verify what another program brought into the cache.
+    """Do as `ensure` does, and also verify what another program downloaded into the cache.
 
     Args:
         spec: The registry entry.
@@ -75,12 +75,12 @@ def fetch(
 
 
 def verify(spec: ModelSpec, workers: int = 2, on_progress: Callable[[Progress], None] = lambda _: None) -> list[str]:
-    """Read every file and return a sentence about each that differs from the hub's; those are not served any more.
+    """Read every file and return a sentence about each that differs from the hub's; a revision with one is not served.
 
     Args:
         spec: The registry entry.
         workers: How many files are read at once.
-        on_progress: Called after each piece that was read, from the threads that read.
+        on_progress: Called after each piece that was read, from the reading threads.
 
     Raises:
         WeightsError: This service has not fetched them, and the hub, which knows the checksums, does not answer.
@@ -89,7 +89,7 @@ def verify(spec: ModelSpec, workers: int = 2, on_progress: Callable[[Progress], 
 
 
 def prune(keep: Iterable[ModelSpec]) -> list[tuple[str, str, int]]:
-    """Remove the revisions that this service fetched and no entry names; return hub id, revision and bytes of each."""
+    """Remove the revisions that this service fetched and `keep` does not name; return hub id, revision and bytes."""
     return pruning.prune([repository for spec in keep for repository in repositories(spec)])
 
 
@@ -106,11 +106,11 @@ class _Fetch:
         self._fetched = False
 
     def run(self, spec: ModelSpec) -> Weights:
-        found = _gather(spec, self._one)
-        assert found is not None  # noqa: S101 - _one raises where it finds nothing
+        found = _gather(spec, self._ensure_one)
+        assert found is not None  # noqa: S101 - _ensure_one raises where it finds nothing
         return Weights(found.model, found.draft, found.adapters, self._fetched)
 
-    def _one(self, repository: RepositorySpec) -> Path:
+    def _ensure_one(self, repository: RepositorySpec) -> Path:
         if path := self._find(repository):
             return path
         with self._lock.held(repository.hub_id):
@@ -122,7 +122,7 @@ class _Fetch:
 
 
 def _gather(spec: ModelSpec, get: Callable[[RepositorySpec], Path | None]) -> Weights | None:
-    """Return the directories of all that an entry consists of; None when one of them is missing."""
+    """Return the directories of all repositories of an entry; None when one of them is missing."""
     model, draft = model_repository(spec), draft_repository(spec)
     directory = get(model) if model else _local_directory(spec.directory, spec.key)
     draft_directory = get(draft) if draft else None
@@ -156,7 +156,7 @@ def _find_verified(repository: RepositorySpec) -> Path | None:
 
 
 def _find_complete(repository: RepositorySpec) -> Path | None:
-    """Return the directory of a complete revision, by whichever program it was downloaded."""
+    """Return the directory of a complete revision, whichever program downloaded it."""
     if path := _find_verified(repository):
         return path
     revision = repository.revision or hub_cache.newest_known(repository.hub_id)

@@ -106,4 +106,4 @@ def test_fields_that_the_gateway_sets_win_on_every_route(read: Any) -> None:
 
 def test_removed_fields_are_those_that_vllm_ignores(read: Any) -> None:
     """Another version may ignore others."""
-    assert sorted(request_fields.GUIDED) == read["removed"]
+    assert sorted(request_fields.REMOVED_FIELDS) == read["removed"]

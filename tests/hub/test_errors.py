@@ -314,7 +314,7 @@ assert weights.find(spec) is None
     said = python(program).communicate(timeout=SOON_S)[0]
 
     assert said.startswith("DiskSpaceError ")
-    assert "takes no file so large" in said
+    assert "does not accept a file of this size" in said
 
 
 def test_mount_namespaces_work_on_this_machine() -> None:

@@ -1,9 +1,9 @@
-"""The steps of a boot, in order: what each is called on the pipe, what people see, which phase of the record it ends.
+"""The events of a boot, in order: each one's name on the parent pipe, its label, and the phase that it ends.
 
-The engine emits most of them to its parent; a few are the parent's own. To add one, add a line here with its phase, put
-it into `since` of the phases that follow, so that no two overlap, and emit it. What people see while its phase lasts is
-the label of the event before it.
-Standard library only: both sides import this.
+The engine emits most of them to its parent; the parent reports a few itself. To add one, add a line here with its
+phase, put it into `since` of the phases that follow, so that no two overlap, and emit it. While its phase lasts, the
+terminal shows the label of the event before it.
+Standard library only: parent and engine both import this.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from enum import StrEnum
 
 
 class Event(StrEnum):
-    """A step of a boot, or of the end.
+    """An event of a boot, of serving or of the shutdown.
 
     Attributes:
-        label: What people see from this event on; "" leaves what they saw before.
+        label: What the terminal shows from this event on; "" keeps the label before.
         phase: The phase of the boot record that ends with this event; "" ends none.
-        since: The events that can begin that phase: the last of them that has happened does.
+        since: The events that can begin that phase; it begins with the latest of them that happened.
     """
 
     label: str
     phase: str
     since: tuple[str, ...]
 
-    ENVIRONMENT = "environment"  # of the parent: the engine's environment is looked for, and built where it is missing
-    WEIGHTS = "weights", "Looking for the weights"  # of the parent
-    SPAWNED = "spawned", "Starting the engine"  # of the parent
+    ENVIRONMENT = "environment"  # by the parent: it looks for the engine's environment, and builds a missing one
+    WEIGHTS = "weights", "Looking for the weights"  # by the parent
+    SPAWNED = "spawned", "Starting the engine"  # by the parent
     STARTED = "started", "Importing vLLM"
     IMPORTED = "imported", "Loading the model", "import", "started"
-    RELEASED = "released"  # of the parent: it has sent the release
-    BUILDING = "building", "", "import", "imported released"  # under a hold: the imports that had to wait for a GPU
+    RELEASED = "released"  # by the parent: it has sent the command `release`
+    BUILDING = "building", "", "import", "imported released"  # the imports that had to wait for a GPU are done
     LOADED = "loaded", "Generating the first tokens", "load", "building"
     WARMED = "warmed", "", "warm-up", "loaded"
     CANARY = "canary", "Opening the port", "canary", "loaded warmed"
@@ -38,9 +38,9 @@ class Event(StrEnum):
     AWAKE = "awake", "", "wake", "asleep released"
     WOKEN = "woken", "", "canary", "awake"
     OPENING = "opening"  # vLLM opens its port now
-    READY = "ready", "", "ready", "canary woken released"  # of the parent: the port has answered
+    READY = "ready", "", "ready", "canary woken released"  # by the parent: the port has answered
     HEARTBEAT = "heartbeat"
-    DRAINING = "draining", "Stopping: streams in flight may finish (Ctrl-C again ends them)"  # of the parent
+    DRAINING = "draining", "Stopping: streams in flight may finish (Ctrl-C again ends them)"  # by the parent
     DRAINED = "drained"
 
     def __new__(cls, name: str, label: str = "", phase: str = "", since: str = "") -> Event:
@@ -51,6 +51,6 @@ class Event(StrEnum):
         return member
 
     @property
-    def is_of_the_boot(self) -> bool:
-        """Whether it belongs to the boot, and not to serving or to the end."""
+    def is_boot_event(self) -> bool:
+        """Whether it belongs to the boot, and not to serving or to the shutdown."""
         return self not in {Event.HEARTBEAT, Event.DRAINING, Event.DRAINED}

@@ -1,8 +1,9 @@
-"""The engine's heartbeat: emitted only while tokens are generated, or could be. The parent kills an engine without one.
+"""The engine's heartbeat: emitted only while the engine can generate. The parent kills an engine without one.
 
 An engine can hang with its port open and `/health` green. While requests run, the heartbeat is the progress of vLLM's
-own counters; while none run, or no counter moves, it is one token that the engine has to generate. It runs in the API
-server's own event loop, so a server that hangs has none either. A model that does not generate is asked for nothing.
+own counters; while none run, or no counter moves, it is a probe: one token that the engine has to generate. It runs in
+the API server's own event loop, so a server that hangs emits none either. A model that cannot generate, such as an
+embedding model, has no token to generate; its probe returns at once.
 """
 
 from __future__ import annotations
@@ -14,39 +15,39 @@ from typing import Any
 
 from vllm_service import canary
 
-LOOK_S = 5.0  # how often the counters are looked at, at least
-PROBE_S = 30.0  # how often an idle engine is asked for a token, at least
-_STEPS = "vllm:iteration_tokens_total_count"  # of a histogram: one observation per step that gave tokens
+POLL_S = 5.0  # between two reads of the counters, at most
+PROBE_S = 30.0  # between two probes of an idle engine, at most
+_STEPS = "vllm:iteration_tokens_total_count"  # of a histogram: one observation per engine step that gave tokens
 
 
 def intervals(hang_s: float) -> tuple[float, float]:
-    """Return how often to look and how often to probe, for a parent that waits `hang_s` for a heartbeat."""
-    return min(LOOK_S, hang_s / 4), min(PROBE_S, hang_s / 2)
+    """Return the seconds between reads and between probes, for a parent that waits `hang_s` for a heartbeat."""
+    return min(POLL_S, hang_s / 4), min(PROBE_S, hang_s / 2)
 
 
-async def run_heartbeat(engine: Any, emit: Callable[[], None], look_s: float, probe_s: float) -> None:
-    """Call `emit` for ever, each time the engine has shown progress."""
-    steps, proven = -1.0, time.monotonic()
+async def run_heartbeat(engine: Any, emit: Callable[[], None], poll_s: float, probe_s: float) -> None:
+    """Call `emit` at every read of the counters, unless none moved and a probe is unanswered. Never returns."""
+    steps, progress_at = -1.0, time.monotonic()
     probe: asyncio.Task[None] | None = None
     while True:
-        await asyncio.sleep(look_s)
+        await asyncio.sleep(poll_s)
         before, steps = steps, _steps()
         busy = engine.output_processor.has_unfinished_requests()
         if steps != before:
-            proven = time.monotonic()
-        elif probe is None and (busy or time.monotonic() - proven >= probe_s):
-            # busy without a step that gave tokens: a long prompt, or a hang
+            progress_at = time.monotonic()
+        elif probe is None and (busy or time.monotonic() - progress_at >= probe_s):
+            # busy, and no step gave tokens: a long prompt, or a hang
             probe = asyncio.create_task(_probe(engine))
-            await asyncio.wait([probe], timeout=look_s)
+            await asyncio.wait([probe], timeout=poll_s)
         if probe and probe.done():
-            probe.exception()  # a refusal is an answer too
-            probe, proven = None, time.monotonic()
+            probe.exception()  # an engine that rejects the probe has answered, too
+            probe, progress_at = None, time.monotonic()
         if probe is None or steps != before:
             emit()
 
 
 def _steps() -> float:
-    """Return how many steps the engine has made, by vLLM's metrics in this process."""
+    """Return how many steps gave tokens, by vLLM's metrics in this process."""
     from prometheus_client import REGISTRY
 
     metrics = REGISTRY.restricted_registry([_STEPS]).collect()

@@ -1,9 +1,9 @@
-"""Holds the engine between "built" and "listening": vLLM awaits this endpoint plugin before it opens its port.
+"""Holds a built engine before it listens: vLLM awaits this endpoint plugin before it opens its port.
 
-Here the engine generates its canary, a short greedy generation: an engine that loaded but cannot generate never gets a
-port. Held at ASLEEP it is warmed up first and then sleeps with no port and no key; on release it wakes and must give
-the same canary again. From then on it emits a heartbeat, and ends when the parent sends `drain`.
-Two things of vLLM's are changed on the way: see `RawPrompts` and `_exit_when_core_died`.
+Meanwhile the engine generates its canary, a short greedy generation: an engine that loaded but cannot generate never
+gets a port. Held at ASLEEP it is warmed up first and then sleeps with no port and no key; on release it wakes and must
+generate the same canary again. From then on it emits a heartbeat, and drains when the parent sends `drain`.
+It also changes vLLM in two places: see `RawPrompts` and `_exit_when_core_died`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm_service import canary, drain, heartbeat, parent_pipe, warmup
 from vllm_service.events import Event
 from vllm_service.main import HANG_VARIABLE, HOLD_VARIABLE
 
-WATCH_S = 0.25
+WATCH_S = 0.25  # between two looks at whether the engine core is alive
 
 
 class StartupPlugin:
@@ -44,20 +44,20 @@ class StartupPlugin:
             completions.engine_client = RawPrompts(completions.engine_client)
         self._watch = asyncio.create_task(_exit_when_core_died(engine_client))
         try:
-            await _prove_and_hold(pipe, engine_client, state)
+            await _generate_and_hold(pipe, engine_client, state)
             await _renew_randomness(engine_client)
         except BaseException:
-            self._watch.cancel()  # vLLM ends its core now: the reason is this exception, not that
+            self._watch.cancel()  # vLLM now ends its core; the failure to report is this exception
             raise
         _drain_on_command(pipe)
-        look_s, probe_s = heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
+        poll_s, probe_s = heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
         self._heartbeat = asyncio.create_task(
-            heartbeat.run_heartbeat(engine_client, lambda: pipe.emit(Event.HEARTBEAT), look_s, probe_s)
+            heartbeat.run_heartbeat(engine_client, lambda: pipe.emit(Event.HEARTBEAT), poll_s, probe_s)
         )
         pipe.emit(Event.OPENING)
 
 
-async def _prove_and_hold(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
+async def _generate_and_hold(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
     """Show that the engine can generate, and wait for the parent's release, asleep or awake."""
     pipe.emit(Event.LOADED)
     if os.environ.get(HOLD_VARIABLE) == "asleep":
@@ -69,26 +69,28 @@ async def _prove_and_hold(pipe: parent_pipe.ParentPipe, engine: Any, state: Any)
 
 
 async def _release(pipe: parent_pipe.ParentPipe) -> None:
-    """Wait for the parent's release; in the event loop, so that nothing keeps this process from ending."""
+    """Wait for the parent's release in the event loop, so that a signal can still end this process."""
     released, loop = asyncio.Event(), asyncio.get_running_loop()
     pipe.when_released(lambda: loop.call_soon_threadsafe(released.set))
     await released.wait()
 
 
 async def _sleep_and_wake(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
-    """Warm up, sleep until the release, wake, and prove that it is the same engine.
+    """Warm up, sleep until the release, wake, and compare the canaries.
 
-    It is rehearsed first: an engine that cannot do that would boot cold at every restore.
+    It sleeps and wakes once before the release: an engine that cannot would boot cold after every restore.
     """
     pipe.emit(Event.WARMED, failures=await warmup.warm_up(engine, state))
     before = await canary.generate_canary(engine, with_logprobs=True)
     await engine.sleep(level=1)
     if different := canary.compare(before, await _wake(engine)):
-        raise RuntimeError(f"This engine does not wake as it fell asleep: {different}. Set SERVICE_SNAPSHOT=cpu.")
+        raise RuntimeError(
+            f"The canary after a trial of sleep and wake differs: {different}. Set SERVICE_SNAPSHOT=cpu."
+        )
     pipe.emit(Event.CANARY, tokens=before.tokens)
     await engine.sleep(level=1)
     gc.collect()
-    gc.freeze()  # vLLM does both before it listens: 0.25 s that are better spent before a snapshot
+    gc.freeze()  # vLLM does both before it listens; here the 0.25 s come before the snapshot, not after every restore
     pipe.emit(Event.ASLEEP)
     await _release(pipe)
     after = await _wake(engine, lambda: pipe.emit(Event.AWAKE))
@@ -101,13 +103,13 @@ async def _sleep_and_wake(pipe: parent_pipe.ParentPipe, engine: Any, state: Any)
 async def _wake(engine: Any, on_awake: Callable[[], None] = lambda: None) -> canary.Canary:
     """Wake the engine and return the canary that it generates then."""
     if await engine.wake_up() is False or await engine.reset_prefix_cache() is False:
-        raise RuntimeError("The engine woke in part: not all of its memory is back.")
+        raise RuntimeError("The engine woke without all of its memory: wake_up or reset_prefix_cache returned False.")
     on_awake()
     return await canary.generate_canary(engine, with_logprobs=True)
 
 
 async def _renew_randomness(engine: Any) -> None:
-    """Give this replica a randomness of its own, unless the registry entry sets a seed."""
+    """Reseed, so that replicas restored from one snapshot differ; not where the registry entry sets a seed."""
     random.seed()
     if any(argument.partition("=")[0] == "--seed" for argument in sys.argv):
         return
@@ -137,7 +139,7 @@ class RawPrompts:
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
-        """Be the engine in everything else."""
+        """Forward everything else to the engine."""
         return getattr(self._engine, name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +148,7 @@ class RawPrompts:
 
 
 async def _exit_when_core_died(engine: Any) -> None:
-    """End this process soon after the engine core died; vLLM's own watchdog looks every 5 s."""
+    """End this process soon after the engine core died; vLLM's own watchdog polls every 5 s."""
     while not engine.errored:  # noqa: ASYNC110 - vLLM sets a flag and no event
         await asyncio.sleep(WATCH_S)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ import pytest
 
 from service.gateway import request_fields
 from service.gateway.api_errors import APIError
-from service.gateway.request_fields import CONSTRAINT_LIMIT, GUIDED, N_LIMIT, NAME_LIMIT, TOOLS_LIMIT
+from service.gateway.request_fields import CONSTRAINT_LIMIT, N_LIMIT, NAME_LIMIT, REMOVED_FIELDS, TOOLS_LIMIT
 
 ROOT = Path(__file__).parents[3]
 IMAGE = b'{"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,' + b"iVBORw0K" * 1_310_720 + b'"}}]}],'
@@ -186,7 +186,7 @@ def test_count_at_its_bound_passes(name: str, value: int) -> None:
     assert getattr(request_fields.parse_fields(f'{{"{name}":{value}}}'.encode()), name) == value
 
 
-@pytest.mark.parametrize("name", sorted(GUIDED))
+@pytest.mark.parametrize("name", sorted(REMOVED_FIELDS))
 def test_removed_field_is_refused_with_its_replacement(name: str) -> None:
     """The engine accepts and ignores it."""
     api_error = refused(f'{{"model":"x","{name}":{{"type":"object"}}}}'.encode())

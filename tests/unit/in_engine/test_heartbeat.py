@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm_service import heartbeat
 
-LOOK_S = 0.001
+POLL_S = 0.001
 NEVER_S = 1000.0
 LOOKS = 20  # what a test sees of "for ever"
 
@@ -85,7 +85,7 @@ def heartbeats(make: Any, until: str = "seen", probe_s: float = NEVER_S, after_s
 
     async def scene() -> Engine:
         engine: Engine = make()
-        beating = asyncio.ensure_future(heartbeat.run_heartbeat(engine, lambda: emitted.append(None), LOOK_S, probe_s))
+        beating = asyncio.ensure_future(heartbeat.run_heartbeat(engine, lambda: emitted.append(None), POLL_S, probe_s))
         await asyncio.wait_for(getattr(engine, until).wait(), 20)
         await asyncio.sleep(after_s)
         beating.cancel()
@@ -152,7 +152,7 @@ def test_heartbeat_of_an_idle_engine_is_a_token_each_time_it_is_due(steps: Steps
 
 def test_heartbeat_of_an_idle_engine_that_gives_no_token_ends(steps: Steps) -> None:
     """`/health` would still be green."""
-    count, engine = heartbeats(lambda: Engine(busy=False, hangs=True), until="probed", probe_s=0, after_s=20 * LOOK_S)
+    count, engine = heartbeats(lambda: Engine(busy=False, hangs=True), until="probed", probe_s=0, after_s=20 * POLL_S)
 
     assert (count, engine.probes) == (1, 1)  # the first look finds a counter that it did not know
 
