@@ -1,4 +1,4 @@
-"""Says what is wrong with data that pydantic refused: all of it at once, a sentence each, in this project's words."""
+"""Explains all errors that pydantic found in data: a sentence each, with field, value and what was expected."""
 
 from __future__ import annotations
 

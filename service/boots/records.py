@@ -31,7 +31,7 @@ _KEPT = re.compile(rf"\.?([{_ALPHABET}]{{13}})\.json(\.[0-9a-f]+\.tmp|\.part)?")
 
 @dataclass(frozen=True)
 class Span:
-    """One phase, in seconds since the replica was asked for. Negative: before the snapshot, once for all replicas."""
+    """One phase, in seconds since the boot was requested. Negative: before the snapshot, once for all its replicas."""
 
     name: str
     start: float
@@ -44,7 +44,7 @@ class BootRecord:
 
     Attributes:
         id: `new_id()`'s; the name of the file.
-        at: Time zero, when the replica was asked for; ISO 8601 with its offset, UTC.
+        at: Time zero, when the boot was requested; ISO 8601 with its offset, UTC.
         gpu: Such as `H100`, `2 x H200`, or `cpu`.
         strategy: `off`, `cpu` or `gpu`.
         restored: From a memory snapshot that an earlier replica took.

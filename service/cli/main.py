@@ -36,9 +36,9 @@ def up(
     from service.settings import Settings
 
     settings = Settings.load()
-    asked = model or (settings.model if "model" in settings.model_fields_set else None)
+    requested = model or (settings.model if "model" in settings.model_fields_set else None)
     with Terminal(serve.log_file(settings.port), verbose) as terminal:
-        serve.serve(asked, settings, host, terminal, terminal.ready)
+        serve.serve(requested, settings, host, terminal, terminal.ready)
 
 
 @app.command()

@@ -24,5 +24,6 @@ def show(pins: Pins, as_json: bool) -> None:
     if pins.failed:
         raise WeightsError(
             f"{len(pins.failed)} of {len(pins.failed) + len(pins.pinned)} repositories could not be pinned. "
-            + " ".join(pins.failed.values())
+            + " ".join(pins.failed.values()),
+            hint="Correct the causes, then run 'vllm-service models --pin' again; what is pinned stays pinned.",
         )

@@ -196,7 +196,7 @@ def _model(name: str, model: str, registry: Registry, default: str) -> str:
         raise UsageError(f"API_LIMITS of '{name}': {error.message}", hint=error.hint) from error
     if choice.gpu:
         raise UsageError(
-            f"API_LIMITS of '{name}' names '{model}': a key is limited to models, whatever their GPU.",
+            f"API_LIMITS of '{name}' lists '{model}', a model on one GPU; expected a model, allowed on every GPU.",
             hint=f"Write '{choice.spec.key}'.",
         )
     return choice.spec.key

@@ -164,7 +164,7 @@ class Compiler:
 
 
 async def _exchange(process: asyncio.subprocess.Process, job: dict[str, str]) -> dict[str, str]:
-    assert process.stdin is not None  # noqa: S101 - _start asked for pipes
+    assert process.stdin is not None  # noqa: S101 - _start opens pipes
     process.stdin.write(json.dumps(job).encode() + b"\n")
     await process.stdin.drain()
     return await _answer(process)
@@ -174,9 +174,9 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any]:
     """Read one line.
 
     Raises:
-        ValueError: The process has ended, or says something else.
+        ValueError: The process has ended, or its line is no JSON object.
     """
-    assert process.stdout is not None  # noqa: S101 - _start asked for pipes
+    assert process.stdout is not None  # noqa: S101 - _start opens pipes
     line = await process.stdout.readline()
     if not line:
         raise ValueError(f"it ended with code {await process.wait()}")

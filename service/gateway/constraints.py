@@ -1,4 +1,4 @@
-"""What a request says about its output's form: which schemas, expressions and grammars, and the bounds of each.
+"""The output constraints of a request: its schemas, regular expressions and grammars, and the bounds of each.
 
 The bounds need no compiler; they keep out what is known to cost an engine minutes. Source of those that vLLM has too:
 vllm/sampling_params.py; of the figures: xgrammar 0.2.8 on one core.
@@ -51,7 +51,7 @@ def constraints(fields: RequestFields) -> Iterator[Constraint]:
     """Yield what a request wants compiled, each within its bounds.
 
     Raises:
-        APIError: 400: it is over a bound, or cannot be what its name says.
+        APIError: 400: a constraint is over a bound, or has the wrong type.
     """
     for name, raw in fields.constraints.items():
         try:

@@ -132,7 +132,7 @@ async def _receive_more(receive: Receive) -> Message:
     except TimeoutError:
         raise APIError(
             408,
-            f"No further part of the body arrived for {_PIECE_S:.0f} s. Send the whole request again.",
+            f"The body is incomplete, and no more of it arrived for {_PIECE_S:.0f} s. Send the whole request again.",
             code="body_too_slow",
         ) from None
 

@@ -48,9 +48,9 @@ def boots(volume_prefix: str | None) -> list[BootRecord]:
             hint="Run 'modal setup', or leave --modal out for the boots of this machine.",
         ) from error
     except (modal.exception.Error, OSError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
-            f"Volume '{name}' cannot be read from Modal: {said}.",
+            f"Volume '{name}' cannot be read from Modal: {reason}.",
             hint="Try again, or leave --modal out for the boots of this machine.",
         ) from error
 
@@ -129,17 +129,17 @@ def _translate_errors(secret: str | None, volume: str) -> Iterator[None]:
         yield
     except modal.exception.AuthError as error:
         raise ServiceError(
-            f"Modal refused to open volume '{volume}': this machine has no Modal token, or an invalid one.",
+            f"Modal refused to prefetch into volume '{volume}': this machine has no Modal token, or an invalid one.",
             hint="Run 'modal setup', or leave --modal out to fetch into this machine's cache.",
         ) from error
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
-        said = " ".join(str(error).split())
-        if secret and secret in said:
-            raise missing_hub_secret(secret, said) from error
-        raise ServiceError(f"Modal refused to run the prefetch: {said}.") from error
+        reason = " ".join(str(error).split())
+        if secret and secret in reason:
+            raise missing_hub_secret(secret, reason) from error
+        raise ServiceError(f"Modal refused to run the prefetch: {reason}.") from error
     except (modal.exception.Error, OSError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
-            f"The prefetch on Modal was interrupted: {said}.",
+            f"The prefetch on Modal was interrupted: {reason}.",
             hint="Finished files are kept; run the same command again to continue.",
         ) from error

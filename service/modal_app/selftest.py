@@ -18,7 +18,7 @@ CHARACTERS = (
 MAX_TOKENS = 512
 TIMEOUT_S = 600.0
 _CHAT = "/v1/chat/completions"
-_HINT = "Look at the container's log: modal app logs <app>."
+_HINT = "Read the container's log, which modal run prints above (without --quiet)."
 Complete = Callable[[str, Any], tuple[int, Any]]
 
 
@@ -35,7 +35,7 @@ def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
     _print(f"Checking health {f'of {url}' if streamed else 'through Server.complete'}")
     status, answer = complete("/health", None)
     if (status, answer) != (200, {"status": "ok"}):
-        raise ServiceError(f"/health answered {status} {answer!r}; expected 200 and status ok.", hint=_HINT)
+        raise ServiceError(f"/health answered {status} {answer!r}; expected 200 {{'status': 'ok'}}.", hint=_HINT)
     _print("Healthy")
     for character in CHARACTERS if twice else CHARACTERS[:1]:
         messages = [{"role": "system", "content": character}, {"role": "user", "content": content}]

@@ -210,7 +210,7 @@ class Registry:
         raise UnknownModelError(
             f"Unknown model '{name}'.{did_you_mean(name, written)} Registered: {', '.join(self.specs)} "
             "(vllm-service models).",
-            hint="Choose one of these, or add your own in a TOML file and name it in SERVICE_MODELS_FILE.",
+            hint="Choose one of these, or set SERVICE_MODELS_FILE to a TOML file with an entry of your own.",
         )
 
 

@@ -82,10 +82,12 @@ class Replica:
         """The engine process.
 
         Raises:
-            EngineError: `prepare` and `start` have not come yet.
+            EngineError: Neither `prepare` nor `start` has spawned it yet.
         """
         if self._engine is None:
-            raise EngineError("There is no engine yet.", hint="Call prepare() and start() first.")
+            raise EngineError(
+                f"The replica of model '{self.plan.spec.key}' has no engine yet.", hint="Call prepare(), then start()."
+            )
         return self._engine
 
     def prepare(self) -> None:
@@ -155,7 +157,7 @@ class Replica:
             self.phases.add("restore", self._prepared_at, time.monotonic())
 
     def _wake(self, accepted: list[str]) -> str | None:
-        """Wake the sleeping engine. Return None, or why it did not wake as it fell asleep; it is gone then."""
+        """Wake the sleeping engine. Return None, or the reason why that failed; the engine is stopped then."""
         within_s = min(self.plan.effective_wake_timeout_s, self._left_s() / 2)
         try:
             self._release(accepted)

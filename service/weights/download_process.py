@@ -51,8 +51,8 @@ def download_in_child(repository: RepositorySpec, on_progress: Callable[[Progres
 
 
 def _follow(child: subprocess.Popen[str], repository: RepositorySpec, on_progress: Callable[[Progress], None]) -> Path:
-    assert child.stdin is not None  # noqa: S101 - download_in_child asked for pipes
-    assert child.stdout is not None  # noqa: S101 - download_in_child asked for pipes
+    assert child.stdin is not None  # noqa: S101 - download_in_child opens pipes
+    assert child.stdout is not None  # noqa: S101 - download_in_child opens pipes
     with contextlib.suppress(BrokenPipeError):  # it died at once, which is reported below
         child.stdin.write(json.dumps(asdict(repository)) + "\n")
         child.stdin.flush()

@@ -1,4 +1,4 @@
-"""Which pinned commits of the registry are older than the hub's. Asks for commits only, of all repositories at once."""
+"""Which pinned commits of the registry are older than the hub's. Requests commits only, 8 repositories at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Pin:
 
     Attributes:
         revision: The commit that is served; None: the newest at the time of its first fetch.
-        newest: The commit that the hub has; None where it does not tell.
-        refusal: Why it does not tell.
+        newest: The hub's newest commit; None where the hub returned an error.
+        refusal: That error.
     """
 
     model: str

@@ -135,7 +135,7 @@ def build_request(
     if not (names or everything or prune):
         raise UsageError(
             f"No model is named. Registered: {', '.join(registry.specs)}.",
-            hint="Name the models to fetch, or say --all.",
+            hint=f"Name one or more, as in 'vllm-service prefetch {next(iter(registry.specs))}', or pass --all.",
         )
     if names and everything:
         raise UsageError(
@@ -221,7 +221,7 @@ def _messages(put: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Emitter:
-    """Passes events on: progress a few times a second, and nothing once the reader is gone."""
+    """Passes events on: progress a few times a second, and raises once the reader has closed its end."""
 
     def __init__(self, put: Callable[[PrefetchEvent], None], closed: threading.Event) -> None:
         self._put, self._closed = put, closed
@@ -230,7 +230,7 @@ class _Emitter:
 
     def __call__(self, event: PrefetchEvent) -> None:
         if self._closed.is_set():
-            raise InterruptedError("The reader of the events is gone.")
+            raise InterruptedError("The reader of the events has closed its end.")
         if isinstance(event, Progress):
             now, shown = time.monotonic(), (event.hub_id, event.phase)
             if shown == self._shown and now - self._at < _PROGRESS_EVERY_S and event.done_bytes < event.total_bytes:

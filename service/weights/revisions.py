@@ -103,7 +103,7 @@ def resolve_revisions(
             known = {} if update else read(file)
             known |= {name: _newest(name, resolve) for name in names if name not in known}
             if not (update and lock):
-                with suppress(OSError):  # a cache that cannot be written is shared with nobody
+                with suppress(OSError):  # a cache that cannot be written has no other reader to share with
                     known |= record(file, known, update=update)
     for name in names:
         on_resolved(name, known[name])

@@ -209,7 +209,7 @@ def test_limits_of_a_minute_slide() -> None:
         ('{"alice": {"concurrency": 0}}', "field 'concurrency' is 0"),
         ('{"alcie": {}}', "Did you mean 'alice'"),
         ('{"alice": {"models": ["tinny"]}}', "API_LIMITS of 'alice'.*Did you mean 'tiny'"),
-        ('{"alice": {"models": ["tiny-h200"]}}', "whatever their GPU. Write 'tiny'"),
+        ('{"alice": {"models": ["tiny-h200"]}}', "allowed on every GPU. Write 'tiny'"),
     ],
 )
 def test_limits_that_are_wrong_are_refused(text: str, match: str) -> None:
