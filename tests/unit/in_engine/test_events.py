@@ -42,7 +42,7 @@ def test_event_that_ends_a_phase_gives_a_span(event: Event) -> None:
 def test_phases_of_a_boot_do_not_overlap(hold: str) -> None:
     """Each begins where the one before it ended: an event that is added is in `since` of those that follow it."""
     asleep = {Event.WARMED, Event.ASLEEP, Event.AWAKE, Event.WOKEN}
-    passed = [event for event in Event if event.is_of_the_boot and (hold == "asleep" or event not in asleep)]
+    passed = [event for event in Event if event.is_boot_event and (hold == "asleep" or event not in asleep)]
     if hold:  # the release comes after the hold
         passed.remove(Event.RELEASED)
         passed.insert(passed.index(Event(hold)) + 1, Event.RELEASED)
