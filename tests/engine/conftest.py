@@ -51,7 +51,8 @@ def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert time.monotonic() - asked < GONE_S
 
 
-@pytest.fixture(scope="session")
+# It lives in this process, whose log has its output: it ends with the tests of this package.
+@pytest.fixture(scope="package")
 def generating(engine_env_: engine_environment.EngineEnv) -> Iterator[Guarded]:
     """A generating engine behind its guard, with keys and no gateway in front."""
     with guarded(engine_env_, KEYS) as engine:
