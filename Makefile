@@ -67,11 +67,11 @@ COMPILE_ALL := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib
 # One make at a time builds: a second one waits, and then finds it done. Ctrl-C leaves no mark, and the next make goes on.
 define build
 	@exec 9>$(VENV).lock; \
-	if ! flock --nonblock 9; then echo "Another make is building $(VENV); waiting for it."; flock 9; fi; \
+	if ! command -v flock >/dev/null; then :; elif ! flock --nonblock 9; then echo "Another make is building $(VENV); waiting for it."; flock 9; fi; \
 	if [ -e $@ ] && [ -z "$$(find $^ -newer $@)" ]; then exit 0; fi; \
 	echo "$(1)"; \
 	{ $(2) && touch $@; } || { \
-	  echo "error: $(VENV) could not be built; the installer's own words are above." >&2; \
+	  echo "error: $(VENV) could not be built; the installer's output is above." >&2; \
 	  echo "hint: Check the connection and the room on the disk, then run the same command again." >&2; exit 1; }
 endef
 

@@ -21,6 +21,7 @@ from service.gateway.modal_pool import PROXY_SECRET, Tiers
 from service.gateway.process_limits import raise_process_limits
 from service.gateway.router import ModelRouter
 from service.image import light_image, with_settings
+from service.modal_app.container_logging import log_to_stdout
 from service.modal_app.gateway_deployment import GatewayDeployment
 from service.registry.models import Registry
 from service.settings import Settings
@@ -37,8 +38,8 @@ def create_modal_app(settings: Settings, registry: Registry, environ: Mapping[st
     digests = keys.digests(environ)
     if not digests:
         raise UsageError(
-            f"Secret '{settings.keys_secret}' has neither API_KEY nor API_KEYS, and without a key anybody could wake "
-            "GPUs.",
+            f"Secret '{settings.keys_secret}' has neither API_KEY nor API_KEYS, and without a key every "
+            "request would start a GPU container.",
             hint=f"Put one in: modal secret create --force {settings.keys_secret} API_KEY=<key>.",
         )
     metrics = Metrics(_write_line)
@@ -72,6 +73,7 @@ except UsageError as error:
     raise SystemExit(error.to_terminal()) from None
 
 if not modal.is_local():
+    log_to_stdout()
     raise_process_limits()  # in the container, and before its checkpoint: it takes 35 ms, which no wake should
 
 app = modal.App(DEPLOYMENT.app_name)

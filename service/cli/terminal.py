@@ -117,17 +117,19 @@ class Terminal:
             self._log.close()
 
     def phase(self, event: Event) -> None:
-        """Show what is being waited for; an event without a label is not shown.
+        """Show what is being waited for; an event without a label leaves what was shown.
 
         Raises:
             ServiceError: The engine's output cannot be kept.
         """
         self._open_log()
+        if not event.label:
+            return
         self._clear()
-        if event.label and self._status:
+        if self._status:
             self._status.update(f"{event.label} …")
             self._status.start()
-        elif event.label:
+        else:
             self._say(event.label)
 
     def installing(self, progress: InstallProgress) -> None:
@@ -213,9 +215,9 @@ def _install_bar(console: Console) -> Progress:
 
 
 def _greeting(ready: Ready, log_file: Path) -> str:
-    bearer = " -H 'Authorization: Bearer '\"$API_KEY\"" if ready.asks_for_key else ""
-    key = 'os.environ["API_KEY"]' if ready.asks_for_key else '"none"'
-    imports = "import os\n" if ready.asks_for_key else ""
+    bearer = " -H 'Authorization: Bearer '\"$API_KEY\"" if ready.needs_key else ""
+    key = 'os.environ["API_KEY"]' if ready.needs_key else '"none"'
+    imports = "import os\n" if ready.needs_key else ""
     return f"""
 Ready after {ready.seconds:.1f} s: {ready.spec.key} at {ready.base_url} (the engine's output: {log_file})
 

@@ -149,7 +149,7 @@ def _check(command: str, finished: Finished) -> None:
         _log.error("%s", "\n".join(finished.error_lines))
         raise EnvironmentBuildError(
             f"uv {command} failed with code {finished.code} while it built the engine's environment; "
-            "its own words are above.",
+            "its output is above.",
             hint="Check the connection and the room on the disk, then run the same command again: "
             "it keeps what was downloaded.",
         )
@@ -162,7 +162,7 @@ def _cache_home() -> Path:
 @contextmanager
 def _only_one(file: Path) -> Iterator[None]:
     """Let one process build at a time; the others wait and reuse the result. The kernel frees a dead holder's lock."""
-    lock = FileLock(file)
+    lock = FileLock(file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:

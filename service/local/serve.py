@@ -46,7 +46,7 @@ class Ready:
     spec: ModelSpec
     base_url: str
     seconds: float
-    asks_for_key: bool
+    needs_key: bool
 
 
 def serve(
@@ -74,7 +74,7 @@ def serve(
         spec = planner.resolve(model)
         run = _Run(planner, spec, load_clients(environ, digests, planner.registry, spec.key))
         base_url = _base_url(host, settings.port)
-        run.serve(address, lambda seconds: on_ready(Ready(spec, base_url, seconds, asks_for_key=bool(digests))))
+        run.serve(address, lambda seconds: on_ready(Ready(spec, base_url, seconds, needs_key=bool(digests))))
 
 
 def log_file(port: int) -> Path:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import click  # Modal's command line is made with it
 import modal
 
 from service.boots.records import DIRECTORY, BootRecord, parse
@@ -77,6 +76,8 @@ def in_modal_command() -> bool:
 
     Its command line is click's, whose context is there only while a command runs.
     """
+    import click  # noqa: PLC0415 - Modal's command line brings it; a container needs none
+
     return click.get_current_context(silent=True) is not None
 
 

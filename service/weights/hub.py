@@ -2,7 +2,7 @@
 
 A second hub is one new module with a class that has these members, and one entry in `HUBS`: its repositories are then
 written `<name>:<owner>/<repository>` in a registry entry's hub_id, and the class gets that whole hub_id. No other
-module of `service.weights` knows a hub.
+module of `service.weights` asks a hub; `pruning` and `hub_cache` know the layout of the cache that all hubs share.
 """
 
 from __future__ import annotations

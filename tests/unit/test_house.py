@@ -41,6 +41,12 @@ def test_engines_part_imports_standard_library_and_vllm_only(path: Path) -> None
     assert packages(path) <= set(sys.stdlib_module_names) | inside
 
 
+@pytest.mark.parametrize("name", ["events", "http_contract"])
+def test_module_that_both_sides_import_needs_the_standard_library_only(name: str) -> None:
+    """The gateway's process and the engine's both import it."""
+    assert packages(MODULES[f"in_engine.vllm_service.{name}"]) <= set(sys.stdlib_module_names)
+
+
 def test_compiling_program_imports_standard_library_and_xgrammar_only() -> None:
     """The engine's own Python runs it, without the service."""
     assert packages(MODULES["gateway.grammar_process"]) <= set(sys.stdlib_module_names) | {"torch", "xgrammar"}

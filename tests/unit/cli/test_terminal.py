@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -22,41 +23,41 @@ LOG = logging.getLogger("service.somewhere")
 OUTPUT = logging.getLogger("service.engine.output")
 
 
-def greeting(tmp_path: Path, capsys: Capture, *, asks_for_key: bool) -> str:
+def greeting(tmp_path: Path, capsys: Capture, *, needs_key: bool) -> str:
     """Return what is printed when the service is ready."""
     with Terminal(tmp_path / "x.log", verbose=False) as terminal:
-        terminal.ready(Ready(REGISTRY.specs["tiny"], "http://127.0.0.1:8000/v1", 4.25, asks_for_key))
+        terminal.ready(Ready(REGISTRY.specs["tiny"], "http://127.0.0.1:8000/v1", 4.25, needs_key))
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asks_for_key", [True, False])
-def test_greeting_has_python_lines_that_compile(tmp_path: Path, capsys: Capture, asks_for_key: bool) -> None:
+@pytest.mark.parametrize("needs_key", [True, False])
+def test_greeting_has_python_lines_that_compile(tmp_path: Path, capsys: Capture, needs_key: bool) -> None:
     """They are pasted as they are; a key is taken from the environment, never printed."""
-    text = greeting(tmp_path, capsys, asks_for_key=asks_for_key)
-    begin = text.index("import os\n" if asks_for_key else "from openai")
+    text = greeting(tmp_path, capsys, needs_key=needs_key)
+    begin = text.index("import os\n" if needs_key else "from openai")
     lines = text[begin : text.index("\n\nCtrl-C")]
     compile(lines, "greeting", "exec")
 
     assert 'base_url="http://127.0.0.1:8000/v1"' in lines
-    assert ('os.environ["API_KEY"]' in lines) == asks_for_key
+    assert ('os.environ["API_KEY"]' in lines) == needs_key
 
 
-@pytest.mark.parametrize("asks_for_key", [True, False])
-def test_greeting_has_a_curl_line_that_a_shell_reads(tmp_path: Path, capsys: Capture, asks_for_key: bool) -> None:
+@pytest.mark.parametrize("needs_key", [True, False])
+def test_greeting_has_a_curl_line_that_a_shell_reads(tmp_path: Path, capsys: Capture, needs_key: bool) -> None:
     """Its body is JSON, its address the service's, the key the shell's own variable."""
     import shlex
 
-    text = greeting(tmp_path, capsys, asks_for_key=asks_for_key)
+    text = greeting(tmp_path, capsys, needs_key=needs_key)
     words = shlex.split(text[text.index("curl ") : text.index("\n\n", text.index("curl "))])
 
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[words.index("-d") + 1])["model"] == "llm"
-    assert ("Authorization: Bearer $API_KEY" in words) == asks_for_key
+    assert ("Authorization: Bearer $API_KEY" in words) == needs_key
 
 
 def test_greeting_says_model_time_and_log(tmp_path: Path, capsys: Capture) -> None:
     """What is served, how long it took, and where the engine's output is."""
-    text = greeting(tmp_path, capsys, asks_for_key=False)
+    text = greeting(tmp_path, capsys, needs_key=False)
 
     assert "Ready after 4.2 s: tiny at http://127.0.0.1:8000/v1" in text
     assert str(tmp_path / "x.log") in text.replace("\n", "")
@@ -88,6 +89,21 @@ def test_terminal_shows_progress_on_stderr_only(tmp_path: Path, capsys: Capture)
 
     assert out == ""
     assert err.splitlines() == ["Looking for the weights", "A sentence with [brackets]."]
+
+
+def test_terminal_keeps_the_label_of_a_phase_through_events_without_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model loads for longer than anything else, and events without a label come meanwhile."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Terminal(tmp_path / "x.log", verbose=False) as terminal:
+        terminal.phase(Event.IMPORTED)
+        capsys.readouterr()
+        terminal.phase(Event.BUILDING)
+        time.sleep(0.3)  # the spinner draws a frame every 0.08 s
+
+    assert "Loading the model" in capsys.readouterr().err
 
 
 def test_terminal_whose_log_cannot_be_written_says_so_with_a_hint(tmp_path: Path) -> None:

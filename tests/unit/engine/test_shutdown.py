@@ -8,7 +8,7 @@ import pytest
 
 from service.engine.shutdown import LOCAL_SHUTDOWN, MODAL_SHUTDOWN, ShutdownBudget
 
-MODAL_LIMIT_S, LOCAL_LIMIT_S = 30, 10
+MODAL_LIMIT_S, LOCAL_LIMIT_S = 30, 16
 
 
 @pytest.mark.parametrize(("budget", "limit_s"), [(MODAL_SHUTDOWN, MODAL_LIMIT_S), (LOCAL_SHUTDOWN, LOCAL_LIMIT_S)])

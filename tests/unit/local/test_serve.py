@@ -193,7 +193,7 @@ def test_serve_until_a_signal_drains_and_returns(
     serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, on_ready, environ={})
 
     assert ready[0].base_url == f"http://127.0.0.1:{port}/v1"
-    assert (ready[0].spec.key, ready[0].asks_for_key) == ("tiny", False)
+    assert (ready[0].spec.key, ready[0].needs_key) == ("tiny", False)
     assert reporter.phases[-1] == "draining"
     assert signal.getsignal(number) is before
 
@@ -231,7 +231,7 @@ def test_serve_with_keys_passes_their_digests_only(
     seen: Callable[[], str] = lambda: "\n".join(caplog.messages)  # noqa: E731
 
     def on_ready(what: serve.Ready) -> None:
-        assert what.asks_for_key
+        assert what.needs_key
         leader = next(child for child in psutil.Process().children() if "vllm_service.main" in child.cmdline())
         assert "t0psecret" not in " ".join(leader.cmdline()) + str(leader.environ()) + seen()
         os.kill(os.getpid(), signal.SIGINT)

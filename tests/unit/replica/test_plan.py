@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from service.registry.models import Registry
 from service.replica.plan import Plan
 from service.settings import Settings
@@ -24,3 +26,10 @@ def test_plan_from_settings_with_a_fact_of_the_same_name_takes_the_fact() -> Non
     plan = Plan.from_settings(Settings(port=9000), spec=TINY, port=9001, n_gpu=1, fast_boot=True, **facts)
 
     assert (plan.port, plan.n_gpu) == (9001, 1)
+
+
+def test_settings_that_reach_a_plan_by_their_name_are_these() -> None:
+    """A new setting whose name is by chance that of a fact, such as `host`, is noticed here."""
+    shared = {field.name for field in dataclasses.fields(Plan)} & Settings.model_fields.keys()
+
+    assert shared == {"fast_boot", "hang_s", "n_gpu", "port", "snapshot", "startup_timeout_s"}
