@@ -277,7 +277,7 @@ def test_disk_that_fills_up_is_named_and_what_was_finished_is_kept(hub: Hub, tmp
 
     assert refusal.startswith("DiskSpaceError ")
     assert "is full (0.0 GB free) and org/mine" in refusal
-    assert "finished files are kept" in refusal
+    assert "Finished files are kept" in refusal
     assert fetched == "True"
     assert not [name for name in kept.split() if len(hub.downloads(name)) > 1]
 
