@@ -71,7 +71,7 @@ def test_start_with_cut_weights_says_that_they_are_damaged(start: Start, tmp_pat
 
 
 def test_start_without_a_tokenizer_names_it(start: Start, tmp_path: Path) -> None:
-    """A directory without tokenizer files is refused with the word tokenizer, by whomever notices first."""
+    """A directory without tokenizer files is refused with the word tokenizer, by the first part that notices."""
     environment = broken(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "copy" / name).unlink()

@@ -80,7 +80,7 @@ def test_tier_holds_weights_below_what_vllm_uses(weights_gb: float | None, fits:
     ],
 )  # fmt: skip
 def test_tier_too_small_for_the_weights_is_refused_with_tiers_that_fit(key: str, gpu: str, ways: str) -> None:
-    """The cheapest, and the one that the entry was written for, as whoever asks writes them."""
+    """The cheapest, and the one that the entry was written for, spelled as a request spells them."""
     with pytest.raises(GpuMemoryError) as caught:
         check_weights(SPECS[key], tier_of(SPECS[key], find_gpu(gpu)), lambda tier: f"{tier.gpu.name}:{tier.n_gpu}")
 
