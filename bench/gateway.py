@@ -1,4 +1,4 @@
-"""The gateway's latency, throughput and memory, compared with LiteLLM's proxy and nginx. `make bench-gateway`.
+"""The gateway's latency, throughput and memory, compared with other routers and proxies. `make bench-gateway`.
 
 Upstream is a stub that is never the bottleneck. The load runs in a process of its own. The candidates take turns in one
 run. The last part uses a real engine, directly and through `vllm-service up`. On a machine where all of them share two
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
+from bench import gateway_ledger, gateway_limits
 from bench.gateway_candidates import (
     GATEWAY,
     KEY,
@@ -34,8 +33,10 @@ from bench.gateway_proxies import Proxies, at, warm
 from bench.gateway_server import ENGINE_KEY, MODEL
 from bench.gateway_stub import instruction
 from bench.processes import free_port
+from service.gateway.process_limits import connection_limit
+from service.local.signals import signals_interrupt
 
-IDLE_STREAMS, IDLE_FIRST = 1000, 200
+IDLE_STREAMS, IDLE_FIRST = 10_000, 200
 BODIES, BODY_BYTES, BODY_REQUESTS = 8, 10_000_000, 24
 ANSWER_MS = 300  # long enough for all bodies to be in memory at once
 TOKENS, STREAMS, GENERATIONS = 128, 16, 64
@@ -68,13 +69,20 @@ class Bench:
             work = at(gateway, Work(0, "", "", instruction("idle"), stream=True))
             self.load.hold(replace(work, clients=IDLE_FIRST))
             before = gateway.memory
-            self.load.hold(replace(work, clients=IDLE_STREAMS))
+            more = min(IDLE_STREAMS, connection_limit() // 100 * 100) - IDLE_FIRST  # each takes two descriptors
+            self.load.hold(replace(work, clients=more))
             after = gateway.memory
             self.load.release()
         for kind, first, then in zip(("resident", "proportional"), before, after, strict=True):
-            each = (then - first) / IDLE_STREAMS / 1000
-            self.figures.at_most(f"memory of each of {IDLE_STREAMS} idle streams, {kind}", [each], 40, "KB")
-        print(f"idle streams: {before[0] / 1e6:.1f} MB with {IDLE_FIRST}, {after[0] / 1e6:.1f} MB with all", flush=True)
+            each = (then - first) / more / 1000
+            self.figures.at_most(f"memory of each idle stream, {kind}", [each], 20, "KB")
+        self.figures.at_least(
+            "idle streams held at once, as the limit of descriptors allows", [more + IDLE_FIRST], 1000
+        )
+        print(
+            f"idle streams: {before[0] / 1e6:.1f} MB with {IDLE_FIRST}, {after[0] / 1e6:.1f} MB with {more} more",
+            flush=True,
+        )
 
     def images(self) -> None:
         """Measure the peak memory of large bodies that are in flight at once."""
@@ -90,6 +98,14 @@ class Bench:
         self.figures.at_most(f"{name}, at most, bodies each", [most / BODIES / BODY_BYTES], 3)
         self.figures.at_most(f"{name}, kept afterwards, bodies each", [kept / BODIES / BODY_BYTES], None)
         print(f"images: {before / 1e6:.1f} MB, {most / 1e6:.1f} MB more at most, {kept / 1e6:.1f} MB kept", flush=True)
+
+    def ledger(self) -> None:
+        """Compare the gateway with and without its ledger."""
+        gateway_ledger.measure(self.directory, self.load, self.figures, self.rounds)
+
+    def limits(self) -> None:
+        """Compare the gateway with and without limits and a thousand stored keys."""
+        gateway_limits.measure(self.directory, self.load, self.figures, self.rounds)
 
     def engine(self) -> None:
         """Compare the tokens of a real engine, directly and through the gateway that started it.
@@ -116,7 +132,7 @@ class Bench:
             leave_core_to_engine(pid)
             for work in ways.values():
                 self.load.run(work)
-            for number in range(2 * self.rounds):
+            for number in range(self.rounds):
                 for name in list(ways)[:: -1 if number % 2 else 1]:
                     done = self.load.run(ways[name])
                     speeds[name].append(done.requests * TOKENS / done.seconds)
@@ -131,6 +147,8 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "proxies": Bench.proxies,
     "idle": Bench.idle,
     "images": Bench.images,
+    "ledger": Bench.ledger,
+    "limits": Bench.limits,
     "engine": Bench.engine,
 }
 
@@ -138,14 +156,12 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 def main() -> int:
     """Measure, print the figures and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; does not save results")
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     figures, began = Figures(), time.monotonic()
     try:
-        with TemporaryDirectory(prefix="bench-gateway-") as name, Load.started() as load:
+        with signals_interrupt(), TemporaryDirectory(prefix="bench-gateway-") as name, Load.started() as load:
             bench = Bench(load, figures, Path(name), arguments.rounds)
             for part in arguments.only:
                 PARTS[part](bench)
@@ -153,10 +169,6 @@ def main() -> int:
         return 130
     print(f"{time.monotonic() - began:.0f} s on {os.cpu_count()} cores\n")
     return figures.finish(keep=set(arguments.only) == set(PARTS))
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The candidates that the benchmark compares, each a process in front of the stub: our gateway, LiteLLM, nginx."""
+"""The candidates that the benchmark compares, each a process in front of the stub.
+
+Our gateway, LiteLLM, nginx, and the routers in Rust of vLLM and SGLang. Each has one worker: one process, and of the
+routers one thread. All check the client's key that can: ours, LiteLLM and SMG.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +24,26 @@ from pathlib import Path
 import psutil
 
 from bench.gateway_server import ENGINE_KEY, MODEL
-from bench.processes import free_port
-from tests.gateway import client_env
+from bench.processes import free_port, killed_with_us
+from tests.clients import client_env
 
 KEY = "sk-of-the-benchmark"
 UPSTREAM_KEY = "sk-of-the-upstream"
 DIRECT, GATEWAY, LITELLM, NGINX = "direct", "gateway", "LiteLLM", "nginx"
+ROUTER, SMG = "vllm-router", "SMG"
+WITH_LEDGER, WITH_LIMITS = "gateway with the ledger", "gateway with limits"
+LEDGER, KEYS = "usage.sqlite3", "keys.sqlite3"  # their files, in the benchmark's directory
+# Every limit, and none that is reached.
+LIMITS = {
+    "requests_per_minute": 10**9,
+    "tokens_per_minute": 10**12,
+    "tokens_per_day": 10**15,
+    "dollars_per_month": 1e12,
+    "concurrency": 10**6,
+    "expires": "2100-01-01",
+    "models": [MODEL],
+    "admin": True,
+}
 HOW_TO_GET_NGINX = "apt-get install -y nginx-light"
 START_S, END_S = 150.0, 20.0
 _POLL_S = 0.05
@@ -34,7 +52,7 @@ _LITELLM_SETTINGS = {
     "litellm_settings": {"num_retries": 0, "request_timeout": 600, "set_verbose": False, "callbacks": []},
     "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY"},
 }
-_LITELLM_VERSION = "from importlib.metadata import version; print(version('litellm'))"
+_VERSION = "from importlib.metadata import version; print(version('{}'))"
 # What a proxy in front of an engine needs: no buffering, kept connections; one process, as for all candidates.
 _NGINX_CONF = """\
 daemon off; worker_processes 1; pid nginx.pid; error_log stderr warn;
@@ -111,13 +129,28 @@ class Candidates:
         """
         if name == DIRECT:
             return Candidate(name, self.upstream, UPSTREAM_KEY, MODEL)
-        starter = {GATEWAY: self._gateway, LITELLM: self._litellm, NGINX: self._nginx}[name]
-        return starter(free_port())
+        starters = {
+            GATEWAY: self._gateway,
+            WITH_LEDGER: self._with_ledger,
+            WITH_LIMITS: self._with_limits,
+            LITELLM: self._litellm,
+            NGINX: self._nginx,
+            ROUTER: self._router,
+            SMG: self._smg,
+        }
+        return starters[name](free_port())
 
-    def _gateway(self, port: int) -> Candidate:
-        command = [sys.executable, "-m", "bench.gateway_server", "port", str(port), str(self.upstream)]
-        pid = self._start(GATEWAY, command, port, API_KEY=KEY, **{ENGINE_KEY: UPSTREAM_KEY})
-        return Candidate(GATEWAY, port, KEY, MODEL, pid)
+    def _gateway(self, port: int, name: str = GATEWAY, options: Sequence[str] = (), **environment: str) -> Candidate:
+        command = [sys.executable, "-m", "bench.gateway_server", "port", str(port), str(self.upstream), *options]
+        pid = self._start(name, command, port, API_KEY=KEY, **{ENGINE_KEY: UPSTREAM_KEY}, **environment)
+        return Candidate(name, port, KEY, MODEL, pid)
+
+    def _with_ledger(self, port: int) -> Candidate:
+        return self._gateway(port, WITH_LEDGER, ["--ledger", str(self._directory / LEDGER)])
+
+    def _with_limits(self, port: int) -> Candidate:
+        options = ["--keys", str(self._directory / KEYS), "--ledger", str(self._directory / f"limits-{LEDGER}")]
+        return self._gateway(port, WITH_LIMITS, options, API_LIMITS=json.dumps({"default": LIMITS}))
 
     def _litellm(self, port: int) -> Candidate:
         upstream = {"api_base": f"http://127.0.0.1:{self.upstream}/v1", "api_key": UPSTREAM_KEY}
@@ -146,6 +179,25 @@ class Candidates:
         pid = self._start(NGINX, [program, "-p", str(self._directory), "-c", str(file)], port)
         return Candidate(NGINX, port, UPSTREAM_KEY, MODEL, pid)
 
+    def _router(self, port: int) -> Candidate:
+        # It takes a key for its workers only, and lets every client in.
+        pid = self._rust(ROUTER, ["vllm-router", *self._options(port), "--log-level", "error"], port)
+        return Candidate(ROUTER, port, UPSTREAM_KEY, MODEL, pid)
+
+    def _smg(self, port: int) -> Candidate:
+        # One key, which clients must have and which its workers get.
+        command = ["smg", "launch", *self._options(port), "--log-level", "error", "--api-key", UPSTREAM_KEY]
+        return Candidate(SMG, port, UPSTREAM_KEY, MODEL, self._rust(SMG, command, port))
+
+    def _options(self, port: int) -> list[str]:
+        worker, metrics = f"http://127.0.0.1:{self.upstream}", str(free_port())
+        options = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", worker, "--policy", "round_robin"]
+        return [*options, "--prometheus-port", metrics]
+
+    def _rust(self, name: str, command: list[str], port: int) -> int:
+        program, *options = command
+        return self._start(name, [str(_routers() / program), *options], port, TOKIO_WORKER_THREADS="1")
+
     def _start(self, name: str, command: list[str], port: int, path: str = "/health", **environment: str) -> int:
         log = self._directory / f"{name}.log"
         return self._stack.enter_context(running(name, command, log, f"http://127.0.0.1:{port}{path}", **environment))
@@ -153,9 +205,13 @@ class Candidates:
 
 def installed() -> dict[str, str]:
     """Return the versions of the proxies that our gateway is compared with."""
-    commands = {LITELLM: [str(client_env.bin_directory() / "python"), "-c", _LITELLM_VERSION]}
+    commands = {LITELLM: [str(client_env.bin_directory() / "python"), "-c", _VERSION.format("litellm")]}
     if program := _nginx_program():
         commands[NGINX] = [program, "-v"]
+    with suppress(NotMeasuredError):
+        python = str(_routers() / "python")
+        for name, package in ((ROUTER, "vllm-router"), (SMG, "sglang-router")):
+            commands[name] = [python, "-c", _VERSION.format(package)]
     return {name: _last_word(command) for name, command in commands.items()}
 
 
@@ -166,6 +222,14 @@ def _last_word(command: list[str]) -> str:
 
 def _nginx_program() -> str | None:
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
+def _routers() -> Path:
+    try:
+        return client_env.routers()
+    except (AssertionError, OSError) as error:
+        reason = str(error).splitlines()[-1]
+        raise NotMeasuredError(f"bench/routers.lock could not be installed: {reason}") from error
 
 
 @contextmanager
@@ -185,16 +249,17 @@ def running(name: str, command: list[str], log: Path, health: str, **environment
             stderr=output,
             start_new_session=True,
         )
-    try:
-        deadline = time.monotonic() + START_S
-        while not _healthy(health):
-            if process.poll() is not None or time.monotonic() > deadline:
-                output_end = log.read_text(errors="replace")[-2000:]
-                raise SystemExit(f"{name} was not healthy (exit code {process.returncode}). Its output:\n{output_end}")
-            time.sleep(_POLL_S)
-        yield process.pid
-    finally:
-        _end(process)
+    with killed_with_us(process.pid):
+        try:
+            deadline = time.monotonic() + START_S
+            while not _healthy(health):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    end = log.read_text(errors="replace")[-2000:]
+                    raise SystemExit(f"{name} was not healthy (exit code {process.returncode}). Its output:\n{end}")
+                time.sleep(_POLL_S)
+            yield process.pid
+        finally:
+            _end(process)
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -31,7 +31,7 @@ class Figures(Report):
 
     def __init__(self) -> None:
         super().__init__("gateway")
-        self.versions |= {package: version(package) for package in ("aiohttp", "uvicorn", "uvloop")}
+        self.versions |= {package: version(package) for package in ("httptools", "uvloop")}
         self._series: dict[str, tuple[list[float], str]] = {}
         self._not_measured: dict[str, str] = {}
 

@@ -14,19 +14,26 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 from service import keys
+from service.batch.gateway_batches import GatewayBatches
+from service.boots.phases import Phases
 from service.gateway import local_server
-from service.gateway.clients import load_clients
+from service.gateway.clients import ClientRegistry
+from service.gateway.key_set import KeySource
 from service.gateway.local_pool import EngineHandle
 from service.gateway.local_scheduler import LocalScheduler
 from service.gateway.metrics import Metrics
-from service.local import serve as local_serve
-from service.ports import bound_port
+from service.local.line_file import line_writer
+from service.ports import bound_ports
 from service.registry.models import ModelSpec, Registry
 from service.settings import Settings
+from service.usage.database import open_database
+from service.usage.key_records import DatabaseKeys
+from service.usage.ledger import Ledger
 
 MODEL = "tiny"
 ENGINE_KEY = "ENGINE_KEY"
@@ -34,6 +41,9 @@ ENGINE_KEY = "ENGINE_KEY"
 
 class Upstream:
     """An engine that another process starts and stops."""
+
+    max_model_len: int | None = None
+    phases = Phases()
 
     def prepare(self) -> None:
         """Do nothing: there are no weights to fetch."""
@@ -44,30 +54,58 @@ class Upstream:
     def stop(self, grace_s: float | None = None) -> None:
         """Do nothing: its owner stops it."""
 
+    def kill(self) -> None:
+        """Do nothing: its owner watches it."""
 
-def serve(port: int, upstream: int) -> None:
-    """Serve until SIGTERM."""
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Do nothing: its models file does not change."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Do nothing: its models file does not change."""
+
+
+def serve(port: int, upstream: int, ledger: Path | None = None, stored: Path | None = None) -> None:
+    """Serve until SIGTERM, with a ledger, or with keys that operators make, in a file where one is named."""
     registry = Registry.load()
     spec = registry.resolve(MODEL).spec
     scheduler = LocalScheduler(_nothing, _never, free_memory=lambda: 0, needs_memory=lambda _: 0, idle_s=86_400)
     scheduler.pool(spec).attach(Upstream(), upstream, os.environ[ENGINE_KEY])
-    clients = load_clients(os.environ, keys.digests(os.environ), registry, MODEL)
+    store = DatabaseKeys(lambda: open_database(file=stored), stored) if stored else None
+    source = KeySource(os.environ, keys.digests(os.environ), store, MODEL)
+    clients = ClientRegistry.of(source.load_at_start(registry))
     with (
-        bound_port("127.0.0.1", port) as address,
-        local_serve.line_writer(Path(os.devnull)) as access,
+        bound_ports("127.0.0.1", port) as addresses,
+        line_writer(Path(os.devnull)) as access,
     ):
+        metrics = Metrics(access, Ledger(lambda: open_database(file=ledger)) if ledger else None)
         app = local_server.create_local_app(
-            registry, spec, scheduler, clients, Metrics(access), python=sys.executable, settings=Settings.load()
+            registry,
+            spec,
+            scheduler,
+            clients,
+            metrics,
+            settings=Settings.load(),
+            source=source if stored else None,
+            extension=GatewayBatches(),
         )
-        server = local_server.LocalServer(app, address, scheduler, on_open=_ready, on_drain=lambda: None)
+        server = local_server.LocalServer(
+            app, addresses, scheduler, keep_alive_s=75, on_open=_ready, on_drain=lambda: None
+        )
         server.run((signal.SIGTERM,))
 
 
 def up(engine: int) -> None:
     """Run `vllm-service up tiny` with its engine on this port and with the key of the environment."""
-    from service.cli import main as cli_main  # noqa: PLC0415 - the other half of this program is measured for its memory
+    # The other half of this program is measured for its memory.
+    from unittest import mock  # noqa: PLC0415
 
-    known = {"free_port": mock.Mock(return_value=engine), "new_key": mock.Mock(return_value=os.environ.pop(ENGINE_KEY))}
+    from service.cli import main as cli_main  # noqa: PLC0415
+    from service.local import serve as local_serve  # noqa: PLC0415
+
+    known: dict[str, Any] = {
+        "reserved_port": lambda: nullcontext(engine),
+        "new_key": lambda: os.environ.pop(ENGINE_KEY),
+    }
     with mock.patch.multiple(local_serve, **known), mock.patch.object(sys, "argv", ["vllm-service", "up", MODEL]):
         cli_main.main()
 
@@ -91,12 +129,14 @@ def main() -> None:
     port = commands.add_parser("port")
     port.add_argument("port", type=int)
     port.add_argument("upstream", type=int)
+    port.add_argument("--ledger", type=Path)
+    port.add_argument("--keys", type=Path)
     command = commands.add_parser("up")
     command.add_argument("engine", type=int)
     command.add_argument("--core", type=int)
     arguments = parser.parse_args()
     if arguments.command == "port":
-        serve(arguments.port, arguments.upstream)
+        serve(arguments.port, arguments.upstream, arguments.ledger, arguments.keys)
         return
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})

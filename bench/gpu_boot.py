@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.processes import killed_with_us
 from bench.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -65,10 +66,16 @@ def _engine(arguments: argparse.Namespace, model: str, flags: list[str]) -> dict
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'service/in_engine'}", "VLLM_NO_USAGE_STATS": "1"}
     command = [arguments.python or _engine_python(arguments.cpu), "-m", "bench.gpu_engine", model, *flags]
     command += ["--cycles", str(arguments.cycles), "--spawned-at", str(time.monotonic())]
-    done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, text=True, start_new_session=True)
+    with process, killed_with_us(process.pid):
+        try:
+            output, _ = process.communicate()
+        finally:
+            process.kill()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return dict(json.loads(output.splitlines()[-1]))
 
 
 def _engine_python(cpu: bool) -> str:

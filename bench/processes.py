@@ -11,7 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,24 +58,55 @@ class Timed:
         """Return the seconds from the spawn to the first 200 of /health; stop the server afterwards."""
         port = free_port()
         argv = self.command(port)
-        with TemporaryDirectory() as state:
-            env = {**os.environ, "XDG_STATE_HOME": state, "VLLM_NO_USAGE_STATS": "1"}
-            began = time.monotonic()
-            process = subprocess.Popen(
-                argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
-            )
+        began = time.monotonic()
+        with running(argv) as process:
+            wait_healthy(process, port, self.poll_s)
+            seconds = time.monotonic() - began
+            self.look(process.pid)
+            return seconds
+
+
+@contextmanager
+def running(argv: list[str], grace_s: float = 15, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the end of the block, or of this process; its children and files end with it.
+
+    Args:
+        argv: Its command.
+        grace_s: Seconds from SIGINT to SIGKILL.
+        env: Variables beside those of this process.
+    """
+    with TemporaryDirectory() as state:
+        variables = {**os.environ, "XDG_STATE_HOME": state, "TMPDIR": state, "VLLM_NO_USAGE_STATS": "1", **env}
+        process = subprocess.Popen(
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=variables, start_new_session=True
+        )
+        with killed_with_us(process.pid, state):
             try:
-                while not _healthy(port):
-                    if process.poll() is not None:
-                        raise SystemExit(f"{argv[0]} ended with {process.returncode} before it was ready")
-                    if time.monotonic() - began > LIMIT_S:
-                        raise SystemExit(f"{argv[0]} was not ready after {LIMIT_S:.0f} s")
-                    time.sleep(self.poll_s)
-                seconds = time.monotonic() - began
-                self.look(process.pid)
-                return seconds
+                yield process
             finally:
-                _end(process)
+                _end(process, grace_s)
+
+
+@contextmanager
+def killed_with_us(pgid: int, directory: str = "") -> Iterator[None]:
+    """Kill a process group, and remove a directory, when this process ends before the block, however it ends."""
+    end = ["sh", "-c", 'read -r _; kill -s KILL -- "-$1"; rm -rf "$2"', "sh", str(pgid), directory]
+    with subprocess.Popen(end, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
+
+
+def wait_healthy(process: subprocess.Popen[bytes], port: int, poll_s: float = POLL_S) -> None:
+    """Wait for the first 200 of /health; end this program when the server ends or takes too long."""
+    deadline = time.monotonic() + LIMIT_S
+    while not _healthy(port):
+        if process.poll() is not None:
+            raise SystemExit(f"{process.args!r} ended with {process.returncode} before it was ready")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{process.args!r} was not ready after {LIMIT_S:.0f} s")
+        time.sleep(poll_s)
 
 
 def free_port() -> int:
@@ -101,14 +133,18 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    members = [member for member in psutil.process_iter() if _is_in_session(member, process.pid)]
     process.send_signal(signal.SIGINT)
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    for member in family:
-        if member.is_running():
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # it, and its children where it died before them
+    process.wait()
+    psutil.wait_procs(members, timeout=10)
+
+
+def _is_in_session(member: psutil.Process, leader: int) -> bool:
+    with suppress(ProcessLookupError, PermissionError):
+        return os.getsid(member.pid) == leader
+    return False

@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bench.processes import free_port
 from bench.report import Report
 from service.engine import environment
 from service.engine.args import EngineOptions, engine_command
 from service.engine.process import EngineProcess, State
-from service.hardware import available_bytes, check_disk_space
-from service.ports import free_port
+from service.hardware import check_disk_space
+from service.memory import available_bytes
 from service.registry.models import ModelSpec, Registry
 from service.replica.readahead import Readahead, weight_files
 

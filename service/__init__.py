@@ -1,4 +1,7 @@
 """An OpenAI-compatible service of open language models on vLLM.
 
-Kept empty on purpose: the container imports this before anything else.
+No imports: the container imports this before anything else. The version is here, where pyproject.toml reads it, since a
+container of a deployed app has the package alone, without its metadata.
 """
+
+__version__ = "0.2.0"

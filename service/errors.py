@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 class ServiceError(Exception):
     """Any error of this service that a user can read. `exit_code` is what a command ends with.
 
+    `is_transient`: the same attempt may succeed a little later, without anybody's doing.
+
     Args:
         message: What happened: one or more sentences.
         hint: What to do next: one or more sentences. A terminal shows it on a line of its own, HTTP joins the two.
     """
 
     exit_code = 1
+    is_transient = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -64,12 +67,32 @@ class UnknownModelError(UsageError):
     """No registry entry has this name."""
 
 
+class UnknownShapeError(ServiceError):
+    """It is not known what vLLM keeps of a model's sequences; a boot tells it."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        boot = "The engine's log tells the size of its KV cache at a boot: choose a GPU with room beside the weights."
+        super().__init__(message, hint=hint or boot)
+
+
 class UnknownGpuError(UsageError):
     """Modal offers no GPU of this name, or not so many in one container."""
 
 
-class GpuMemoryError(UsageError):
+class GpuFitError(UsageError):
+    """A model cannot run on a GPU tier."""
+
+
+class GpuMemoryError(GpuFitError):
     """The weights alone are more than a GPU tier gives the engine."""
+
+
+class ComputeCapabilityError(GpuFitError):
+    """vLLM has no kernels for the model on a GPU this old."""
+
+
+class ContextMemoryError(UsageError):
+    """The KV cache of an entry's context does not fit into memory beside the weights."""
 
 
 class UnsupportedPlatformError(ServiceError):
@@ -100,8 +123,18 @@ class GpuCountError(ServiceError):
     """The container or machine shows fewer GPUs than the model is to be spread over."""
 
 
+class GpuDriverError(ServiceError):
+    """The machine has a GPU, and its driver does not answer."""
+
+
 class WeightsError(ServiceError):
     """The weights could not be fetched."""
+
+
+class HubUnreachableError(WeightsError):
+    """The hub does not answer, or not now."""
+
+    is_transient = True
 
 
 class GatedModelError(WeightsError):
@@ -116,14 +149,31 @@ class EngineTimeoutError(EngineError):
     """The engine runs, but did not reach the next state in time."""
 
 
-def nearest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """Return the nearest of `choices` in any case; None when none is nearer than `cutoff` (1 is the same)."""
-    spelled = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(name.lower(), sorted(spelled), n=1, cutoff=cutoff)
-    return spelled[near[0]] if near else None
+def one_line(error: BaseException) -> str:
+    """Return an error's text as one line without its full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+class RecordedFailureError(ServiceError):
+    """An earlier boot with the same GPU, image, model and arguments failed, as this one would."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
-    near = nearest(name, choices)
-    return f" Did you mean '{near}'?" if near else ""
+    """Return ` Did you mean 'x'?` for the nearest of `choices` in any case, or an empty string when none is near."""
+    spelled = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), sorted(spelled), n=1, cutoff=0.5)
+    return f" Did you mean '{spelled[near[0]]}'?" if near else ""
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Count the insertions, deletions, substitutions and swaps of neighbours that turn one name into the other."""
+    before: list[int] = []
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        older, before, row = before, row, [i]
+        for j, b in enumerate(right, 1):
+            edits = min(before[j] + 1, row[-1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == right[j - 2] and left[i - 2] == b:
+                edits = min(edits, older[j - 2] + 1)
+            row.append(edits)
+    return row[-1]

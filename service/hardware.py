@@ -1,27 +1,37 @@
-"""What this machine or container has: GPUs, processor, memory, disk space, platform. The only module that asks for it.
+"""What this machine or container has: GPUs, processor, disk space, platform. `memory` asks for its memory.
 
 Never touches torch: under a CPU snapshot that would freeze "no GPU" into the process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, UnsupportedPlatformError
+from service.errors import DiskSpaceError, GpuCountError, GpuDriverError, GpuMemoryError, UnsupportedPlatformError
 
 MIN_PYTHON, MAX_PYTHON = (3, 11), (3, 14)
 MIN_DRIVER = 580
-_CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_NUMA = "libnuma.so.1"
+_CPUINFO = Path("/proc/cpuinfo")
+_DEVICES, _WSL = Path("/dev"), Path("/usr/lib/wsl/lib")
+# Where nvidia-smi lives: Debian and others, Kubernetes's device plugin, WSL, GPU Operator, NixOS.
+_TOOL_DIRECTORIES = (
+    *(Path("/usr/bin"), Path("/usr/local/bin"), Path("/usr/local/nvidia/bin"), _WSL, Path("/opt/nvidia/bin")),
+    *(Path("/run/nvidia/driver/usr/bin"), Path("/run/current-system/sw/bin")),
+)
+_MAY_NAME_A_GPU = re.compile(r"\s*(?:\d|GPU-|MIG-)")
 _GPU_FIELDS = ("name", "memory.total", "driver_version", "uuid")
 
 
@@ -42,12 +52,10 @@ class Hardware:
     Attributes:
         gpus: The NVIDIA GPUs that this process may use: what the driver lists, less what CUDA_VISIBLE_DEVICES hides.
         cpu: Names of the processors and their instruction sets, for which inductor compiles.
-        memory_bytes: The machine's memory.
     """
 
     gpus: tuple[NvidiaGpu, ...]
     cpu: tuple[str, ...]
-    memory_bytes: int
 
     def fingerprint(self, device: str) -> str:
         """Return what compiled code depends on: GPUs and driver, or the processor; "" when the driver lists no GPU."""
@@ -57,16 +65,20 @@ class Hardware:
 
 
 def probe() -> Hardware:
-    """Look at this machine; runs nvidia-smi once."""
+    """Look at this machine; runs nvidia-smi once.
+
+    Raises:
+        GpuDriverError: There is a GPU, and its driver does not answer.
+    """
     described = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", _CPUINFO.read_text(), re.M)
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Hardware(_visible_gpus(), tuple(sorted(set(described))), memory_bytes)
+    return Hardware(_visible_gpus(), tuple(sorted(set(described))))
 
 
 def _visible_gpus() -> tuple[NvidiaGpu, ...]:
-    rows = _nvidia_smi(f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits")
-    gpus = [_gpu(fields) for row in rows if len(fields := row.split(", ")) == len(_GPU_FIELDS)]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and not _MAY_NAME_A_GPU.match(chosen):  # such as "" and "-1": the processor alone
+        return ()
+    gpus = _listed_gpus()
     if chosen is None:
         return tuple(gpus)
     visible: list[NvidiaGpu] = []
@@ -75,6 +87,31 @@ def _visible_gpus() -> tuple[NvidiaGpu, ...]:
             break  # CUDA reads up to the first entry that names no GPU
         visible.append(gpu)
     return tuple(visible)
+
+
+def _listed_gpus() -> list[NvidiaGpu]:
+    """Return the GPUs that the driver lists.
+
+    Raises:
+        GpuDriverError: There is a GPU and none is listed: the engine must not use the processor without a word.
+    """
+    done = _nvidia_smi(f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits")
+    rows = [row.split(", ") for row in done.lines]
+    gpus = [_gpu(fields) for fields in rows if len(fields) == len(_GPU_FIELDS)]
+    if not gpus and (device := next((node for node in _gpu_devices() if node.exists()), None)):
+        raise GpuDriverError(
+            f"{device} shows that this machine has a GPU, and its driver lists none: {done.failure}.",
+            hint="Run nvidia-smi, and mend the driver or put it on PATH; or use the processor alone: "
+            "CUDA_VISIBLE_DEVICES= make serve.",
+        )
+    return gpus
+
+
+def _gpu_devices() -> Iterator[Path]:
+    """Yield what is only there where a GPU is: device nodes of NVIDIA's driver, and on WSL the library of Windows's."""
+    yield from sorted(_DEVICES.glob("nvidia[0-9]*"))
+    if (_DEVICES / "dxg").exists():
+        yield _WSL / "libcuda.so.1"
 
 
 def _gpu(fields: list[str]) -> NvidiaGpu:
@@ -87,25 +124,34 @@ def _named(part: str, gpus: list[NvidiaGpu]) -> NvidiaGpu | None:
     if part.isdecimal():
         return gpus[int(part)] if int(part) < len(gpus) else None
     if part.startswith("MIG-"):  # a part of a GPU; only this listing has the UUIDs of parts
-        parts = [uuid for line in _nvidia_smi("-L") for uuid in re.findall(r"\(UUID: (MIG-[^)\s]+)\)", line)]
+        parts = [uuid for line in _nvidia_smi("-L").lines for uuid in re.findall(r"\(UUID: (MIG-[^)\s]+)\)", line)]
         return gpus[0] if gpus and any(uuid.startswith(part) for uuid in parts) else None
     return next((gpu for gpu in gpus if part.startswith("GPU-") and gpu.uuid.startswith(part)), None)
 
 
-def _nvidia_smi(*arguments: str) -> list[str]:
-    """Return what the driver's tool prints, line by line; nothing where there is no driver."""
+@dataclass(frozen=True)
+class _Answer:
+    """What nvidia-smi printed, or why it printed nothing."""
+
+    lines: Sequence[str] = ()
+    failure: str = "nvidia-smi printed no GPU"
+
+
+def _nvidia_smi(*arguments: str) -> _Answer:
+    """Run the driver's tool, which is not on the PATH of a service or of WSL."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, _TOOL_DIRECTORIES)])
+    if (tool := shutil.which("nvidia-smi", path=path)) is None:
+        return _Answer(failure=f"nvidia-smi is neither on PATH nor in {', '.join(map(str, _TOOL_DIRECTORIES))}")
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
-
-
-def available_bytes() -> int:
-    """Return how much memory may be used now: what the kernel can give, or a container's limit where that is lower."""
-    limits = [int(text) for file in _LIMITS if file.is_file() and (text := file.read_text().strip()).isdigit()]
-    available = re.search(r"^MemAvailable:\s+(\d+)", _MEMINFO.read_text(), re.M)
-    return min([*limits, int(available[1]) * 1024]) if available else 0
+        done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return _Answer(failure=f"{tool} did not answer within 30 s")
+    except OSError as error:
+        return _Answer(failure=f"{tool} cannot be run, {error.strerror}")
+    if done.returncode != 0:
+        said = " ".join((done.stdout + done.stderr).split())
+        return _Answer(failure=f"{tool} ended with code {done.returncode}, '{said}'")
+    return _Answer(done.stdout.splitlines())
 
 
 def check_platform() -> None:
@@ -126,6 +172,21 @@ def check_platform() -> None:
             f"Python {version[0]}.{version[1]} is outside what vLLM is built for, 3.11 to 3.14.",
             hint="Remove .venv and run make again with another Python, such as PYTHON=python3.12.",
         )
+
+
+def check_cpu_libraries() -> None:
+    """Refuse a machine without the library that vLLM's CPU build takes from the system, before the engine is built.
+
+    Raises:
+        UnsupportedPlatformError: libnuma is not installed.
+    """
+    try:
+        ctypes.CDLL(_NUMA)
+    except OSError as error:
+        raise UnsupportedPlatformError(
+            f"vLLM's CPU build needs {_NUMA}, which this machine lacks.",
+            hint="Install it: apt-get install libnuma1 (Debian, Ubuntu), dnf install numactl-libs (Fedora, RHEL).",
+        ) from error
 
 
 def check_driver(hardware: Hardware) -> None:
@@ -157,6 +218,24 @@ def check_gpu_count(hardware: Hardware, n_gpu: int, model: str) -> None:
         )
 
 
+def check_gpu_memory(hardware: Hardware, n_gpu: int, weights_gb: float | None, model: str) -> None:
+    """Refuse a model whose weights alone are more than the memory of the GPUs that it is to run on.
+
+    Raises:
+        GpuMemoryError: `weights_gb` (10^9 bytes) is more than there is; None, and a GPU of unknown memory, are not
+            checked.
+    """
+    largest = sorted((gpu.memory_mib or math.inf for gpu in hardware.gpus), reverse=True)[:n_gpu]
+    memory_gb = sum(largest) * 2**20 / 1e9
+    if weights_gb and weights_gb > memory_gb:
+        raise GpuMemoryError(
+            f"The weights of '{model}' are {weights_gb:.1f} GB, and {n_gpu} of this machine's GPUs have "
+            f"{memory_gb:.1f} GB.",
+            hint="Serve a smaller model here (vllm-service models), spread it over more GPUs (SERVICE_N_GPU), or "
+            f"deploy it: vllm-service deploy {model}.",
+        )
+
+
 def check_disk_space(directory: Path, needed_gb: float, purpose: str, remedy: str) -> None:
     """Refuse to begin what will not fit.
 
@@ -169,19 +248,4 @@ def check_disk_space(directory: Path, needed_gb: float, purpose: str, remedy: st
         raise DiskSpaceError(
             f"{purpose} needs {needed_gb:.1f} GB and {existing} has {free_gb:.1f} GB free.",
             hint=f"Free disk space, or {remedy}.",
-        )
-
-
-def check_memory(hardware: Hardware, weights_gb: float | None, model: str) -> None:
-    """Refuse a model whose weights alone are more than this machine's memory, before it is downloaded.
-
-    Raises:
-        MemoryTooSmallError: `weights_gb` (10^9 bytes) is more than there is; None is not checked.
-    """
-    memory_gb = hardware.memory_bytes / 1e9
-    if weights_gb and weights_gb > memory_gb:
-        raise MemoryTooSmallError(
-            f"The weights of '{model}' are {weights_gb:.0f} GB and this machine has {memory_gb:.0f} GB of memory.",
-            hint="Serve a smaller model here (vllm-service models), or deploy it: "
-            f"SERVICE_MODEL={model} modal deploy -m service.server.",
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from service.errors import UsageError
 
+ANONYMOUS = "anonymous"  # the name that requests are counted under where none needs a key; no key may have it
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
@@ -18,7 +19,8 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
     `sha256:<hex>`. A name may have several keys: the old and the new one while they are rotated.
 
     Raises:
-        UsageError: A pair lacks name or key, two names share a key, a digest is incomplete. It never contains a key.
+        UsageError: A pair lacks name or key, two names share a key, a name is reserved, a digest is incomplete. The
+            message never contains a key.
     """
     found: dict[str, str] = {}
     if key := environ.get("API_KEY", "").strip():
@@ -27,10 +29,29 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
         name, separator, key = (part.strip() for part in pair.partition("="))
         if not (name and separator and key):
             raise UsageError(f"API_KEYS: pair {position} is not name=key.", hint="Write 'alice=<key>,bob=<key>'.")
+        check_name(name, "API_KEYS")
         owner = found.setdefault(_digest(name, key), name)
         if owner != name:
             raise UsageError(f"API_KEYS: '{owner}' and '{name}' have the same key.", hint="Give each a key of its own.")
     return found
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse the name of the requests that need no key.
+
+    Args:
+        name: Of a key.
+        where: In which it stands, for the error.
+
+    Raises:
+        UsageError: A key has that name.
+    """
+    if name == ANONYMOUS:
+        raise UsageError(
+            f"{where}: '{name}' cannot be the name of a key: requests are counted under it where none needs a key. "
+            "Expected another name.",
+            hint="Write one such as alice.",
+        )
 
 
 def _digest(name: str, key: str) -> str:

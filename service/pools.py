@@ -10,7 +10,7 @@ import modal
 from service.errors import UnknownModelError
 from service.registry.gpus import find_gpu
 from service.registry.models import Registry
-from service.registry.tiers import Tier, check_weights
+from service.registry.tiers import Tier, check_fit
 from service.settings import Settings
 
 
@@ -38,14 +38,14 @@ def variant(
 
     Raises:
         UnknownGpuError: Modal offers no such GPU, or not so many.
-        GpuMemoryError: The model's weights are more than those GPUs' memory; a model that this machine's registry does
-            not know is not checked.
+        GpuFitError: The model cannot run on those GPUs; a model that this machine's registry does not know is not
+            checked.
         modal.exception.NotFoundError: The app is not deployed (raised at the first call).
     """
     tier = Tier(find_gpu(gpu), n_gpu)
     with suppress(UnknownModelError):
         spec = Registry.load(Settings.load().models_file).resolve(model).spec
-        check_weights(spec, tier, lambda other: f"gpu='{other.gpu.name}', n_gpu={other.n_gpu}")
+        check_fit(spec, tier, lambda other: f"gpu='{other.gpu.name}', n_gpu={other.n_gpu}")
     server = modal.Cls.from_name(app or tier.app_name, "Server")
     options = server.with_options(gpu=tier.request, scaledown_window=scaledown_window)
     given = {} if fast_boot is None else {"fast_boot": fast_boot}

@@ -1,15 +1,16 @@
-"""Sockets of this machine: which addresses are loopback, a claim on a port, a bound port, a free one."""
+"""Sockets of this machine: which addresses are loopback, a claim on a port, a bound port, a reserved one."""
 
 from __future__ import annotations
 
 import errno
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from service.errors import PortInUseError
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_OTHER_LOOPBACK = {"127.0.0.1": "::1", "localhost": "::1", "0.0.0.0": "::1", "::1": "127.0.0.1"}  # noqa: S104 - a key
 
 
 def is_loopback(host: str) -> bool:
@@ -62,11 +63,42 @@ def bound_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def free_port() -> int:
-    """Return a port of the loopback that no process uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def bound_ports(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Yield a socket of this host, bound and not listening yet, and for loopback one of the other loopback as well.
+
+    `localhost` is ::1 for some clients, such as Node, and 127.0.0.1 for others. A machine without IPv6 has only one.
+
+    Raises:
+        PortInUseError: The port is taken on one of them, or this user may not bind it.
+    """
+    with ExitStack() as stack:
+        hosts = [host]
+        if (other := _OTHER_LOOPBACK.get(host)) and _exists(other):
+            hosts.append(other)
+        yield [stack.enter_context(bound_port(host, port)) for host in hosts]
+
+
+def _exists(host: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a free port of the loopback, which only a server that sets SO_REUSEADDR, as vLLM does, can take meanwhile.
+
+    vLLM binds it seconds later. Without the reservation any connection of this machine may have it by then, as the port
+    that the kernel chose for its own end, and vLLM ends with "Address already in use".
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 def _hint(port: int) -> str:

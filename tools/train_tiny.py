@@ -35,7 +35,7 @@ from tiny_tokenizer import (
 )
 from tiny_variety import Variety
 from tokenizers import Tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 SEED = 3
 THREADS = 2
@@ -104,21 +104,21 @@ def batches(tokenizer: Tokenizer, variety: Variety) -> Iterator[Batch]:
         yield from map(pad, groups)
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine down to zero."""
-    return PEAK_LR * min(step / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+    return PEAK_LR * min(step / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(model: Qwen3ForCausalLM, source: Iterator[Batch]) -> None:
+def train(model: PreTrainedModel, source: Iterator[Batch], steps: int = STEPS) -> None:
     """Train in float32 on the learned tokens of each batch."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
     started = time.monotonic()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step, steps)
         ids, labels = next(source)
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -130,7 +130,7 @@ def train(model: Qwen3ForCausalLM, source: Iterator[Batch]) -> None:
             print(f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:5.0f} s", flush=True)
 
 
-def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: Path) -> None:
     """Round to bfloat16; write weights, configuration and generation defaults that make decoding greedy."""
     ends = [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)]
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}

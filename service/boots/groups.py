@@ -5,12 +5,13 @@ Compared are the kinds of boot of one model on one GPU: `off`, `gpu, first boot`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
 from service.boots.records import BootRecord, by_time
 
+_NEWEST = 5  # older ones may be of another deploy
 _ORDER = ("off", "cpu", "gpu")
 
 
@@ -39,6 +40,12 @@ class Group:
         """The median of `ready_seconds`; None where there are none."""
         return median(self.ready_seconds) if self.ready_seconds else None
 
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """The shortest and the longest of `ready_seconds`; None where there are not two."""
+        ready = self.ready_seconds
+        return (min(ready), max(ready)) if len(ready) > 1 else None
+
     def count(self, outcome: str) -> int:
         """Return how many boots ended so."""
         return sum(record.outcome == outcome for record in self.records)
@@ -58,6 +65,16 @@ def groups(records: Iterable[BootRecord]) -> list[Group]:
     for record in sorted(by_time(records), key=_place):
         found.setdefault((record.model, record.gpu, record.fast_boot, kind(record)), []).append(record)
     return [Group(*key, records=tuple(members)) for key, members in found.items()]
+
+
+def usual_seconds(records: Iterable[BootRecord], model: str, is_its_gpu: Callable[[str], bool]) -> float | None:
+    """Return how long a boot of a model takes, by the median of the newest ones that worked; None: there are none."""
+    ready = [
+        record.seconds
+        for record in by_time(records)
+        if record.model == model and record.outcome == "ready" and is_its_gpu(record.gpu)
+    ]
+    return median(ready[-_NEWEST:]) if ready else None
 
 
 def printable(text: str) -> str:

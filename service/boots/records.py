@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import secrets
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from service.files import atomic_write
+from service.files import atomic_write, user_directory
 
 DIRECTORY = "boots"  # within the state directory of a machine, or within Modal's volume
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as the numbers do, no two look alike
@@ -122,7 +121,7 @@ def local_directory() -> Path:
 
 def state_directory() -> Path:
     """Return where this machine keeps the logs and records of the service."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "vllm-service"
+    return user_directory("XDG_STATE_HOME", "~/.local/state") / "vllm-service"
 
 
 def keep(record: BootRecord, directory: Path, limit: int = 500) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.text import Text
 
+from service.boots import page
 from service.boots.groups import Group, groups, printable, shortened
 from service.boots.records import BootRecord
 from service.cli.terminal import TABLE_WIDTH, print_json, print_table, results_console
+from service.errors import ServiceError
 
 _MODEL_WIDTH = 38  # what the other columns leave of the table's width
 _HEADERS = ("id", "when (UTC)", "model", "GPU", "strategy", "restored", "outcome", "seconds")
@@ -41,6 +44,25 @@ def print_boots(records: Sequence[BootRecord], source: str, as_json: bool) -> No
     console.print()
     print_table(_GROUP_HEADERS, map(_group_cells, groups(records)), right=_GROUP_HEADERS[4:])
     console.print("Medians and spreads are of boots that got ready undisturbed.")
+
+
+def write_page(records: Sequence[BootRecord], source: str, file: Path) -> None:
+    """Write the page of boots that are printed already.
+
+    Args:
+        records: Oldest first.
+        source: Whose boots they are.
+        file: Replaced where it exists.
+
+    Raises:
+        ServiceError: It cannot be written.
+    """
+    try:
+        file.write_text(page.render(records, source), encoding="utf-8")
+    except OSError as error:
+        raise ServiceError(
+            f"--html {file} cannot be written: {error.strerror}.", hint="The table above is complete."
+        ) from error
 
 
 def _cells(record: BootRecord) -> list[str]:
@@ -77,14 +99,14 @@ def _details(record: BootRecord) -> list[str]:
 
 
 def _group_cells(group: Group) -> list[Text | str]:
-    ready = group.ready_seconds
+    spread = group.spread
     return [
         Text(shortened(group.model, 34)),
         Text(shortened(group.gpu, 9)),
         "yes" if group.fast_boot else "no",
         Text(shortened(group.kind, 20)),
-        str(len(ready)),
+        str(len(group.ready_seconds)),
         "-" if group.median is None else f"{group.median:.1f}",
-        f"{min(ready):.1f} to {max(ready):.1f}" if len(ready) > 1 else "-",
+        f"{spread[0]:.1f} to {spread[1]:.1f}" if spread else "-",
         *(str(group.count(outcome)) for outcome in ("cold", "failed")),
     ]

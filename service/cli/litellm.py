@@ -10,19 +10,23 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
-from service.errors import ServiceError, UsageError
+from service.cli import config_files
+from service.cli.config_files import Change
+from service.errors import ServiceError
+from service.files import require_writable
+from service.modal_app.gateway_access import base_url
 from service.registry.gpus import Gpu, find_gpu
-from service.registry.models import DEFAULT_ALIAS, ModelSpec, Registry
+from service.registry.models import DEFAULT_ALIAS, LOCAL_SUFFIX, ModelSpec, Registry
 from service.registry.tiers import tier_of
 from service.settings import Settings
 
 GATEWAY_KEY = "os.environ/VLLM_API_KEY"
 MASTER_KEY = "os.environ/LITELLM_MASTER_KEY"
-_LOCAL_SUFFIX = "-local"
+# LiteLLM's GET /health asks every model for an answer, which would start a GPU for each
+_MODEL_INFO = {"disable_background_health_check": True}
 _FROM_ENVIRONMENT = re.compile(r"os\.environ/[A-Za-z_][A-Za-z0-9_]*")
 _HEADER = """\
 # Written by `vllm-service litellm`; write it again after a change of the registry. It holds no key: LiteLLM reads
@@ -31,32 +35,14 @@ _HEADER = """\
 
 
 def api_base(url: str) -> str:
-    """Return the `api_base` of a gateway's URL, with or without `/v1` at its end.
+    """Return the `api_base` of a gateway's URL.
 
     `os.environ/NAME`, which LiteLLM reads from its environment, stays as it is: that variable then ends in `/v1`.
 
     Raises:
-        UsageError: It is no http URL, or it may hold a secret; then the message does not repeat it.
+        UsageError: It is no http URL, or it may hold a secret.
     """
-    if _FROM_ENVIRONMENT.fullmatch(url):
-        return url
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname and (parts.port or True)  # a port that is no number raises
-    except ValueError:
-        host = None
-    if "@" in url or "?" in url or "#" in url:
-        raise UsageError(
-            "The gateway's URL has a user, a query or a fragment, which may be a secret: this file must not hold one.",
-            hint="Give scheme, host and port alone, such as https://<workspace>--vllm-gateway-serve.modal.run.",
-        )
-    if not host or parts.scheme not in {"http", "https"} or re.search(r"\s", url):
-        raise UsageError(
-            f"'{url}' is not the URL of a gateway.",
-            hint="Give scheme, host and port, such as http://127.0.0.1:8000, or os.environ/NAME for a variable that "
-            "LiteLLM reads it from.",
-        )
-    return url.rstrip("/").removesuffix("/v1") + "/v1"
+    return url if _FROM_ENVIRONMENT.fullmatch(url) else f"{base_url(url)}/v1"
 
 
 def config(
@@ -99,18 +85,29 @@ def as_json(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def write(text: str, file: Path) -> None:
-    """Write the configuration to a file.
+def change(config: dict[str, Any], file: Path, *, in_json: bool = False) -> Change:
+    """Return how a file becomes this configuration; models of other services, and settings besides these, stay in it.
 
     Raises:
-        ServiceError: The file cannot be written.
+        UsageError: The file cannot be written.
+        ServiceError: It cannot be read, or not be understood, or it has comments, which would be lost.
     """
-    try:
-        file.write_text(text)
-    except OSError as error:
+    bases = {entry["litellm_params"]["api_base"] for entry in config["model_list"]}
+
+    def merge(before: str) -> str:
+        document = config_files.load_yaml(before)
+        others = [entry for entry in document.get("model_list") or () if not _is_ours(entry, bases)]
+        config_files.merge_mappings(document, {**config, "model_list": [*config["model_list"], *others]})
+        return as_json(document) if in_json else as_yaml(document)
+
+    require_writable(file, is_replaced=True)
+    found = config_files.plan(file, merge, config_files.load_yaml)
+    if found.names and (line := _comment_line(found.before or "")):
         raise ServiceError(
-            f"'{file}' cannot be written: {error.strerror}.", hint="Name a file in a directory that you may write to."
-        ) from error
+            f"Line {line} of '{file}' has a comment, which would be lost.",
+            hint="Take its comments out, or add by hand what the command prints without --output.",
+        )
+    return found
 
 
 def too_large(registry: Registry, gpus: Iterable[str]) -> list[str]:
@@ -127,7 +124,8 @@ def _names(registry: Registry, further: list[Gpu], local: bool) -> Iterator[str]
             yield name
             yield from (f"{name}-{gpu.slug}" for gpu in gpus)
             if local:
-                yield name + _LOCAL_SUFFIX
+                yield name + LOCAL_SUFFIX
+    yield from (alias for alias in registry.aliases if not alias.endswith("*"))
 
 
 def _holds(gpu: Gpu, spec: ModelSpec) -> bool:
@@ -135,10 +133,23 @@ def _holds(gpu: Gpu, spec: ModelSpec) -> bool:
     return gpu == spec.tier.gpu or tier_of(spec, gpu).holds(spec)
 
 
+def _comment_line(text: str) -> int | None:
+    """Return the number of the first line with a comment that no run of this command has written."""
+    if text.startswith(_HEADER):
+        text = "\n" * _HEADER.count("\n") + text.removeprefix(_HEADER)
+    return config_files.yaml_comment_line(text)
+
+
+def _is_ours(entry: Any, bases: set[str]) -> bool:
+    """Tell whether an earlier run has written an entry: for this gateway, or another one that the file was for."""
+    if not isinstance(entry, dict) or (given := entry.get("litellm_params") or {}).get("api_key") != GATEWAY_KEY:
+        return False
+    return given.get("api_base") in bases or entry.get("model_info") == _MODEL_INFO
+
+
 def _entry(name: str, base: str) -> dict[str, Any]:
     return {
         "model_name": name,
-        "litellm_params": {"model": f"openai/{name}", "api_base": base, "api_key": GATEWAY_KEY},
-        # LiteLLM's GET /health asks every model for an answer, which would start a GPU for each
-        "model_info": {"disable_background_health_check": True},
+        "litellm_params": {"model": f"hosted_vllm/{name}", "api_base": base, "api_key": GATEWAY_KEY},
+        "model_info": dict(_MODEL_INFO),
     }

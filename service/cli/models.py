@@ -23,6 +23,7 @@ def print_models(registry: Registry, default: str, as_json: bool) -> None:
         {
             "key": spec.key,
             "hub_id": spec.hub_id,
+            "volume": spec.volume,
             "revision": spec.revision,
             "gpu": spec.gpu,
             "n_gpu": spec.n_gpu,
@@ -56,5 +57,5 @@ def _cells(row: dict[str, Any], gpu_label: str) -> list[str]:
         row["tool_call_parser"] or "-",
         row["reasoning_parser"] or "-",
         "yes" if row["gated"] else "no",
-        row["hub_id"] or "built in",
+        row["hub_id"] or (f"upload '{row['volume']}'" if row["volume"] else "built in"),
     ]

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from service.boots.groups import shortened
 from service.cli.terminal import print_json, progress_console, results_console
 from service.errors import WeightsError
+from service.weights.files import label
 from service.weights.prefetch import (
     Message,
     ModelFailed,
@@ -30,6 +32,7 @@ from service.weights.progress import Progress
 from service.weights.revisions import record_commit
 
 _LINE_EVERY_S = 5.0
+_BAR_WIDTH = 59  # of the bar's other columns: `━━━━━━━━━━ 100.0/629.2 MB 13/17 files 169.2 MB/s 0:00:10`
 
 
 class ProgressDisplay:
@@ -80,7 +83,7 @@ class ProgressDisplay:
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task(
-                f"{progress.phase} {progress.hub_id}",
+                shortened(f"{progress.phase} {label(progress.hub_id)}", max(20, self._console.width - _BAR_WIDTH)),
                 total=progress.total_bytes or None,
                 completed=progress.done_bytes,
                 files="",
@@ -91,10 +94,17 @@ class ProgressDisplay:
         rate = (progress.done_bytes - self._first) / passed if passed > 0 else 0.0
         left = f", {duration((progress.total_bytes - progress.done_bytes) / rate)} left" if rate else ""
         amount = f"{size(progress.done_bytes)} of {size(progress.total_bytes)}, {size(rate)}/s{left}"
-        return f"{progress.phase} {progress.hub_id}: {amount}"
+        return f"{progress.phase} {label(progress.hub_id)}: {amount}"
 
 
-def follow(request: PrefetchRequest, events: Iterable[PrefetchEvent], as_json: bool, *, on_modal: bool = False) -> None:
+def follow(
+    request: PrefetchRequest,
+    events: Iterable[PrefetchEvent],
+    as_json: bool,
+    *,
+    on_modal: bool = False,
+    results: Console | None = None,
+) -> None:
     """Show the events as they come and the results; record the commits that were resolved.
 
     Args:
@@ -102,11 +112,12 @@ def follow(request: PrefetchRequest, events: Iterable[PrefetchEvent], as_json: b
         events: What happens.
         as_json: Print one JSON object at the end.
         on_modal: It is done on Modal, for the command that an error advises.
+        results: Where results go; None: to stdout.
 
     Raises:
         WeightsError: Files are damaged or missing, or models could not be fetched; which ones is printed.
     """
-    results = results_console()
+    results = results or results_console()
     ready: list[ModelReady] = []
     failed: list[ModelFailed] = []
     removed: list[RevisionRemoved] = []
@@ -121,7 +132,7 @@ def follow(request: PrefetchRequest, events: Iterable[PrefetchEvent], as_json: b
             display.clear()
             if isinstance(event, RevisionResolved):
                 where = record_commit(lock_file, event.hub_id, event.commit)
-                display.say(f"{event.hub_id} is at {event.commit}, recorded in {where}")
+                display.say(f"{label(event.hub_id)} is at {event.commit}, recorded in {where}")
             elif isinstance(event, Message):
                 display.say(event.text)
             elif isinstance(event, ModelFailed):
@@ -163,14 +174,14 @@ def _announcement(request: PrefetchRequest) -> str:
 def describe(event: ModelReady | RevisionRemoved) -> str:
     """Return a result in words."""
     if isinstance(event, RevisionRemoved):
-        return f"removed {event.hub_id} at {event.revision}: {size(event.size)} freed"
+        return f"removed {label(event.hub_id)} at {event.revision}: {size(event.size)} freed"
     if event.hub_id is None:
         return f"{event.key}: a directory, nothing to fetch"
-    at = f"{event.key}: {event.hub_id} at {event.revision}"
+    at = f"{event.key}: {label(event.hub_id)} at {event.revision}"
     if event.damage:
         return "\n".join([f"{at} is damaged", *(f"  {line}" for line in event.damage)])
     if not event.size:
-        return f"{at} matches the checksums that the hub gave"
+        return f"{at} matches its checksums"
     return f"{at} is complete, {size(event.size)}{'' if event.fetched else ', already in the cache'}"
 
 
@@ -191,5 +202,5 @@ def duration(seconds: float) -> str:
 
 
 def _bar(console: Console) -> Bar:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[files]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(10), DownloadColumn(), TextColumn("{task.fields[files]}"))
     return Bar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True)

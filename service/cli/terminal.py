@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self
 
+import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from service.errors import ServiceError
+from service.errors import ServiceError, UsageError
 from service.in_engine.vllm_service.events import Event
+from service.local.line_file import LineFile
 
 if TYPE_CHECKING:
     from service.engine.installer import InstallProgress
@@ -39,18 +42,40 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def confirm(question: str, otherwise: str) -> None:
+    """Ask on the terminal, and go on at yes.
+
+    Args:
+        question: Without its question mark.
+        otherwise: What is said at no: `Nothing was deployed`.
+
+    Raises:
+        UsageError: Standard input is no terminal.
+        ServiceError: The answer was no.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{otherwise}: standard input is no terminal on which this could be confirmed.", hint="Add --yes."
+        )
+    if not typer.confirm(f"{question}?", err=True):
+        raise ServiceError(f"{otherwise}.")
+
+
 def print_json(value: Any) -> None:
     """Print a result for programs."""
     results_console().print(json.dumps(value, indent=2), markup=False)
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]], right: Iterable[str] = ()) -> None:
-    """Print a table of results whose cells are never cut.
+def print_table(
+    headers: Sequence[str], rows: Iterable[Sequence[RenderableType]], right: Iterable[str] = (), *, stderr: bool = False
+) -> None:
+    """Print a table whose cells are never cut.
 
     Args:
         headers: Of the columns.
         rows: Their cells.
         right: The headers of the columns that are aligned to the right.
+        stderr: It is no result.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     aligned = set(right)
@@ -58,7 +83,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[RenderableType]]
         table.add_column(header, no_wrap=True, justify="right" if header in aligned else "left")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, width=_UNBOUNDED_WIDTH).print(table)
+    Console(stderr=stderr, highlight=False, width=_UNBOUNDED_WIDTH).print(table)
 
 
 @contextmanager
@@ -85,7 +110,7 @@ class Terminal:
     While it is open, the service's logs are shown, and the engine's output is written to a file.
 
     Args:
-        log_file: Where the output of engines and of the installer goes; replaced by each run.
+        log_file: Where the output of engines and of the installer goes; replaced by each run, and bounded.
         verbose: Show that output here too.
     """
 
@@ -97,7 +122,7 @@ class Terminal:
         self._task: TaskID | None = None
         self._step, self._shown_at = "", 0.0
         self._log_file, self._verbose = log_file, verbose
-        self._log: TextIO | None = None  # opened when something is begun: a refused run leaves another's log alone
+        self._log: LineFile | None = None  # opened when something is begun: a refused run leaves another's log alone
         self._first_model: str | None = None
         self._handlers = contextlib.ExitStack()
 
@@ -176,15 +201,15 @@ class Terminal:
         if model != self._first_model:
             line = f"{model}: {line}"
         with contextlib.suppress(OSError, ServiceError):  # a full disk must not stop the engine
-            self._open_log().write(line + "\n")
+            self._open_log().write(line)
         if self._verbose:
             self._console.print(line, markup=False)
 
-    def _open_log(self) -> TextIO:
+    def _open_log(self) -> LineFile:
         if self._log is None:
             try:
                 self._log_file.parent.mkdir(parents=True, exist_ok=True)
-                self._log = self._log_file.open("w", buffering=1)
+                self._log = LineFile(self._log_file)
             except OSError as error:
                 raise ServiceError(
                     f"The engine's output cannot be written to {self._log_file}: {error.strerror}.",

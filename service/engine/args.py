@@ -11,23 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine import cpu
+from service.engine.inherited import inherited
+from service.engine.model_files import ModelFiles
+from service.engine.parsers import with_parsers
 from service.engine.shutdown import MODAL_SHUTDOWN, ShutdownBudget
+from service.in_engine.vllm_service import gpu_flags
+from service.in_engine.vllm_service.form_data import FILE_LIMIT
+from service.in_engine.vllm_service.http_contract import IMAGE_PIXELS, MIB
 from service.registry.models import DEFAULT_ALIAS, ModelSpec
 
 IN_ENGINE = Path(__file__).parents[1] / "in_engine"
 PLUGIN = "vllm_service"  # the name of the entry points in in_engine/*.dist-info
 ENTRY = f"{PLUGIN}.main"
 
-# What of the parent's environment the engine must not inherit: secrets, and settings that are not the engine's.
-_WITHHELD_PREFIXES = ("SERVICE_", "MODAL_", "API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHON")
-
-# A CPU replica usually runs on a laptop: small batches and a small cache start faster and leave memory free.
-_CPU_MAX_MODEL_LEN = 8192
-_CPU_KV_CACHE_BYTES = 2 * 1024**3
-_CPU_TINY_KV_CACHE_BYTES = 64 * 1024**2
-_CPU_MAX_NUM_SEQS = 16
-_TINY_GB = 0.1
-_CPU_ENGINE_BYTES = 2 * 1024**3  # vLLM and torch themselves: 1.1 GB idle, measured, and what a request takes
+KEEP_ALIVE_S = 75  # an idle connection to the engine; vLLM's 5 s are shorter than those of clients and balancers
+SPECULATIVE_BATCHED_TOKENS = 8192  # vLLM warns that fewer are slow; its own default is 2048 below an H100
 _ADAPTERS_AT_ONCE = 4  # in one batch: GPU memory is reserved for so many; requests for more wait
 
 
@@ -50,6 +49,7 @@ class EngineOptions:
     Attributes:
         n_gpu: GPUs to spread the model over.
         fast_boot: Skip compilation and CUDA graphs.
+        max_n: The most answers to one request.
         host: Address to listen on.
         port: Port to listen on.
         shutdown: How long each step of the end may take.
@@ -57,6 +57,7 @@ class EngineOptions:
 
     n_gpu: int = 1
     fast_boot: bool = True
+    max_n: int = 16
     host: str = "127.0.0.1"
     port: int = 8000
     shutdown: ShutdownBudget = MODAL_SHUTDOWN
@@ -67,6 +68,7 @@ def engine_command(
     weights: Path,
     options: EngineOptions | None = None,
     *,
+    files: ModelFiles | None = None,
     draft: Path | None = None,
     adapters: Mapping[str, Path] | None = None,
     default_key: str | None = None,
@@ -80,37 +82,34 @@ def engine_command(
         spec: The registry entry.
         weights: Directory with config, tokenizer and safetensors; never a hub id, so the engine asks no hub.
         options: What settings decide.
+        files: What the files in `weights` say; None: nothing.
         draft: Directory of the draft model, for entries with `speculative`.
         adapters: Directory of each LoRA adapter by the name it is served under.
         default_key: Key of the default model; the entry of that key also answers to `llm`.
         device: `cuda` or `cpu`.
         sleeps: It will be in sleep mode, its weights in host memory, and woken from a GPU memory snapshot.
-        parent_env: The environment to pass on, less secrets and settings.
+        parent_env: The parent's environment, of which `inherited` passes some variables on.
     """
     options = options or EngineOptions()
+    if files:
+        spec = with_parsers(spec, files)
     argv = [
         *_identity(spec, weights, default_key),
         *_listening(options),
         *_execution(spec, device, options),
         *_sleep(device, sleeps),
         *_parsers(spec),
-        *_limits(spec, device),
+        *_limits(spec, device, files),
         *_acceleration(spec, draft, device),
         *_adapters(spec, adapters or {}),
         *spec.extra_args,
     ]
-    env = _environment(parent_env or {}, device, options.fast_boot, sleeps)
+    env = _environment(parent_env or {}, device, options, sleeps)
+    if device == "cuda" and (bounds := _gpu_flags(spec)):
+        env[gpu_flags.VARIABLE] = _json(bounds)
+    if device == "cpu":
+        env = cpu.openmp(spec, files) | env  # unless the user set them
     return EngineCommand(tuple(argv), env, options.host, options.port)
-
-
-def cpu_memory_bytes(spec: ModelSpec) -> int:
-    """Return how much memory an engine without a GPU takes; a model of unknown size counts as a small one."""
-    cache = _CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES
-    return int((spec.weights_gb or 2.0) * 1e9) + cache + _CPU_ENGINE_BYTES
-
-
-def _is_tiny(spec: ModelSpec) -> bool:
-    return spec.weights_gb is not None and spec.weights_gb < _TINY_GB
 
 
 def _identity(spec: ModelSpec, weights: Path, default_key: str | None) -> list[str]:
@@ -141,6 +140,8 @@ def _sleep(device: str, sleeps: bool) -> list[str]:
 
 def _execution(spec: ModelSpec, device: str, options: EngineOptions) -> list[str]:
     flags = ["--enforce-eager" if options.fast_boot else "--no-enforce-eager"]
+    if spec.task in {"embed", "classify"} and "--runner" not in spec.extra_args:
+        flags += ["--runner", "pooling"]
     if device == "cpu":
         flags += ["--distributed-executor-backend", "uni"]  # with the variable below: no worker process
     elif options.n_gpu > 1:
@@ -158,20 +159,20 @@ def _parsers(spec: ModelSpec) -> list[str]:
     if spec.reasoning_parser:
         flags += ["--reasoning-parser", spec.reasoning_parser]
     if spec.chat_template:
-        flags += ["--chat-template", str(Path(__file__).parents[1] / spec.chat_template)]
+        flags += ["--chat-template", str(spec.chat_template_file)]
     # `--structured-outputs-config` and `--tool-strict-level` stay at vLLM's `auto`. Backend "xgrammar" refuses a schema
     # with `multipleOf`, or with `pattern` beside `minLength`; level "parameter" refuses every request that offers one
     # tool which xgrammar cannot compile. vllm_service/structured_outputs.py says what else `auto` needs.
     return flags
 
 
-def _limits(spec: ModelSpec, device: str) -> list[str]:
+def _limits(spec: ModelSpec, device: str, files: ModelFiles | None) -> list[str]:
     flags: list[str] = []
     if device == "cpu":
         # -1: as long as the model allows and the cache holds
-        flags += ["--max-model-len", str(min(spec.max_model_len, _CPU_MAX_MODEL_LEN) if spec.max_model_len else -1)]
-        flags += ["--kv-cache-memory-bytes", str(_CPU_TINY_KV_CACHE_BYTES if _is_tiny(spec) else _CPU_KV_CACHE_BYTES)]
-        flags += ["--max-num-seqs", str(_CPU_MAX_NUM_SEQS), "--max-num-batched-tokens", "2048"]
+        flags += ["--max-model-len", str(cpu.max_model_len(spec, files) or -1)]
+        flags += ["--kv-cache-memory-bytes", str(cpu.kv_cache_bytes(spec, files))]
+        flags += ["--max-num-seqs", str(cpu.MAX_NUM_SEQS), "--max-num-batched-tokens", str(cpu.MAX_BATCHED_TOKENS)]
     elif spec.max_model_len:
         flags += ["--max-model-len", str(spec.max_model_len)]
     if spec.limit_mm_per_prompt:
@@ -194,27 +195,53 @@ def _acceleration(spec: ModelSpec, draft: Path | None, device: str) -> list[str]
         if draft:
             config["model"] = str(draft)
         flags += ["--speculative-config", _json(config)]
+        flags += ["--max-num-batched-tokens", str(SPECULATIVE_BATCHED_TOKENS)]
     return flags
 
 
+def _gpu_flags(spec: ModelSpec) -> dict[str, object]:
+    """Return for which GPUs the flags are that were chosen for the entry's own.
+
+    Older ones lack what it has; a newer generation has other MoE kernels.
+    """
+    major, minor = spec.tier.gpu.compute_capability
+    bounds: dict[str, object] = {}
+    if spec.kv_cache_dtype:
+        bounds["--kv-cache-dtype"] = [[major, minor], [99, 0]]
+    if spec.moe_backend:
+        bounds["--moe-backend"] = [[major, minor], [major + 1, 0]]
+    return bounds
+
+
 def _adapters(spec: ModelSpec, adapters: Mapping[str, Path]) -> list[str]:
-    """Return the LoRA adapters, each a model with a name of its own; none can be added while the engine runs."""
-    if not adapters:
+    """Return the LoRA adapters, each a model with a name of its own, and room for those that come while it serves.
+
+    All are kept in memory: one that vLLM reads again in the middle of a batch ends the engine if its file has gone.
+    """
+    if not (room := spec.adapter_room):
         return []
+    limits = ["--max-lora-rank", str(spec.max_lora_rank), "--max-loras", str(min(room, _ADAPTERS_AT_ONCE))]
+    limits += ["--max-cpu-loras", str(room)]
     modules = [_json({"name": name, "path": str(path), "base_model_name": spec.key}) for name, path in adapters.items()]
-    limits = ["--max-lora-rank", str(spec.max_lora_rank), "--max-loras", str(min(len(modules), _ADAPTERS_AT_ONCE))]
-    return ["--enable-lora", *limits, "--lora-modules", *modules]
+    return ["--enable-lora", *limits, *(["--lora-modules", *modules] if modules else [])]
 
 
-def _environment(parent_env: Mapping[str, str], device: str, fast_boot: bool, sleeps: bool) -> dict[str, str]:
-    env = {name: value for name, value in parent_env.items() if not name.startswith(_WITHHELD_PREFIXES)}
-    env |= {
+def _environment(parent_env: Mapping[str, str], device: str, options: EngineOptions, sleeps: bool) -> dict[str, str]:
+    env = inherited(parent_env) | {
         "PYTHONPATH": str(IN_ENGINE),
+        "PYTHONSAFEPATH": "1",  # else `python -m` imports what lies in the working directory
         "PYTHONUNBUFFERED": "1",
         "VLLM_PLUGINS": PLUGIN,  # and no other plugin that may be installed
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # a pickle that is read all the same gives numbers, and runs no code
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_COLOR": "0",
+        "VLLM_XGRAMMAR_CACHE_MB": "256",  # of compiled structured outputs; vLLM keeps 512
+        "VLLM_MEDIA_CONNECTOR": PLUGIN,  # fetches from listed hosts alone; vLLM's own fetches from anywhere
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_IMAGE_PIXELS": str(IMAGE_PIXELS),  # of listed hosts and videos; the guard looks at data in URLs
+        "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": str(FILE_LIMIT // MIB),  # of listed hosts too; the guard looks at forms
+        "VLLM_MAX_N_SEQUENCES": str(options.max_n),
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
         # vLLM's value, set here because torch is imported before vLLM; with more, torch starts processes
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "HF_HUB_OFFLINE": "1",  # the weights are local: an outage of the hub must not stop a boot
@@ -222,7 +249,7 @@ def _environment(parent_env: Mapping[str, str], device: str, fast_boot: bool, sl
     }
     if device == "cpu":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if fast_boot:  # else logprobs compile C++: 17 s at first, and without a compiler the engine ends
+        if options.fast_boot:  # else logprobs compile C++: 17 s at first, and without a compiler the engine ends
             env["TORCHDYNAMO_DISABLE"] = "1"
     else:  # vLLM's value, set here because torch is imported first: the GPU check must not prevent a fork
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -7,27 +7,19 @@ Modal's image.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
+from service.engine import built_once
+from service.engine.built_once import build_once, cache_home, check_uv, install, make_venv
+from service.engine.installer import OnProgress
+from service.hardware import Hardware, check_cpu_libraries, check_driver, check_platform, probe
 
-from service.engine.installer import Finished, OnProgress, run_uv
-from service.errors import EnvironmentBuildError
-from service.hardware import Hardware, check_disk_space, check_driver, check_platform, probe
-
-_log = logging.getLogger(__name__)
 PINS = Path(__file__).parents[1] / "pins"
 _NEEDED_GB = {"cpu": 3.5, "cuda": 16.0}  # cpu: measured, 2.4 GB and its download cache; cuda: an estimate
-_MARK = ".complete"
+_NAME = "the engine's environment"
 Device = Literal["cpu", "cuda"]
 
 
@@ -53,7 +45,7 @@ def ensure(
         hardware: What this machine has; by default it is probed.
 
     Raises:
-        UnsupportedPlatformError: vLLM has no build for this machine.
+        UnsupportedPlatformError: vLLM has no build for this machine, or it lacks what the build needs.
         DiskSpaceError: It would not fit.
         EnvironmentBuildError: The installer failed; the lines of its error are logged.
     """
@@ -62,35 +54,22 @@ def ensure(
     device = device or ("cuda" if hardware.gpus else "cpu")
     if device == "cuda":
         check_driver(hardware)
-    root = _cache_home() / "engines" / f"{device}-{_fingerprint(device)}"
-    env = EngineEnv(device, str(root / "bin" / "python"))
-    if (root / _MARK).exists():
-        return env
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentBuildError(
-            f"The directory of the engine's environment, {root.parent}, cannot be made: {error.strerror}.",
-            hint="Set XDG_CACHE_HOME to a directory that you may write to.",
-        ) from error
-    with _only_one(root.with_suffix(".lock")):
-        if not (root / _MARK).exists():
-            check_disk_space(
-                root, _NEEDED_GB[device], "The engine's environment", "set XDG_CACHE_HOME to a larger disk"
-            )
-            _log.info(
-                "Building the engine's environment (vLLM %s for %s), once: %s", vllm_version(device), device, root
-            )
-            began = time.monotonic()
-            _build(root, device, on_progress)
-            (root / _MARK).touch()
-            _log.info("The engine's environment is built: %.0f s", time.monotonic() - began)
-    return env
+    else:
+        check_cpu_libraries()
+    root = _root(device)
+    detail = f"vLLM {vllm_version(device)} for {device}"
+    build_once(root, _NAME, detail, _NEEDED_GB[device], lambda: _build(root, device, on_progress))
+    return EngineEnv(device, str(root / "bin" / "python"))
+
+
+def is_built(device: Device) -> bool:
+    """Tell whether a finished environment is here."""
+    return built_once.is_built(_root(device))
 
 
 def compile_cache_dir() -> Path:
     """Return where engines of this machine keep what they compile."""
-    return _cache_home() / "compiled"
+    return cache_home() / "compiled"
 
 
 def vllm_version(device: Device) -> str:
@@ -111,6 +90,10 @@ def pinned(file: str, package: str) -> str:
     return line.partition("==")[2].split()[0]
 
 
+def _root(device: Device) -> Path:
+    return cache_home() / "engines" / f"{device}-{_fingerprint(device)}"
+
+
 def _fingerprint(device: Device) -> str:
     """Digest of all that decides what would be installed."""
     digest = hashlib.sha256(f"{sys.version_info[:3]}{sys.base_prefix}".encode())
@@ -120,55 +103,19 @@ def _fingerprint(device: Device) -> str:
 
 
 def _build(root: Path, device: Device, on_progress: OnProgress) -> None:
-    if root.exists():  # an attempt that was interrupted; uv's cache has what that downloaded
-        shutil.rmtree(root)
-    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    _check("venv", run_uv("venv", "--quiet", "--python", str(base), str(root)))
-    _check(
-        "pip install",
-        _install(root, on_progress, "--require-hashes", "--no-deps", "-r", str(PINS / f"engine-{device}.lock")),
-    )
+    make_venv(root, _NAME)
+    locked = ["--require-hashes", "--no-deps", "-r", str(PINS / f"engine-{device}.lock")]
+    if device == "cuda":
+        locked += ["--constraint", str(PINS / "engine-cuda-constraints.txt")]
+    check_uv("pip install", install(root, on_progress, *locked), _NAME)
     if device == "cpu":
         _install_cpu_torch(root, on_progress)
 
 
 def _install_cpu_torch(root: Path, on_progress: OnProgress) -> None:
-    """Install the CPU build of torch: from a directory that pip is configured with, else from PyTorch's own index."""
+    """Install the CPU build of torch: from where pip is told to look, else from PyTorch's own index."""
     pins = ("--no-deps", "-r", str(PINS / "engine-cpu-torch.txt"))
-    if _install(root, on_progress, "--offline", *pins).code != 0:
-        _check("pip install", _install(root, on_progress, "--torch-backend", "cpu", *pins))
-
-
-def _install(root: Path, on_progress: OnProgress, *arguments: str) -> Finished:
-    command = ("pip", "install", "--python", str(root / "bin" / "python"), "--compile-bytecode", *arguments)
-    return run_uv(*command, on_progress=on_progress, directory=root / "lib")
-
-
-def _check(command: str, finished: Finished) -> None:
-    if finished.code != 0:
-        _log.error("%s", "\n".join(finished.error_lines))
-        raise EnvironmentBuildError(
-            f"uv {command} failed with code {finished.code} while it built the engine's environment; "
-            "its output is above.",
-            hint="Check the connection and the room on the disk, then run the same command again: "
-            "it keeps what was downloaded.",
-        )
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm-service"
-
-
-@contextmanager
-def _only_one(file: Path) -> Iterator[None]:
-    """Let one process build at a time; the others wait and reuse the result. The kernel frees a dead holder's lock."""
-    lock = FileLock(file, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log.info("Another process is building the engine's environment; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    for place in (("--offline",), ()):  # a directory on this machine; a mirror, since PyPI itself has no CPU builds
+        if install(root, on_progress, *place, *pins).code == 0:
+            return
+    check_uv("pip install", install(root, on_progress, "--torch-backend", "cpu", *pins), _NAME)

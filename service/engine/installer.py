@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.pip_settings import uv_settings
+
 _output = logging.getLogger("service.engine.output")
 
 _ROWS, _COLUMNS = 60, 120
@@ -34,6 +36,7 @@ _IN_FLIGHT = re.compile(r"([\w.-]+) +-+ +([\d.]+ [KMG]?i?B)/([\d.]+ [KMG]?i?B)")
 _INSTALLING = re.compile(r"\[(\d+)/(\d+)\]")  # "██████░░░░ [108/145] httpx==0.28.1"
 _INSTALLED = re.compile(r"Installed \d+ packages?")
 _FRAME = re.compile(r"[\u2800-\u28ff█░]")  # spinner and bar
+_ERROR_BEHIND_FRAME = re.compile(r"^[\u2800-\u28ff].* (error: .*)")  # uv does not end the frame's line before it
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -81,16 +84,18 @@ def run_uv(*arguments: str, on_progress: OnProgress = lambda _: None, directory:
         on_progress: Called with each progress that uv reports.
         directory: Where the packages go. uv does not report how far it has compiled: files are counted there.
     """
-    env = dict(os.environ) | {"NO_COLOR": "1"}
-    if "UV_FIND_LINKS" not in env and (links := _pip_find_links()):
-        env["UV_FIND_LINKS"] = ",".join(links)  # uv reads no pip configuration
+    settings = uv_settings()
+    env = {**os.environ, **settings.env, "NO_COLOR": "1"}
+    options = settings.options if arguments[:2] == ("pip", "install") else ()
     reader = _Reader(on_progress, directory)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
-    command = [sys.executable, "-m", "uv", *arguments]
+    command = [sys.executable, "-P", "-m", "uv", *arguments, *options]
     with open(master, "rb", buffering=0) as output:  # noqa: PTH123 - a descriptor
         try:
-            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave)
+            # Not in the working directory, whose uv.toml could name another index; nor in that of this environment,
+            # which uvx makes in uv's cache, where uv refuses to work.
+            process = subprocess.Popen(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=slave, stderr=slave)
         finally:
             os.close(slave)
         try:
@@ -139,6 +144,8 @@ class _Reader:
             self._take(_CONTROL.sub("", piece).rstrip())
 
     def _take(self, line: str) -> None:
+        if found := _ERROR_BEHIND_FRAME.match(line):
+            line = found[1]
         if found := _DOWNLOADING.search(line):
             done, total = map(int, found.groups())
             if total:
@@ -170,11 +177,3 @@ def _largest(line: str) -> str:
 def _size(text: str) -> float:
     number, unit = text.split()
     return float(number) * _BYTES[unit]
-
-
-def _pip_find_links() -> list[str]:
-    """Return the directories in which pip looks for wheels, by its variable or its configuration."""
-    if links := os.environ.get("PIP_FIND_LINKS"):
-        return links.split()
-    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()

@@ -1,6 +1,7 @@
 """The engine's output: passed on line by line, the end of it kept, and searched for the root cause when it has died.
 
-The last line of a dead vLLM says that something failed "above"; the first exception says what.
+The last line of a dead vLLM says that something failed "above"; the first exception says what. That holds for a boot.
+Of an engine that served, and of one that a signal ended, the log proves nothing: a request writes there too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from service.errors import EngineError
 
 KEPT_LINES = 4000
+RECENT_S = 10.0  # vLLM's API server ends within a second of its engine core: what is older has no part in a death
 
 # "(EngineCore pid=12) ERROR 11-20 22:01:02 [core.py:1130] " before the text itself
 _PREFIX = re.compile(r"^(?:\([\w ]+pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] )?)?")
@@ -23,17 +26,23 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Fail
 _OTHER_CAUSES = re.compile(
     r"^(?:.*\berror: (?:unrecognized arguments|argument |the following arguments|ambiguous option).*"
     r"|Fatal Python error: .*|.*CUDA out of memory.*|terminate called .*|.*Segmentation fault.*"
+    r"|memory allocation of \d+ bytes failed.*"
     r"|.*engine core exited unexpectedly.*)$"
 )
 _NOT_THE_ROOT = re.compile(
     r"Engine core initialization failed|See root cause above|See stack trace \(above\)"
     r"|KeyboardInterrupt|SystemExit|CancelledError"
 )
+# vLLM's API server about its engine core; with the core's exit code where it did not come up.
+_CORE_LOST = re.compile(r"engine core exited unexpectedly|Failed core proc\(s\): \{.*: -9")
 _DETAIL_BELOW = re.compile(r"\d+ validation errors? for \w+$")  # pydantic says what is wrong on the next lines
 _INNERMOST = 12  # lines of a traceback just above its exception
 
 _SEE_LOG = "Look at the whole log of the engine."
+_KILLED = "Another process killed it, or the kernel because memory ran out (see dmesg)."
+_OUT_OF_MEMORY = "Serve a smaller model, lower max_model_len, or give this machine or container more memory."
 _DAMAGED = "The weights are damaged: delete the model's cache directory and start again."
+_TOKENIZER = "The tokenizer is missing or damaged: a model's directory has tokenizer.json beside config.json."
 _EXTRA_ARGS = "Correct the entry's extra_args; `vllm serve --help` has them all."
 _HINTS = (
     (r"out of memory", "Choose a GPU with more memory, lower max_model_len, or spread it with SERVICE_N_GPU."),
@@ -47,13 +56,19 @@ _HINTS = (
     (r"Address already in use", "Set SERVICE_PORT to a free port."),
     (r"unrecognized arguments|error: argument", _EXTRA_ARGS),
     (r"safetensors|deserializ|incomplete metadata|HeaderTooLarge", _DAMAGED),
+    (
+        r"contains custom code",
+        "Read that code; to run it give the entry hub_id, revision and --trust-remote-code in extra_args.",
+    ),
+    (r"failed to tokenize", _TOKENIZER),  # of the strings of a reasoning parser
     (r"No space left", "Free disk space."),
-    (r"engine core exited", "Another process killed it; the kernel does so when memory runs out (see dmesg)."),
+    (r"memory allocation of|bad_alloc|MemoryError", _OUT_OF_MEMORY),
+    (r"engine core exited", _KILLED),
 )
 # Where an exception came from tells what to do when its own text does not: "OverflowError: cannot fit 'int'".
 _HINTS_BY_ORIGIN = (
     (r"safetensors", _DAMAGED),
-    (r"tokenizer", "The tokenizer is missing or damaged: a model's directory has tokenizer.json beside config.json."),
+    (r"tokenizer", _TOKENIZER),
 )
 
 
@@ -62,18 +77,20 @@ class EngineLog:
 
     Args:
         on_line: Called with every line.
+        clock: Seconds, for tests.
     """
 
-    def __init__(self, on_line: Callable[[str], None] | None = None) -> None:
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._newer = 0  # lines since the engine was ready, or since the start
-        self._on_line = on_line
+    def __init__(
+        self, on_line: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
+        self._on_line, self._clock = on_line, clock
         self._closed = threading.Event()
 
     @property
     def lines(self) -> list[str]:
         """The kept lines, oldest first."""
-        return list(self._lines)
+        return [line for _, line in list(self._lines)]
 
     @property
     def last_line(self) -> str:
@@ -82,15 +99,10 @@ class EngineLog:
 
     def add(self, line: str) -> None:
         """Take one line without its line end."""
-        self._lines.append(line)
-        self._newer += 1
+        self._lines.append((self._clock(), line))
         if self._on_line:
             with contextlib.suppress(Exception):  # an observer that raises must not stop the engine
                 self._on_line(line)
-
-    def mark_ready(self) -> None:
-        """Search no lines before this for the cause of a death: what a finished boot complained of is none."""
-        self._newer = 0
 
     def close(self) -> None:
         """Mark the end of the output."""
@@ -100,20 +112,49 @@ class EngineLog:
         """Wait until the output has ended."""
         self._closed.wait(timeout_s)
 
-    def describe_exit(self, code: int, lived_s: float, ready_after_s: float | None) -> EngineError:
-        """Return why the engine died: exit code, when, root cause, next step."""
+    def describe_exit(
+        self, code: int, lived_s: float, ready_after_s: float | None, *, out_of_memory: bool = False
+    ) -> EngineError:
+        """Return why the engine died: how, when, its root cause or what its log has, next step.
+
+        Args:
+            code: Exit code, or the negative number of the signal that ended it.
+            lived_s: From its start to its end.
+            ready_after_s: From its start until it was ready; None: it never was.
+            out_of_memory: The kernel has killed processes meanwhile because memory ran out.
+        """
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
         if ready_after_s is None:
-            when = f"after {lived_s:.1f} s, before it was ready"
+            when, lines = f"after {lived_s:.1f} s, before it was ready", self.lines
         else:
-            when = f"{lived_s - ready_after_s:.1f} s after it was ready"
-        lines = self.lines
-        if cause := _root_cause(lines[max(0, len(lines) - self._newer) :]):
-            return EngineError(f"The engine exited with code {code} {when}. Cause: '{cause.text}'.", hint=cause.hint)
+            when, lines = f"{lived_s - ready_after_s:.1f} s after it was ready", self._recent(lived_s - ready_after_s)
+        cause = _root_cause(lines)
+        if ready_after_s is None and code >= 0 and cause and not (out_of_memory and _lost_core(lines)):
+            return EngineError(f"The engine {how} {when}. Cause: '{cause.text}'.", hint=cause.hint)
+        said = f" Its log has, maybe of a request: '{cause.text}'." if cause else ""
+        if out_of_memory and (-code == signal.SIGKILL or _lost_core(lines)):
+            message = f"The engine {how} {when}: the kernel killed a process because memory ran out.{said}"
+            return EngineError(message, hint=_OUT_OF_MEMORY)
         if code < 0:
-            oom = "The kernel does that when memory runs out (see dmesg)."
-            hint = oom if -code == signal.SIGKILL else _SEE_LOG
-            return EngineError(f"The engine was killed by {signal.Signals(-code).name} {when}.", hint=hint)
-        return EngineError(f"The engine exited with code {code} {when}. Last line: '{self.last_line}'.", hint=_SEE_LOG)
+            return EngineError(f"The engine {how} {when}.{said}", hint=_KILLED if -code == signal.SIGKILL else _SEE_LOG)
+        said = said or f" Last line: '{self.last_line}'."
+        return EngineError(f"The engine {how} {when}.{said}", hint=cause.hint if cause else _SEE_LOG)
+
+    def _recent(self, served_s: float) -> list[str]:
+        """Return the lines of the last seconds, none from before the engine was ready: a boot may survive errors."""
+        since = self._clock() - min(RECENT_S, served_s)
+        return [line for at, line in list(self._lines) if at >= since]
+
+
+def _lost_core(lines: list[str]) -> bool:
+    return any(_CORE_LOST.search(line) for line in lines)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,13 @@ def kill_group(pgid: int, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+def reap_group(pgid: int) -> None:
+    """Reap the zombies of a killed group whose leader was reaped: a container's first process gets its orphans."""
+    with contextlib.suppress(ChildProcessError):  # there are none, or another process gets them
+        while os.waitpid(-pgid, os.WNOHANG)[0]:
+            pass
+
+
 def _runs(pgid: int) -> bool:
     """Tell whether a process group has a member that is no zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):

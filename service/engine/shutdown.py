@@ -13,8 +13,8 @@ class ShutdownBudget:
         limit_s: After this the platform kills whatever is left: 30 s on Modal; on one machine what a user waits.
         drain_s: Requests in flight may finish; new ones are refused.
         cancel_s: What is left is cancelled, and ends with an error event of its protocol.
-        terminate_s: The engine may exit after SIGTERM.
-        vllm_s: Of these, vLLM's own `--shutdown-timeout`: what is in flight has ended before SIGTERM comes, and with 0
+        terminate_s: The engine may exit after the command `terminate`.
+        vllm_s: Of these, vLLM's own `--shutdown-timeout`: what is in flight has ended before that command, and with 0
             vLLM hung in 3 of 6 runs.
         kill_s: The process group was killed with SIGKILL, and is waited for.
         flush_s: The results of the boot may still be on their way to the volumes.

@@ -1,23 +1,16 @@
-"""Starts the engine process: its session, its pipes, its environment, and a directory for all that it writes.
-
-vLLM's sockets between its processes lie in the directory for temporary files and outlive a kill; so each engine has a
-directory of its own, which is removed with it.
-"""
+"""Starts the engine process: its session, its pipes, its environment, and a directory for all that it writes."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine import private_directory
 from service.engine.args import ENTRY, EngineCommand
 from service.errors import EngineError
-
-_LONGEST = 60  # a socket's path has room for 107 characters, and its name has 36 and a prefix
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class SpawnedEngine:
 
     def remove_directory(self) -> None:
         """Remove what the engine has left, once it has ended."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        private_directory.remove(self.directory)
 
 
 def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> SpawnedEngine:
@@ -48,7 +41,7 @@ def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> 
         EngineError: The interpreter cannot be run.
     """
     try:
-        directory = Path(tempfile.mkdtemp(prefix="vllm-service-", dir=_short_directory()))
+        directory, lock = private_directory.create()
     except OSError as error:
         raise EngineError(
             f"The engine's directory for temporary files cannot be made: {error.strerror}.",
@@ -66,22 +59,18 @@ def spawn(command: EngineCommand, python: str, variables: Mapping[str, str]) -> 
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(commands_read, events_write),
+            pass_fds=(commands_read, events_write, lock),
             start_new_session=True,
         )
     except OSError as error:
         os.close(commands_write)
         os.close(events_read)
-        directory.rmdir()
+        private_directory.remove(directory)
         raise EngineError(
             f"The engine cannot be started with {python}: {error.strerror}.",
             hint="Delete that environment; the next start builds it again.",
         ) from error
     finally:
-        os.close(commands_read)
-        os.close(events_write)
+        for descriptor in (commands_read, events_write, lock):
+            os.close(descriptor)
     return SpawnedEngine(process, commands_write, events_read, directory)
-
-
-def _short_directory() -> str | None:
-    return None if len(tempfile.gettempdir()) <= _LONGEST else "/tmp"  # noqa: S108 - mkdtemp makes one of our own

@@ -7,17 +7,22 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import aiohttp
-
-from service.errors import EngineError
-from service.gateway.pool import Endpoint, Pool, WakeError
+from service.boots.failures import EXPIRY_S, is_permanent
+from service.boots.phases import Phases
+from service.boots.records import BootRecord, Span
+from service.errors import EngineError, GpuCountError, MemoryTooSmallError, ServiceError, UsageError
+from service.gateway.engine_adapters import EngineAdapters, LoadsAdapters, without_adapters
+from service.gateway.pool import Endpoint, Pool, Tracked, WakeError, shutting_down, unfit
 from service.gateway.threads import in_thread
+from service.gateway.upstream import is_own_shortage, open_connections
+from service.in_engine.vllm_service.api_error import APIError
 from service.keys import digest
-from service.ports import free_port
+from service.ports import reserved_port
 from service.registry.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,12 +31,22 @@ if TYPE_CHECKING:
 LOCATION = "this machine"
 _POLL_S = 0.05
 _RECHECK_S = 1.0  # memory that other programs free is not reported
-_ANSWER_S, _DEATH_REPORT_S = 5.0, 1.0  # the second: until an engine's death is reported, with its reason
+_ANSWER_S = 5.0
+_DEATH_REPORT_S = 5.0  # from an engine's closed port to the report of its death, with the reason; vLLM takes its time
+_LASTS = "The same start fails again, so none is tried for an hour; correct its entry, or restart the service."
 _log = logging.getLogger(__name__)
 
 
-class EngineHandle(Protocol):
-    """What a pool needs of a `service.replica.lifecycle.Replica`. All methods block."""
+class EngineHandle(LoadsAdapters, Protocol):
+    """What a pool needs of a `service.replica.lifecycle.Replica`. All methods block.
+
+    Attributes:
+        max_model_len: The context of the engine, once it is ready.
+        phases: Of its boot.
+    """
+
+    max_model_len: int | None
+    phases: Phases
 
     def prepare(self) -> None:
         """Fetch the weights."""
@@ -41,6 +56,16 @@ class EngineHandle(Protocol):
 
     def stop(self, grace_s: float | None = None) -> None:
         """End it, whatever state it is in."""
+
+    def kill(self) -> EngineError | None:
+        """End it as one that has died, and return the cause."""
+
+
+@dataclass
+class _Requests:
+    """How many of the requests of a period run."""
+
+    running: int = 0
 
 
 class LocalPool(Pool):
@@ -64,25 +89,98 @@ class LocalPool(Pool):
         self._stopped = asyncio.Event()
         self._stopped.set()
         self.gpus: tuple[int, ...] = ()
+        self._adapters: EngineAdapters | None = None
+        self._requests = _Requests()  # since the last time that adapters were removed
+        self._older: list[_Requests] = []
 
     @property
     def idle_s(self) -> float:
         """How long it has had no request; 0 while it starts."""
         return time.monotonic() - self.used_at if not self.in_use and self.state != "waking" else 0.0
 
-    @contextmanager
-    def track_request(self, *, keep_alive: bool = True) -> Iterator[None]:
+    def track_request(self, *, keep_alive: bool = True) -> AbstractContextManager[None]:
         """Count a request, and report it when the engine is idle afterwards."""
-        try:
-            with super().track_request(keep_alive=keep_alive):
-                yield
-        finally:
-            if not self.in_use:
-                self._scheduler.notify_room()
+        requests, end = self._requests, self._end_request if keep_alive else self._uncount_request
+
+        def begin() -> None:
+            requests.running += 1
+            self._begin_request()
+
+        def ended() -> None:
+            requests.running -= 1
+            end()
+
+        return Tracked(begin, ended)
+
+    def _uncount_request(self) -> None:
+        """Count a request no more, and report it when the engine is idle afterwards."""
+        super()._uncount_request()
+        if not self.in_use:
+            self._scheduler.notify_room()
+
+    def _older_requests(self) -> Callable[[], bool]:
+        """Return a function that tells whether a request which runs now is still running."""
+        older = [requests for requests in (*self._older, self._requests) if requests.running]
+        self._older, self._requests = older, _Requests()
+        return lambda: any(requests.running for requests in older)
+
+    def can_follow(self, spec: ModelSpec) -> bool:
+        """Tell whether its engine, ready or starting, can serve a changed entry: only adapters have changed."""
+        if self._adapters and self._adapters.engine is self.engine:
+            return self._adapters.can_follow(spec)
+        return self._waking is not None and without_adapters(spec) == without_adapters(self.spec)
+
+    async def add_adapters(self, spec: ModelSpec) -> None:
+        """Load the adapters that its entry is to have, before `follow`.
+
+        Raises:
+            ServiceError: One of them cannot be fetched, or is refused. The engine serves on.
+        """
+        if self._adapters and self._adapters.engine is self.engine:
+            await self._adapters.add(spec)
+
+    def follow(self, spec: ModelSpec) -> None:
+        """Serve a changed entry from now on."""
+        self.spec = spec
+        if self._adapters and self._adapters.engine is self.engine:
+            self._adapters.follow(spec)
 
     def endpoint(self) -> Endpoint | None:
         """Return where its engine listens."""
         return self._endpoint
+
+    def why_unfit(self, name: str) -> APIError | None:
+        """Return the error where this machine can never run the model's engine."""
+        del name
+        if self.endpoint():
+            return None
+        try:
+            self._scheduler.check(self.spec)
+        except ServiceError as error:
+            return unfit(error)
+        return None
+
+    @property
+    def lacks_tool_parser(self) -> bool:
+        """Whether its engine is certain to have no tool parser: what runs answers for itself."""
+        return self.endpoint() is None and self._scheduler.lacks_tool_parser(self.spec)
+
+    def _planned_max_model_len(self) -> int | None:
+        return self._scheduler.max_model_len(self.spec)
+
+    async def boots(self) -> list[BootRecord]:
+        """Return the boots of its model on this machine."""
+        records = await in_thread(self._scheduler.boots)
+        return [record for record in records if record.model == self.spec.key]
+
+    @property
+    def wake_phases(self) -> tuple[Span, ...]:
+        """The phases of its engine's boot since the wake began; none while it fetches weights or waits for memory."""
+        if not self._waking or not self.engine:
+            return ()
+        phases = self.engine.phases
+        later = self.waking_s - phases.seconds  # the wake began before the engine's boot
+        return tuple(Span(s.name, round(s.start + later, 3), round(s.end + later, 3)) for s in phases.spans())
 
     def mark_unreachable(self) -> None:
         """Have the next request check whether the engine still answers; its death may be reported a moment later."""
@@ -91,13 +189,15 @@ class LocalPool(Pool):
     def attach(self, engine: EngineHandle, port: int, key: str, gpus: tuple[int, ...] = ()) -> None:
         """Take an engine that is ready already."""
         self.engine, self.gpus = engine, gpus
+        self._adapters = self._adapters_of(engine, self.spec)
+        self._adapters.is_ready = True
         self._mark_ready(_endpoint(port, key))
 
     async def wake(self) -> Endpoint:
         """Fetch the weights, evict other engines if necessary, and start the engine."""
         await self._stopped.wait()
         if self._scheduler.closed:
-            raise WakeError("The service is shutting down.")
+            raise shutting_down()
         if self.engine and self._last and await self._still_serves(self.engine, self._last):
             return self._mark_ready(self._last)
         try:
@@ -114,23 +214,38 @@ class LocalPool(Pool):
             self.engine = None
             self._scheduler.notify_room()
             _log.warning("%s did not start: %s", self.spec.key, error)
-            raise WakeError(str(error) or type(error).__name__) from error
+            if isinstance(error, (UsageError, MemoryTooSmallError, GpuCountError)):
+                raise unfit(error) from error
+            is_transient = isinstance(error, ServiceError) and error.is_transient
+            if isinstance(error, EngineError) and is_permanent(error, memory_is_its_own=False):
+                raise WakeError(f"{error} {_LASTS}", lasts_s=EXPIRY_S) from error
+            raise WakeError(str(error) or type(error).__name__, is_transient=is_transient) from error
 
     async def _start(self, gpus: tuple[int, ...]) -> Endpoint:
-        self.gpus, port, key = gpus, free_port(), new_key()
+        self.gpus, key = gpus, new_key()
         loop = asyncio.get_running_loop()
 
         def died(error: EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._on_death, engine, error)
 
-        engine = await in_thread(lambda: self._scheduler.make(self.spec, port, gpus, died))
-        self.engine = engine
-        await in_thread(engine.prepare)
-        await in_thread(lambda: engine.start({digest(key.encode()): "gateway"}))
-        return _endpoint(port, key)
+        with reserved_port() as port:
+            spec = self.spec
+            engine = await in_thread(lambda: self._scheduler.make(spec, port, gpus, died))
+            self.engine, self._adapters = engine, (adapters := self._adapters_of(engine, spec))
+            adapters.follow(self.spec)
+            await in_thread(engine.prepare)
+            await in_thread(lambda: engine.start({digest(key.encode()): "gateway"}))
+            await adapters.begin()
+            return _endpoint(port, key)
+
+    def _adapters_of(self, engine: EngineHandle, spec: ModelSpec) -> EngineAdapters:
+        return EngineAdapters(
+            engine, spec, lambda changed: self._scheduler.adapters(changed, True), self._older_requests
+        )
 
     def _mark_ready(self, endpoint: Endpoint) -> Endpoint:
+        self.served_max_model_len = self.engine.max_model_len if self.engine else None
         self._endpoint = self._last = endpoint
         self.used_at = time.monotonic()
         return endpoint
@@ -147,8 +262,8 @@ class LocalPool(Pool):
             return True
         probe.cancel()
         if self.engine is engine:
-            _log.warning("The engine of %s does not answer; another one is started.", self.spec.key)
-            await in_thread(lambda: engine.stop(0))
+            cause = await in_thread(engine.kill)
+            _log.warning("The engine of %s no longer listens; another one is started. %s", self.spec.key, cause or "")
         self.engine = None
         return False
 
@@ -184,18 +299,24 @@ def new_key() -> str:
 
 
 async def _answers(endpoint: Endpoint) -> bool:
-    """Tell whether an engine answers there, or is only slow; false where the connection is refused or breaks off."""
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWER_S)) as http,
-            http.get(f"{endpoint.url}/health"),
-        ):
-            return True
-    except TimeoutError:
-        return True
-    except (aiohttp.ClientError, OSError):
-        await asyncio.sleep(_DEATH_REPORT_S)
-        return False
+    """Tell whether an engine answers there, or is only slow; false where connections are refused or break off.
+
+    One that has no descriptors left breaks off each connection for a while.
+    """
+    deadline = time.monotonic() + _DEATH_REPORT_S
+    async with open_connections() as http:
+        while time.monotonic() < deadline:
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    with closing(await http.get(endpoint.with_path("/health"), {})):
+                        return True
+            except TimeoutError:
+                return True
+            except OSError as error:
+                if is_own_shortage(error):
+                    return True
+            await asyncio.sleep(_POLL_S)
+    return False
 
 
 def _endpoint(port: int, key: str) -> Endpoint:

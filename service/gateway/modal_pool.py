@@ -7,76 +7,43 @@ it, and all clients wait for its answer.
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, closing
+from typing import Any
 
-import aiohttp
 import modal
-from yarl import URL
 
-from service.errors import GpuMemoryError
-from service.gateway.api_errors import APIError, unavailable
-from service.gateway.pool import Endpoint, OnWake, Pool, State, WakeError, ignore_wake
-from service.gateway.upstream import open_session
-from service.registry.gpus import Gpu, find_gpu
+from service.boots.records import BootRecord
+from service.errors import GpuFitError, one_line
+from service.gateway.boot_volume import BootVolume
+from service.gateway.deployed_tier import DeployedTier
+from service.gateway.http_client.answer import Answer, ConnectError, EngineConnectionError
+from service.gateway.http_client.connections import Connections
+from service.gateway.pool import Endpoint, OnWake, Pool, State, WakeError, unfit
+from service.gateway.redirects import CrashLoopError, RedirectError, Redirects
+from service.gateway.spending import SpendGuard
+from service.gateway.upstream import open_connections, retry_after
+from service.in_engine.vllm_service.api_error import APIError
 from service.registry.models import ModelSpec
-from service.registry.tiers import Tier, check_weights, tier_of
-from service.settings import Settings
+from service.registry.tiers import Tier, check_fit
 
 PROXY_SECRET = "vllm-proxy-token"  # noqa: S105 - the name of a secret, not its value
 _FRESH_S = 30.0  # how long after an answer a pool counts as ready
-_LOOKUP_INTERVAL_S = 10.0  # between two look-ups of a tier that is not deployed
 _HEALTH_PAUSE_S, _LONGEST_HEALTH_PAUSE_S = 0.05, 2.0
+_NOT_YET = {408, 429, 503}  # a request that expired; the workspace's rate limit; a replica that is ending or overloaded
+_FAULTS = {502, 504}  # of what is between here and the replica
+_FAULTS_S = 60.0  # how long a wake outlasts those, and connections that break off, before it fails
+_UNSTEADY = {errno.ETIMEDOUT, errno.ECONNRESET}  # of connections that were not opened: a fault too
 _PROBE_INTERVAL_S = 5.0
+_SHORTEST_WINDOW_S = 2
+ON = " on "  # between model and GPUs in the name of a pool
 _PROBE_TIMEOUT_S = 2.0
-
-
-class DeployedTier:
-    """A deployed app, and where it takes requests.
-
-    Args:
-        tier: Its GPUs.
-        app: Its name.
-    """
-
-    def __init__(self, tier: Tier, app: str) -> None:
-        self.tier, self.app = tier, app
-        self._url: str | None = None
-        self._missing_at: float | None = None
-
-    async def url(self) -> str:
-        """Return its URL.
-
-        Raises:
-            APIError: 503: it is not deployed; the message has the command that deploys it.
-            WakeError: Modal did not answer, or the app has no web endpoint.
-        """
-        if self._url:
-            return self._url
-        if self._missing_at is not None and time.monotonic() - self._missing_at < _LOOKUP_INTERVAL_S:
-            raise self._not_deployed()
-        try:
-            url: str | None = await modal.Cls.from_name(self.app, "Server")().serve.get_web_url.aio()
-        except modal.exception.NotFoundError as error:
-            self._missing_at = time.monotonic()
-            raise self._not_deployed() from error
-        except (modal.exception.Error, OSError) as error:
-            raise WakeError(f"The URL of app '{self.app}' could not be read from Modal: {_one_line(error)}.") from error
-        if not url:
-            raise WakeError(f"App '{self.app}' has no web endpoint. Deploy it again: {self._command()}.")
-        self._url = url.rstrip("/")
-        return self._url
-
-    def forget(self) -> None:
-        """Look its URL up again next time: the app may have been stopped, or deployed elsewhere."""
-        self._url = None
-
-    def _not_deployed(self) -> APIError:
-        sentence = f"No app '{self.app}' is deployed for {self.tier.label}. Deploy it: {self._command()}."
-        return unavailable(sentence, "tier_not_deployed", _LOOKUP_INTERVAL_S)
-
-    def _command(self) -> str:
-        return f"{self.tier.settings} modal deploy -m service.server"
+_ERROR_BODY = 64 * 1024  # bytes of an answer that are read
+_STOP_S, _STOP_POLL_S = 120, 2.0
+_log = logging.getLogger(__name__)
 
 
 class ModalPool(Pool):
@@ -85,27 +52,46 @@ class ModalPool(Pool):
     Args:
         spec: The model.
         tier: Its app.
+        own: The app for this model alone on that tier, which goes before where it is deployed; None: there is none.
+        command: What deploys the tier.
         headers: The proxy token for Modal's proxy; empty: the client's own key is passed on.
         fresh_s: How long after an answer the pool counts as ready; at most 30 s.
+        capacity: How many requests its replicas take at once.
         timeout_s: How long a wake may take.
+        answer_s: How long an answer may take.
         on_wake: Called after each wake.
+        volume: Has the boots that cannot work; None: nobody records them.
+        guard: Bounds what it costs; None: nothing does.
+        price: Returns what a replica costs in an hour now; None: that of the table.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         tier: DeployedTier,
+        own: DeployedTier | None,
         headers: Mapping[str, str],
         *,
+        command: str,
         fresh_s: float,
+        capacity: int,
         timeout_s: float,
+        answer_s: float,
         on_wake: OnWake,
+        volume: BootVolume | None = None,
+        guard: SpendGuard | None = None,
+        price: Callable[[Tier], float] | None = None,
     ) -> None:
         super().__init__(spec, tier.tier.label, tier.tier.dollars_per_hour, on_wake)
-        self._tier, self._headers = tier, headers
-        self._fresh_s, self._timeout_s = min(_FRESH_S, fresh_s), timeout_s
+        self._tier, self._own, self._headers, self._command = tier, own, headers, command
+        self._guard, self._price = guard, price
+        self._app = tier  # the one of the two that is deployed
+        self._fresh_s, self._timeout_s, self._capacity = min(_FRESH_S, fresh_s), timeout_s, capacity
+        self._answer_s, self._volume = answer_s, volume
         self._endpoint: Endpoint | None = None
         self._probed_at, self._known = -_PROBE_INTERVAL_S, "cold"
+        self._before_stop: dict[str, int] | None = None  # the autoscaler's settings, while a stop has lowered them
+        self._is_stopping = False
 
     def endpoint(self) -> Endpoint | None:
         """Return where it takes requests, when it is answering one or did a moment ago."""
@@ -114,66 +100,149 @@ class ModalPool(Pool):
         fresh = self.answering or time.monotonic() - self.answered_at < self._fresh_s
         return self._endpoint if fresh else None
 
-    def check(self, name: str) -> None:
-        """Refuse a model whose weights exceed the tier's memory: its container would never become ready."""
+    @property
+    def is_full(self) -> bool:
+        """Whether all the replicas that it may have are busy; further requests wait in Modal's queue."""
+        return self.in_use >= self._capacity
+
+    def why_unfit(self, name: str) -> APIError | None:
+        """Return the error where the model cannot run on the tier: its container would never become ready."""
         try:
-            check_weights(self.spec, self._tier.tier, lambda other: f"'{name}-{other.gpu.slug}'")
-        except GpuMemoryError as error:
-            raise APIError(
-                400, str(error), code="model_too_large", param="model", headers={"x-should-retry": "false"}
-            ) from error
+            check_fit(self.spec, self._tier.tier, lambda other: f"'{name}-{other.gpu.slug}'")
+        except GpuFitError as error:
+            return unfit(error)
+        return None
+
+    async def boots(self) -> list[BootRecord]:
+        """Return its boots among the newest ones that the volume has."""
+        if not self._volume:
+            return []
+        is_its_gpu = self._tier.tier.gpu.is_named_in
+        records = await self._volume.boots(self._tier.calls)
+        return [record for record in records if record.model == self.spec.key and is_its_gpu(record.gpu)]
 
     def mark_unreachable(self) -> None:
         """Have the next request check its health first."""
         self._endpoint = None
-        self._tier.forget()
+        self._app.forget()
 
     async def wake(self) -> Endpoint:
-        """Check its health until it is ready; Modal starts a container for the first check."""
+        """Check its health until it is ready; Modal starts a container for the first check.
+
+        A boot that is known to fail is not begun.
+        """
         self._endpoint = None
-        endpoint = Endpoint(
-            await self._tier.url(), {"model": self.spec.key}, self._headers, forwards_client_key=not self._headers
-        )
-        url = URL(endpoint.url + "/health").with_query(endpoint.query)
-        pause_s = _HEALTH_PAUSE_S
+        url = await self._locate()
+        await self._check_recorded()
+        if self._guard:
+            await self._guard.admit(self)
         try:
-            async with asyncio.timeout(self._timeout_s), open_session() as http:
-                while not await self._is_healthy(http, url):
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _LONGEST_HEALTH_PAUSE_S)
-        except aiohttp.ClientError as error:  # first: some of them are time-outs too
-            self._tier.forget()
-            raise WakeError(f"Its URL does not answer: {_one_line(error)}.") from error
+            return await self._wake_at(url)
+        except WakeError:
+            await self._check_recorded()
+            raise
+
+    async def _check_recorded(self) -> None:
+        """Raise the reason why a boot is known to fail."""
+        tier = self._app.tier
+        if self._volume and (
+            failure := await self._volume.failure(self._app.app, self.spec.key, tier.gpu, self._app.calls)
+        ):
+            raise WakeError(failure.sentence)
+
+    async def _wake_at(self, base: str) -> Endpoint:
+        endpoint = Endpoint(
+            base,
+            {"model": self.spec.key},
+            self._headers,
+            forwards_client_key=not self._headers,
+            own_calls=self._tier.calls,
+            answer_s=self._answer_s,
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s), open_connections() as http:
+                await self._until_healthy(http, endpoint.with_path("/health"))
+        except (ConnectError, EngineConnectionError) as error:
+            self._app.forget()
+            raise WakeError(f"Its URL does not answer: {one_line(error)}.", is_transient=True) from error
         except TimeoutError:
             raise WakeError(f"It was not ready within {self._timeout_s:.0f} s (SERVICE_STARTUP_TIMEOUT_S).") from None
         self._endpoint, self.answered_at = endpoint, time.monotonic()
         return endpoint
 
-    async def _is_healthy(self, http: aiohttp.ClientSession, url: URL) -> bool:
-        """Tell whether it is ready; follows Modal's redirects, which mean: not yet."""
-        where = url
+    async def _until_healthy(self, http: Connections, url: str) -> None:
+        """Check its health until it is ready. Modal's limits are waited for, and its faults for a while."""
+        pause_s, faulty_since = _HEALTH_PAUSE_S, None
         while True:
-            async with http.get(where, headers=self._headers, allow_redirects=False) as answer:
-                if answer.status == 303:
-                    where = answer.url.join(URL(answer.headers.get("Location", ""), encoded=True))
-                    if where.origin() != url.origin():
-                        raise WakeError("Modal redirected the health check to another host.")
-                    await asyncio.sleep(_HEALTH_PAUSE_S)
-                    continue
-                if answer.status == 200:
-                    return True
-                reason = " ".join((await answer.text(errors="replace")).split())[:300] or answer.reason
-                if answer.status == 503:  # a replica that is ending, or is overloaded
-                    return False
-                if answer.status in {401, 403}:
-                    raise WakeError(
-                        f"Modal's proxy does not accept the token in secret '{PROXY_SECRET}' ({answer.status}). Make "
-                        "another: modal workspace proxy-tokens create."
-                    )
-                self._tier.forget()
-                raise WakeError(
-                    f"Its container answered {answer.status}: {reason}. Its log: modal app logs {self._tier.app}."
-                )
+            wait_s = None
+            try:
+                async with self._answer(http, url) as answer:
+                    if answer.status == 200:
+                        length = answer.header(b"x-max-model-len")
+                        self.served_max_model_len = int(length) if length.isdecimal() else None
+                        return
+                    if answer.status in _NOT_YET:
+                        wait_s, faulty_since = retry_after(answer), None
+                    elif answer.status in _FAULTS:
+                        raise _fault(answer.status)
+                    else:
+                        raise await self._error_of(answer)
+            except (ConnectError, EngineConnectionError) as error:
+                if isinstance(error, ConnectError) and error.errno not in _UNSTEADY:
+                    raise
+                faulty_since = faulty_since or time.monotonic()
+                if time.monotonic() - faulty_since > _FAULTS_S:
+                    raise
+            await asyncio.sleep(max(pause_s, wait_s or 0.0))
+            pause_s = min(2 * pause_s, _LONGEST_HEALTH_PAUSE_S)
+
+    async def _locate(self) -> str:
+        """Return the URL of the model's own app, where it is deployed, else that of its tier."""
+        if self._own:
+            try:
+                url = await self._own.url(self._command)
+            except APIError:  # it is not deployed
+                pass
+            else:
+                self._app = self._own
+                return url
+        self._app = self._tier
+        return await self._tier.url(self._command)
+
+    @asynccontextmanager
+    async def _answer(self, http: Connections, url: str) -> AsyncIterator[Answer]:
+        """Check its health once and yield the answer; Modal's redirects, which mean "not yet", are followed.
+
+        Raises:
+            WakeError: Its containers end before they are ready.
+        """
+        redirects, where = Redirects(url, self._timeout_s), url
+        try:
+            while True:
+                await self._tier.calls.wait()
+                with closing(await http.get(where, self._headers)) as answer:
+                    if answer.status != 303:
+                        yield answer
+                        return
+                    where = redirects.target(answer)
+                await redirects.pause()
+        except RedirectError as error:
+            log = f" Its log: vllm-service logs {self.spec.key}." if isinstance(error, CrashLoopError) else ""
+            raise WakeError(f"Modal {error}.{log}") from error
+
+    async def _error_of(self, answer: Answer) -> WakeError:
+        """Return what an answer other than "not yet" means."""
+        body = await answer.read_all(_ERROR_BODY)
+        reason = " ".join(body.decode(errors="replace").split())[:300] or "it does not say why"
+        if answer.status in {401, 403}:
+            return WakeError(
+                f"Modal's proxy does not accept the token in secret '{PROXY_SECRET}' ({answer.status}). Make "
+                "another: modal workspace proxy-tokens create."
+            )
+        self._app.forget()
+        return WakeError(
+            f"Its container answered {answer.status}: {reason}. Its log: vllm-service logs {self.spec.key}."
+        )
 
     async def probe(self) -> State:
         """Return its state; reads the number of its containers from Modal, at most every few seconds."""
@@ -190,53 +259,103 @@ class ModalPool(Pool):
 
     async def _containers(self) -> State:
         try:
-            await self._tier.url()
+            await self._locate()
         except APIError:
             return "not_deployed"
-        pool = modal.Cls.from_name(self._tier.app, "Server")(model=self.spec.key)
-        stats = await pool.serve.get_current_stats.aio()
-        return "ready" if stats.num_total_runners else "cold"
+        return "ready" if await self._runners() else "cold"
+
+    async def _runners(self) -> int:
+        await self._tier.calls.wait()
+        return int((await self._function().get_current_stats.aio()).num_total_runners)
+
+    def _function(self) -> Any:
+        """Return Modal's handle of the pool."""
+        return modal.Cls.from_name(self._app.app, "Server")(model=self.spec.key).serve
+
+    async def stop(self) -> None:
+        """Let its idle replicas end now, and those with requests after them.
+
+        The autoscaler has its settings back once none is left, or after a while in which requests kept some alive.
+        While a stop runs another does nothing: it would take the lowered settings for those to go back to.
+        """
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        try:
+            await self._stop()
+        finally:
+            self._is_stopping = False
+
+    async def _stop(self) -> None:
+        await self._locate()
+        self._before_stop = await self.scale_to_zero()
+        try:
+            self._endpoint = None
+            async with asyncio.timeout(_STOP_S):
+                while await self._runners():  # noqa: ASYNC110 - Modal reports no event
+                    await asyncio.sleep(_STOP_POLL_S)
+        except TimeoutError:
+            _log.warning("%s still has replicas %d s after it was stopped: they have requests.", self.name, _STOP_S)
+        finally:
+            if self._before_stop is not None:  # else the limits of spending have taken them over
+                await self.restore(self._before_stop)
+            self._known = "cold"
+
+    # what limits of spending need
+
+    def _check_spending(self) -> None:
+        if self._guard:
+            self._guard.check_day()
+
+    @property
+    def name(self) -> str:
+        """Its model and GPUs."""
+        return f"{self.spec.key}{ON}{self.location}"
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of one replica."""
+        return self._tier.tier.n_gpu
+
+    @property
+    def current_price(self) -> float:
+        """What a replica costs in an hour now."""
+        tier = self._tier.tier
+        return self._price(tier) if self._price else tier.dollars_per_hour
+
+    @property
+    def is_waking(self) -> bool:
+        """Whether a wake runs."""
+        return self._waking is not None
+
+    async def count_replicas(self) -> int:
+        """Return how many replicas it has; none where it is not deployed."""
+        try:
+            await self._locate()
+        except APIError:
+            return 0
+        return await self._runners()
+
+    async def scale_to_zero(self) -> dict[str, int]:
+        """Let its idle replicas end now, and return the autoscaler's settings until then.
+
+        Those from before a stop that runs go to the caller, who gives them back in its stead.
+        """
+        if (before_stop := self._before_stop) is not None:
+            self._before_stop = None
+            return before_stop
+        autoscaler = self._function().autoscaler
+        before = await autoscaler.settings.aio()
+        await autoscaler.update.aio(min_containers=0, buffer_containers=0, scaledown_window=_SHORTEST_WINDOW_S)
+        names = ("min_containers", "buffer_containers", "scaledown_window")
+        return {name: value for name in names if (value := getattr(before, name)) is not None}
+
+    async def restore(self, settings: dict[str, int]) -> None:
+        """Give the autoscaler its settings back."""
+        self._before_stop = None
+        await self._locate()
+        await self._function().autoscaler.update.aio(**settings)
 
 
-class Tiers:
-    """The pools of all tiers that the registry and the names in requests refer to.
-
-    Args:
-        settings: The gateway's: default GPU, app, timeouts.
-        headers: The proxy token for Modal's proxy; empty: the clients' own keys are passed on.
-        on_wake: Called after each wake of a pool.
-    """
-
-    def __init__(self, settings: Settings, headers: Mapping[str, str], on_wake: OnWake = ignore_wake) -> None:
-        self._settings, self._headers, self._on_wake = settings, headers, on_wake
-        self._tiers: dict[Tier, DeployedTier] = {}
-        self._pools: dict[tuple[str, Tier], ModalPool] = {}
-
-    def pool(self, spec: ModelSpec, gpu: Gpu | None) -> ModalPool:
-        """Return the pool of a model on a GPU; None: the one that the deploy of its tier would take."""
-        settings, tier = self._settings, tier_for(self._settings, spec, gpu)
-        app = self._tiers.setdefault(tier, DeployedTier(tier, settings.app or tier.app_name))
-        if (pool := self._pools.get((spec.key, tier))) is None:
-            pool = ModalPool(
-                spec,
-                app,
-                self._headers,
-                fresh_s=settings.scaledown_window / 2,
-                timeout_s=float(settings.startup_timeout_s),
-                on_wake=self._on_wake,
-            )
-            self._pools[spec.key, tier] = pool
-        return pool
-
-
-def tier_for(settings: Settings, spec: ModelSpec, gpu: Gpu | None) -> Tier:
-    """Return the tier of a model: that of the GPU in its name, else that of the settings, else its entry's own."""
-    if gpu:
-        return tier_of(spec, gpu)
-    chosen = find_gpu(settings.gpu) if settings.gpu else spec.tier.gpu
-    # SERVICE_N_GPU is meant for the default tier: Modal may not attach as many of another GPU to one container
-    return tier_of(spec, chosen, settings.n_gpu and min(settings.n_gpu, chosen.max_count))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _fault(status: int) -> EngineConnectionError:
+    return EngineConnectionError(f"Modal's proxy answered {status}", has_answered=True)

@@ -6,18 +6,28 @@ Many requests for a cold pool cause one wake, and continue in the order in which
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from service.gateway.api_errors import APIError, unavailable
+from service.boots.groups import usual_seconds
+from service.boots.records import BootRecord, Span
+from service.engine import parsers
+from service.errors import ComputeCapabilityError, ServiceError
+from service.gateway.call_rate import CallRate
+from service.gateway.http_client.connections import Origin
+from service.gateway.http_client.head import header_lines, query_string
+from service.in_engine.vllm_service.api_error import APIError
 from service.registry.models import ModelSpec
 
-State = Literal["cold", "waking", "ready", "not_deployed"]
+State = Literal["cold", "waking", "ready", "not_deployed", "does_not_fit"]
 OnWake = Callable[[str, bool], None]  # takes a model's key and whether its pool is ready
+_log = logging.getLogger(__name__)
 FAILED_FOR_S = 5.0  # a request this soon after a failed wake gets that failure again: each wake costs a boot
 
 
@@ -26,7 +36,23 @@ def ignore_wake(_key: str, _is_ready: bool) -> None:
 
 
 class WakeError(Exception):
-    """The pool did not wake; the message says why, and holds no secret."""
+    """The pool did not wake; the message says why, and holds no secret.
+
+    Args:
+        message: Why.
+        is_transient: The next wake may succeed, without anybody's doing.
+        lasts_s: How long a request gets this failure again without a wake, which costs a boot.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False, lasts_s: float | None = None) -> None:
+        super().__init__(message)
+        self.is_transient, self.lasts_s = is_transient, FAILED_FOR_S if lasts_s is None else lasts_s
+
+
+def shutting_down() -> APIError:
+    """Return the error of a request while the service ends; a client that comes back finds the next one."""
+    message = "The service is shutting down. Send the request again once it has started."
+    return APIError(503, message, code="shutting_down", retry_after_s=FAILED_FOR_S)
 
 
 @dataclass(frozen=True)
@@ -38,12 +64,57 @@ class Endpoint:
         query: Added to every request.
         headers: Added to every request, such as the pool's own key.
         forwards_client_key: The client's own key is sent too: the engine checks it again.
+        own_calls: Requests pass Modal's proxy, and this is the rate of the gateway's own; None: the engine is reached
+            directly.
+        answer_s: How long Modal may take for an answer.
     """
 
     url: str
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     forwards_client_key: bool = False
+    own_calls: CallRate | None = None
+    answer_s: float = 3600.0
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where its connections lead."""
+        return Origin.of(self.url)
+
+    @cached_property
+    def query_string(self) -> str:
+        """The query, with escapes."""
+        return query_string(self.query)
+
+    @cached_property
+    def header_lines(self) -> bytes:
+        """`Host` and the headers, each with the end of its line."""
+        return header_lines({"Host": self.origin.authority, **self.headers})
+
+    def with_path(self, path: str) -> str:
+        """Return the URL of a path, with the query."""
+        return f"{self.url}{path}" + (f"?{self.query_string}" if self.query else "")
+
+
+def unfit(error: ServiceError) -> APIError:
+    """Return the error of a model that can never be served here."""
+    code = "gpu_not_supported" if isinstance(error, ComputeCapabilityError) else "model_too_large"
+    return APIError(400, str(error), code=code, param="model")
+
+
+class Tracked(AbstractContextManager[None]):
+    """What is counted while a context lasts; each request has two, and one of contextlib's takes twice as long."""
+
+    __slots__ = ("_begin", "_end")
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._end = begin, end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
 
 
 class Pool(ABC):
@@ -52,7 +123,7 @@ class Pool(ABC):
     Args:
         spec: The model.
         location: Where it runs, for people: `H100`, `this machine`.
-        dollars_per_hour: Price of one replica; None: it has none.
+        dollars_per_hour: List price of one replica; None: it has none.
         on_wake: Called after each wake.
     """
 
@@ -65,9 +136,13 @@ class Pool(ABC):
         self.answering = 0
         self.answered_at: float | None = None
         self.wake_s: float | None = None  # how long the last wake took
+        self._recorded_s: float | None = None  # how long boots take, by their records
+        self._reading: asyncio.Task[None] | None = None
+        self.served_max_model_len: int | None = None  # the context of the last engine that was ready
         self._waking: asyncio.Task[Endpoint] | None = None
         self._woken_at = 0.0
-        self._failure: tuple[float, str] | None = None
+        self.woken_phases: tuple[Span, ...] = ()  # of the last wake, in CLOCK_MONOTONIC, where they could be seen
+        self._failure: tuple[float, WakeError] | None = None
 
     @property
     def state(self) -> State:
@@ -75,6 +150,29 @@ class Pool(ABC):
         if self._waking:
             return "waking"
         return "cold" if self.endpoint() is None else "ready"
+
+    @property
+    def current_price(self) -> float | None:
+        """What a replica costs in an hour now; None: it has no price."""
+        return self.dollars_per_hour
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all the replicas that it may have are busy."""
+        return False
+
+    @property
+    def lacks_tool_parser(self) -> bool:
+        """Whether its engine is certain to have no tool parser."""
+        return parsers.lacks_tool_parser(self.spec, None)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The context of its engine; before one was ready, the one that it would have. None: not known yet."""
+        return self.served_max_model_len or self._planned_max_model_len()
+
+    def _planned_max_model_len(self) -> int | None:
+        return self.spec.max_model_len
 
     @property
     def waking_s(self) -> float:
@@ -85,6 +183,12 @@ class Pool(ABC):
     def endpoint(self) -> Endpoint | None:
         """Return where it takes requests; None unless it is known to be ready."""
 
+    @property
+    def may_be_read(self) -> bool:
+        """Whether a request for its engine's figures costs nothing: one behind Modal keeps an idle replica up."""
+        endpoint = self.endpoint()
+        return endpoint is None or endpoint.own_calls is None or self.answering > 0
+
     @abstractmethod
     async def wake(self) -> Endpoint:
         """Make it ready, however long that takes.
@@ -94,7 +198,7 @@ class Pool(ABC):
             APIError: It cannot be woken.
         """
 
-    def check(self, name: str) -> None:  # noqa: B027 - most pools serve every name
+    def check(self, name: str) -> None:
         """Refuse a model that can never be served here, before anything wakes.
 
         Args:
@@ -103,6 +207,15 @@ class Pool(ABC):
         Raises:
             APIError: 400; a retry cannot help.
         """
+        if error := self.why_unfit(name):
+            raise error
+
+    @abstractmethod
+    def why_unfit(self, name: str) -> APIError | None:
+        """Return the error of a model that can never be served here; None: it can, or nobody knows yet."""
+
+    def _check_spending(self) -> None:  # noqa: B027 - engines of this machine cost nothing
+        """Refuse a request while the service may cost no more."""
 
     def mark_unreachable(self) -> None:  # noqa: B027 - a pool that learns of its end in another way needs nothing here
         """Record that a request could not reach it: the next request checks whether it is there."""
@@ -111,27 +224,31 @@ class Pool(ABC):
         """Find out its state and return it; wakes nothing."""
         return self.state
 
-    @contextmanager
-    def track_request(self, *, keep_alive: bool = True) -> Iterator[None]:
+    def track_request(self, *, keep_alive: bool = True) -> AbstractContextManager[None]:
         """Count a request, from before the wake to the end of its answer; `keep_alive` restarts the idle timeout."""
-        self.in_use += 1
-        try:
-            yield
-        finally:
-            self.in_use -= 1
-            if keep_alive:
-                self.used_at = time.monotonic()
+        return Tracked(self._begin_request, self._end_request if keep_alive else self._uncount_request)
 
-    @contextmanager
-    def track_response(self) -> Iterator[None]:
+    def _begin_request(self) -> None:
+        self.in_use += 1
+
+    def _end_request(self) -> None:
+        self.used_at = time.monotonic()
+        self._uncount_request()
+
+    def _uncount_request(self) -> None:
+        self.in_use -= 1
+
+    def track_response(self) -> AbstractContextManager[None]:
         """Record that it is answering, while the context lasts."""
+        return Tracked(self._begin_response, self._end_response)
+
+    def _begin_response(self) -> None:
         self.answering += 1
         self.answered_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self.answering -= 1
-            self.answered_at = time.monotonic()
+
+    def _end_response(self) -> None:
+        self.answering -= 1
+        self.answered_at = time.monotonic()
 
     async def ready(self) -> Endpoint:
         """Return where it takes requests, at once or after the one wake that all requests wait for.
@@ -139,34 +256,78 @@ class Pool(ABC):
         Cancelling this call does not cancel the wake.
 
         Raises:
-            APIError: 503, with the reason why it did not wake.
+            APIError: 503, with the reason why it did not wake, and when to retry where that may help.
         """
+        self._check_spending()
         if endpoint := self.endpoint():
             return endpoint
         waking = self._waking or self._start_wake()
         try:
             return await asyncio.shield(waking)
         except WakeError as error:
-            raise self._api_error(str(error)) from error
+            raise self._api_error(error) from error
         except asyncio.CancelledError:
             if not waking.cancelled():  # the client left
                 raise
-            raise self._api_error("The service is shutting down.") from None
+            raise shutting_down() from None
+
+    @property
+    def left_s(self) -> float | None:
+        """What is left of a wake as long as the last one, or as recorded boots; None: neither tells."""
+        return max(0.0, self.usual_s - self.waking_s) if self.usual_s else None
+
+    @property
+    def usual_s(self) -> float | None:
+        """How long a wake takes: as the last one did, or as recorded boots; None: neither tells."""
+        return self.wake_s or self._recorded_s
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last wake failed; None: it did not, or another one runs."""
+        return str(self._failure[1]) if self._failure and self.state == "cold" else None
 
     @property
     def retry_after_s(self) -> int:
-        """When a retry makes sense: what is left of a wake as long as the last one, 1 to 30 s."""
-        left = (self.wake_s or 30.0) - self.waking_s
-        return round(min(max(left, 1.0), 30.0))
+        """When a retry makes sense: what is left of the wake, 1 to 30 s."""
+        left_s = self.left_s
+        return round(min(max(30.0 if left_s is None else left_s, 1.0), 30.0))
+
+    async def recorded_s(self) -> float | None:
+        """Return how long boots take, by their records; None: there are none."""
+        return usual_seconds(await self.boots(), self.spec.key, lambda _: True)
+
+    async def boots(self) -> list[BootRecord]:
+        """Return the records of its replicas' boots that are known here, oldest first."""
+        return []
+
+    @property
+    def wake_phases(self) -> tuple[Span, ...]:
+        """The phases of the running wake that have ended, where they can be seen from here."""
+        return ()
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End its replicas, once the requests that run have ended or their grace period has."""
+
+    async def _read_records(self) -> None:
+        try:
+            self._recorded_s = await self.recorded_s()
+        except Exception as error:  # noqa: BLE001 - a figure in a comment, of which no wake may fail
+            _log.warning("The records of the boots of '%s' cannot be read: %s", self.spec.key, error)
 
     def _start_wake(self) -> asyncio.Task[Endpoint]:
         self._check_failure()
         self._woken_at = time.monotonic()
         self._waking = asyncio.create_task(self.wake(), name=f"wake {self.spec.key}")
         self._waking.add_done_callback(self._on_wake_end)
+        if self.wake_s is None and self._reading is None:
+            self._reading = asyncio.create_task(self._read_records(), name=f"records of {self.spec.key}")
         return self._waking
 
     def _on_wake_end(self, task: asyncio.Task[Endpoint]) -> None:
+        self.woken_phases = tuple(
+            Span(phase.name, self._woken_at + phase.start, self._woken_at + phase.end) for phase in self.wake_phases
+        )
         self._waking = None
         if task.cancelled():
             return
@@ -174,20 +335,27 @@ class Pool(ABC):
         if error is None:
             self.wake_s = time.monotonic() - self._woken_at
         elif isinstance(error, WakeError):
-            self._failure = (time.monotonic(), str(error))
+            self._failure = (time.monotonic(), error)
+        elif isinstance(error, APIError) and error.status == 503:  # refused before it began
+            return
         self._on_wake(self.spec.key, error is None)
 
     def _check_failure(self) -> None:
-        if self._failure and time.monotonic() - self._failure[0] < FAILED_FOR_S:
+        if self._failure and time.monotonic() - self._failure[0] < self._failure[1].lasts_s:
             raise self._api_error(self._failure[1])
         self._failure = None
 
-    def _api_error(self, reason: str) -> APIError:
-        sentence = f"Model '{self.spec.key}' on {self.location} did not start. {reason}"
-        return unavailable(sentence, "model_failed", FAILED_FOR_S)
+    def _api_error(self, error: WakeError) -> APIError:
+        return APIError(
+            503,
+            f"Model '{self.spec.key}' on {self.location} did not start. {error}",
+            code="model_failed",
+            retry_after_s=FAILED_FOR_S if error.is_transient else None,
+        )
 
     async def close(self) -> None:
         """Cancel the running wake."""
-        if self._waking:
-            self._waking.cancel()
-            await asyncio.gather(self._waking, return_exceptions=True)
+        running = [task for task in (self._waking, self._reading) if task]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

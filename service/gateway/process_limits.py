@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DESCRIPTORS = 65_536  # two a stream, to the client and to the engine; the default of shells is 1,024
+_RESERVED = 128  # for files, pipes of engines and libraries
 _YOUNG = 50_000  # new objects until a collection: a request makes some hundred, and the default is 700
 _MIDDLE, _OLD = 20, 100
 
@@ -21,6 +22,12 @@ def raise_process_limits() -> None:
     gc.collect()
     gc.freeze()  # modules and models, which live until the end
     gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
+
+
+def connection_limit() -> int:
+    """Return how many clients this process can serve at a time: each needs a descriptor, and one to an engine."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, ((DESCRIPTORS if soft == resource.RLIM_INFINITY else soft) - _RESERVED) // 2)
 
 
 @contextmanager

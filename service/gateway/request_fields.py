@@ -1,4 +1,4 @@
-"""Reads the few fields of a request's body that the gateway needs, and overrides fields without copying the body.
+"""Reads the few fields of a request's body that the gateway needs.
 
 Other fields are skipped: their values become no Python objects. Of duplicate keys the last one counts, as in the
 engine's own parser.
@@ -6,17 +6,16 @@ engine's own parser.
 
 from __future__ import annotations
 
-import json
+import operator
 import re
 from collections.abc import Mapping
 
 import msgspec
 
-from service.gateway.api_errors import APIError
-from service.in_engine.vllm_service import request_lists
+from service.in_engine.vllm_service.api_error import APIError
+from service.in_engine.vllm_service.form_data import NAME_LIMIT, Form
 
-N_LIMIT = 16  # vLLM itself allows 16384 answers to one request
-NAME_LIMIT = 512  # bytes of a model's name
+MAX_N = 16  # answers to one request; vLLM itself allows 16384
 CONSTRAINT_LIMIT = 256 * 1024  # bytes of a field that constrains the output, except tools
 TOOLS_LIMIT = 1024 * 1024  # bytes of tools
 
@@ -31,13 +30,17 @@ REMOVED_FIELDS = {
     "guided_whitespace_pattern": "Leave it out: structured outputs have no free white space here",
 }
 _CONSTRAINTS = ("response_format", "structured_outputs", "text", "output_config", "tools")
-_EMPTY_OBJECT = re.compile(rb"\s*\{\s*\}")
-_NAMES = ("model", "stream", "n", "best_of", "temperature", "tool_choice", *_CONSTRAINTS, *REMOVED_FIELDS)
+_MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")  # OpenAI's older, newer, and of Responses
+_NAMES = ("model", "stream", "n", "best_of", *_MAX_TOKENS, "temperature", "tool_choice", *_CONSTRAINTS, *REMOVED_FIELDS)
 # The values of a _Fields are views that keep the body alive: they must not outlive `parse_fields`.
 _Fields = msgspec.defstruct("_Fields", [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in _NAMES])
+_values_of = operator.attrgetter(*_NAMES)
+_REMOVED, _PRESENT = frozenset(REMOVED_FIELDS), frozenset(("temperature", "tool_choice"))
 _DECODER = msgspec.json.Decoder(_Fields)
+_TEXT, _BOOLEAN = msgspec.json.Decoder(str), msgspec.json.Decoder(bool)  # a type in each call takes 1 us to look at
 _NULL = msgspec.Raw(b"null")
 _EMPTY_LIST = re.compile(rb"\[\s*\]")
+_NO_CALL = re.compile(rb'"none"|\{\s*"type"\s*:\s*"none"\s*\}')  # OpenAI's and Anthropic's
 _MAX_DIGITS = 20  # a longer number is over every limit and is not decoded
 
 
@@ -51,7 +54,8 @@ class RequestFields(msgspec.Struct, frozen=True):
         best_of: How many candidates they are chosen from.
         constraints: The fields that constrain the output, tools included: field -> its JSON.
         present: Which of `temperature` and `tool_choice` the body sets.
-        forces_tool: Whether `tool_choice` demands a call; the engine then compiles all tools, not only strict ones.
+        declines_tools: `tool_choice` says that no tool may be called.
+        max_tokens: The most tokens of an answer that the client asks for, as far as this is a number.
     """
 
     model: str | None = None
@@ -60,7 +64,8 @@ class RequestFields(msgspec.Struct, frozen=True):
     best_of: int | None = None
     constraints: Mapping[str, bytes] = {}
     present: frozenset[str] = frozenset()
-    forces_tool: bool = False
+    declines_tools: bool = False
+    max_tokens: int | None = None
 
     @property
     def has_tools(self) -> bool:
@@ -72,52 +77,48 @@ class RequestFields(msgspec.Struct, frozen=True):
         return name in self.present
 
 
-def parse_fields(body: bytes | bytearray | memoryview) -> RequestFields:
+def parse_fields(body: bytes | bytearray | memoryview, max_n: int = MAX_N) -> RequestFields:
     """Read these fields; the body is neither copied nor kept.
+
+    Args:
+        body: The whole body.
+        max_n: The most that `n` and `best_of` may be.
 
     Raises:
         APIError: 400: the body is no JSON object, or one of these fields has an invalid value.
     """
     fields = _decode(body)
-    given = {name: raw for name in _NAMES if (raw := getattr(fields, name)) is not msgspec.UNSET and raw != _NULL}
-    for name, advice in REMOVED_FIELDS.items():
-        if name in given:
-            raise _api_error(name, f"vLLM has removed {name} and would ignore it. {advice}.", "unsupported_parameter")
+    unset = msgspec.UNSET
+    values = zip(_NAMES, _values_of(fields), strict=True)
+    given = {name: raw for name, raw in values if raw is not unset and raw != _NULL}
+    for name in _REMOVED & given.keys():
+        advice = REMOVED_FIELDS[name]
+        raise _api_error(name, f"vLLM has removed {name} and would ignore it. {advice}.", "unsupported_parameter")
     return RequestFields(
         model=_model(given.get("model")),
         stream=_stream(given.get("stream")),
-        n=_count("n", given.get("n")),
-        best_of=_count("best_of", given.get("best_of")),
+        n=_count("n", given.get("n"), max_n),
+        best_of=_count("best_of", given.get("best_of"), max_n),
         constraints={
-            name: _constraint(name, raw)
+            name: _constraint(name, given[name])
             for name in _CONSTRAINTS
-            if (raw := given.get(name)) and _is_constraint(name, raw)
+            if name in given and _is_constraint(name, given[name])
         },
-        present=frozenset(given.keys() & {"temperature", "tool_choice"}),
-        forces_tool=_forces_tool(given.get("tool_choice")),
+        present=_PRESENT & given.keys(),
+        declines_tools="tool_choice" in given and bool(_NO_CALL.fullmatch(given["tool_choice"])),
+        max_tokens=_max_tokens(given),
     )
 
 
-def check_lists(path: str, body: bytes | bytearray) -> None:
-    """Check the lists of a body by the rule that the guard in the engine applies.
-
-    Raises:
-        APIError: 400: an item has a wrong type, or there are too many.
-    """
-    try:
-        request_lists.check(path, body)
-    except request_lists.InvalidListError as error:
-        raise APIError(400, str(error), code="invalid_value", param=error.param) from None
+def of_form(form: Form) -> RequestFields:
+    """Return these fields of a form, which constrains no output and has no tools."""
+    return RequestFields(model=form.model, stream=form.stream, n=form.n, max_tokens=form.max_tokens)
 
 
-def with_overrides(body: bytes | bytearray, overrides: Mapping[str, str | float]) -> tuple[memoryview, bytes]:
-    """Return a body with these fields set, in two parts: a view of `body` without its last brace, and the rest.
-
-    `body` is one that `parse_fields` accepted. The fields come last, where they win over earlier ones of the same name.
-    """
-    added = json.dumps(dict(overrides), allow_nan=False, separators=(",", ":"))[1:].encode()
-    comma = b"" if not overrides or _EMPTY_OBJECT.match(body) else b","
-    return memoryview(body)[: body.rfind(b"}")], comma + added
+def _max_tokens(given: Mapping[str, msgspec.Raw]) -> int | None:
+    """Return the largest of these fields; what is no number the engine refuses."""
+    texts = [bytes(raw) for name in _MAX_TOKENS if (raw := given.get(name))]
+    return max((int(text) for text in texts if text.isdigit() and len(text) <= _MAX_DIGITS), default=None)
 
 
 def _decode(body: bytes | bytearray | memoryview) -> msgspec.Struct:
@@ -126,6 +127,8 @@ def _decode(body: bytes | bytearray | memoryview) -> msgspec.Struct:
     except msgspec.ValidationError as error:  # "Expected `object`, got `array`"
         raise _not_json(f"is of type {str(error).rpartition(' ')[2].strip('`')}") from None
     except msgspec.DecodeError as error:
+        if b"\0" in bytes(body[:4]):  # where UTF-16 and UTF-32 have one, whatever the first character of JSON is
+            raise _not_json("is in UTF-16 or UTF-32") from None
         reason = str(error).removeprefix("JSON is malformed: ")
         if "truncated" in reason:
             reason = f"it ends too soon, after {len(body)} bytes, or an escape such as \\ud800 lacks its second half"
@@ -140,36 +143,29 @@ def _model(raw: msgspec.Raw | None) -> str | None:
     if (size := len(memoryview(raw))) > NAME_LIMIT:
         raise _api_error("model", f"model is {size} bytes long; the limit is {NAME_LIMIT}. /v1/models lists all names.")
     try:
-        return msgspec.json.decode(raw, type=str)
-    except msgspec.DecodeError:
+        return _TEXT.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise _api_error("model", f"model={_excerpt(raw)} is not a string. /v1/models lists all names.") from None
 
 
 def _stream(raw: msgspec.Raw | None) -> bool | None:
     try:
-        return None if raw is None else msgspec.json.decode(raw, type=bool)
+        return None if raw is None else _BOOLEAN.decode(raw)
     except msgspec.DecodeError:
         raise _api_error("stream", f"stream={_excerpt(raw)} is not a boolean. Write true or false.") from None
 
 
-def _forces_tool(raw: msgspec.Raw | None) -> bool:
-    try:
-        value = None if raw is None else msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
-        return True  # unknown: the stricter check
-    return (value.get("type") if isinstance(value, dict) else value) not in (None, "auto", "none")
-
-
-def _count(name: str, raw: msgspec.Raw | None) -> int | None:
+def _count(name: str, raw: msgspec.Raw | None, most: int) -> int | None:
     if raw is None:
         return None
-    try:
-        count = msgspec.json.decode(raw, type=int) if len(memoryview(raw)) <= _MAX_DIGITS else 0
+    try:  # 1.0 is an integer too: JSON Schema, core, section 4.2.3
+        count = msgspec.json.decode(raw, type=int | float) if len(memoryview(raw)) <= _MAX_DIGITS else 0
     except msgspec.DecodeError:
         count = 0
-    if not 1 <= count <= N_LIMIT:
-        raise _api_error(name, f"{name}={_excerpt(raw)} is not an integer from 1 to {N_LIMIT}. Send several requests.")
-    return count
+    if count != int(count) or not 1 <= count <= most:
+        advice = f"Send several requests, or raise SERVICE_MAX_N ({most}; at most 200)."
+        raise _api_error(name, f"{name}={_excerpt(raw)} is not an integer from 1 to {most}. {advice}")
+    return int(count)
 
 
 def _is_constraint(name: str, raw: msgspec.Raw) -> bool:
@@ -177,6 +173,8 @@ def _is_constraint(name: str, raw: msgspec.Raw) -> bool:
     first = bytes(memoryview(raw)[:1])
     if name == "tools":
         return first == b"[" and not _EMPTY_LIST.fullmatch(raw)
+    if name == "structured_outputs" and first != b"{":  # vLLM answers 500
+        raise _api_error(name, f'structured_outputs={_excerpt(raw)} is not an object. Write {{"regex": …}} or such.')
     return first == b"{"
 
 

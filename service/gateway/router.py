@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from service.errors import UnknownModelError
-from service.gateway.api_errors import APIError
 from service.gateway.pool import Pool
+from service.in_engine.vllm_service.api_error import APIError
 from service.registry.gpus import Gpu
-from service.registry.models import DEFAULT_ALIAS, ModelChoice, ModelSpec, Registry
+from service.registry.models import DEFAULT_ALIAS, LOCAL_SUFFIX, ModelChoice, ModelSpec, Registry
 
-LOCAL_SUFFIX = "-local"
+_TAG = ":latest"
+_PROVIDER = re.compile(r"[A-Za-z0-9_.-]+")
 _REMEMBERED = 4096  # names, in all the ways to write them
 
 
@@ -46,13 +47,17 @@ class ModelRouter:
         self._pool = pool
         self._routes: dict[str, Route] = {}
 
+    def replace(self, registry: Registry) -> None:
+        """Take other models; requests that run keep the pool that they have."""
+        self.registry, self._routes = registry, {}
+
     def find(self, name: str | None) -> Route:
         """Return the route of a name.
 
         Raises:
             APIError: 404 `model_not_found`, with the nearest names.
         """
-        requested = name or DEFAULT_ALIAS
+        requested = name if name and name.strip() else DEFAULT_ALIAS
         if (route := self._routes.get(requested)) is None:
             route = self._resolve(requested)
             if len(self._routes) < _REMEMBERED:
@@ -65,23 +70,44 @@ class ModelRouter:
         default = self.find(None).pool
         return [default, *(pool for pool in pools if pool is not default)]
 
+    def known_pools(self) -> dict[Pool, str]:
+        """Return the default pools, and those on other GPUs that requests have named, with a name of each."""
+        named = {route.pool: name for name, route in self._routes.items()}
+        return named | {pool: pool.spec.key for pool in self.default_pools()}
+
     def _resolve(self, requested: str) -> Route:
-        choice, bare = self._choose(requested)
+        choice, local_defaults = self._choose(requested)
         spec = choice.spec
         names = (*spec.names, *(adapter.name for adapter in spec.adapters))
         adapter = next((part.name for part in spec.adapters if part.name.lower() == choice.name), None)
         pool = self._pool(spec, choice.gpu)
-        return Route(pool, adapter or spec.key, is_exact_name=requested in names, local_defaults=bare != requested)
+        return Route(pool, adapter or spec.key, is_exact_name=requested in names, local_defaults=local_defaults)
 
-    def _choose(self, requested: str) -> tuple[ModelChoice, str]:
-        """Return model and GPU, and the name without `-local`."""
-        try:
-            return self.registry.resolve(requested, self.default), requested
-        except UnknownModelError as error:
-            bare = requested[: -len(LOCAL_SUFFIX)] if requested.lower().endswith(LOCAL_SUFFIX) else ""
-            try:
-                if bare:
-                    return self.registry.resolve(bare, self.default), bare
-            except UnknownModelError:
-                pass
-            raise APIError(404, str(error), kind="not_found_error", code="model_not_found", param="model") from error
+    def _choose(self, requested: str) -> tuple[ModelChoice, bool]:
+        """Return model and GPU, and whether the name ended in `-local`."""
+        spellings = list(_spellings(requested))
+        for find in (self.registry.find, self.registry.find_pattern):
+            for name in spellings:
+                if choice := find(name, self.default):
+                    return choice, False
+                if name.lower().endswith(LOCAL_SUFFIX) and (choice := find(name[: -len(LOCAL_SUFFIX)], self.default)):
+                    return choice, True
+        unknown = self.registry.unknown(requested, spellings[-1])
+        raise APIError(404, str(unknown), code="model_not_found", param="model")
+
+
+def _spellings(requested: str) -> Iterator[str]:
+    """Yield a name as it is, and without what clients add to it: blanks, Ollama's tag, the prefix of a provider.
+
+    LiteLLM writes `hosted_vllm/tiny`, clients of OpenRouter `openai/gpt-oss-20b`, those of Ollama `tiny:latest`. The
+    last one is the shortest.
+    """
+    name = requested.strip()
+    while True:
+        yield name
+        if (bare := name.removesuffix(_TAG)) != name:
+            yield bare
+        provider, _, rest = name.partition("/")
+        if not rest or not _PROVIDER.fullmatch(provider):
+            return
+        name = rest

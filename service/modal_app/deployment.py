@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from service.errors import ServiceError, SettingsError, UnknownModelError, UsageError
 from service.keys import digests
+from service.modal_app.digests import Digest
 from service.registry.gpus import find_gpu
 from service.registry.models import ModelChoice, ModelSpec, Registry
-from service.registry.tiers import Tier, check_weights, tier_of
+from service.registry.tiers import Tier, check_fit, tier_of
 from service.settings import Settings
 from service.weights import revisions
 
@@ -51,7 +52,7 @@ class Deployment:
         choice = default_model(settings, registry)
         spec = choice.spec
         tier = tier_of(spec, find_gpu(settings.gpu) if settings.gpu else choice.gpu, settings.n_gpu)
-        check_weights(spec, tier, lambda other: other.settings)
+        check_fit(spec, tier, lambda other: other.settings)
         _check_snapshot(settings.snapshot, tier.n_gpu)
         fast_boot = settings.snapshot != "gpu" if settings.fast_boot is None else settings.fast_boot
         resolved = settings.model_copy(
@@ -91,6 +92,28 @@ class Deployment:
         """
         spec = self.registry.resolve(name, self.settings.model).spec
         return revisions.resolve_revisions(spec, revisions.RevisionResolver(), revisions.lock_writer(None), lock=lock)
+
+    def key_on_tier(self, name: str) -> str:
+        """Return the key of a model that this tier can serve.
+
+        Raises:
+            UnknownModelError: No entry has the name.
+            UsageError: The name has another GPU.
+            GpuFitError: It cannot run on this tier.
+        """
+        choice = self.registry.resolve(name, self.settings.model)
+        if choice.gpu and choice.gpu != self.tier.gpu:
+            raise UsageError(
+                f"Model '{name}' names {choice.gpu.name}, and this app's GPU is {self.tier.label}.",
+                hint=f"Set SERVICE_GPU={choice.gpu.name}, or leave the GPU out of the name.",
+            )
+        check_fit(choice.spec, self.tier, lambda other: other.settings)
+        return choice.spec.key
+
+    def boot_digest(self, spec: ModelSpec, **arguments: Any) -> str:
+        """Return what a boot of this deploy consists of: image, model, and arguments of the class."""
+        parts = Digest.of_tier(self.settings, [spec], [])
+        return "-".join((parts.settings, parts.entries, parts.code, *(f"{k}={v}" for k, v in arguments.items())))
 
     @property
     def app_name(self) -> str:
@@ -135,7 +158,7 @@ class Deployment:
             "gpu": self.tier.request,
             "scaledown_window": s.scaledown_window,
             "min_containers": s.min_containers,
-            "max_containers": s.max_containers,
+            "max_containers": s.most_replicas(),
             "buffer_containers": s.buffer_containers,
             "startup_timeout": s.startup_timeout_s + STARTUP_MARGIN_S,
             "timeout": s.request_timeout_s,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from service.gateway.modal_pool import PROXY_SECRET, tier_for
+from service.gateway import webhook
+from service.gateway.modal_pool import PROXY_SECRET
+from service.gateway.tiers import tier_for
 from service.modal_app.deployment import default_model
 from service.registry.models import Registry
-from service.registry.tiers import check_weights
+from service.registry.tiers import check_fit
 from service.settings import Settings
 from service.weights import revisions
 
@@ -29,8 +31,8 @@ class GatewayDeployment:
     def resolve(cls) -> GatewayDeployment:
         """Read settings and registry.
 
-        The settings of replicas (`min_containers`, `max_inputs`, `snapshot`, …) have no effect here: the deploys of the
-        tiers read them.
+        The settings of replicas (`min_containers`, `snapshot`, …) have no effect here: the deploys of the tiers read
+        them. By `max_containers` and `max_inputs` the gateway knows when a pool is full.
 
         Raises:
             UsageError: A setting, the models file or the default model is wrong, or the model does not fit on its tier.
@@ -38,7 +40,7 @@ class GatewayDeployment:
         settings = Settings.load()
         registry = revisions.registry(settings.models_file)
         choice = default_model(settings, registry)
-        check_weights(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
+        check_fit(choice.spec, tier_for(settings, choice.spec, choice.gpu), lambda other: other.settings)
         return cls(settings, registry)
 
     @property
@@ -53,6 +55,8 @@ class GatewayDeployment:
         found: dict[str, list[str]] = {self.settings.keys_secret: []}
         if self.settings.direct_auth == "proxy":
             found[PROXY_SECRET] = ["MODAL_KEY", "MODAL_SECRET"]
+        if self.settings.webhook_secret:
+            found[self.settings.webhook_secret] = [webhook.VARIABLE]
         return found
 
     def function_options(self) -> dict[str, Any]:

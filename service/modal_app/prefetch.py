@@ -6,7 +6,6 @@ gets the hub's secret depends on the request; no GPU is ever attached to it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,12 @@ import modal
 from service.engine.environment import pinned
 from service.errors import ServiceError
 from service.image import light_image, transfer_env
+from service.modal_app.leases import volume_lease
 from service.volumes import HUB_CACHE, volumes
-from service.weights.locks import EXPIRY_S, Lease
 from service.weights.prefetch import PrefetchEvent, PrefetchRequest
 from service.weights.prefetch import prefetch as prefetch_here
 
 APP = "vllm-prefetch"
-LOCKS = "vllm-locks"
 TIMEOUT_S = 24 * 3600  # the longest that Modal allows: half a terabyte at 6 MB/s
 CPU, MEMORY_MB = 4.0, 4096  # Xet decompresses and checksums on every core it gets
 
@@ -53,20 +51,7 @@ def fetch(request: str, volume_prefix: str | None) -> Iterator[str | PrefetchEve
     yield modal.current_function_call_id() or ""
     volume = volumes(volume_prefix)[HUB_CACHE]
     try:
-        yield from prefetch_here(PrefetchRequest.model_validate_json(request), weights_lease(volume, volume_prefix))
+        yield from prefetch_here(PrefetchRequest.model_validate_json(request), volume_lease(volume, volume_prefix))
         volume.commit()  # what was removed; each download was committed when its lease was released
     except ServiceError as error:
         yield error.to_fields()
-
-
-def weights_lease(volume: modal.Volume, volume_prefix: str | None) -> Lease:
-    """Return the lease that keeps containers from fetching the same repository into this volume at once.
-
-    Its holder sees what others have committed, and commits before releasing it.
-    """
-    return Lease(
-        lambda: modal.Dict.from_name(f"{volume_prefix or ''}{LOCKS}", create_if_missing=True),
-        on_acquired=volume.reload,
-        before_release=volume.commit,
-        expiry_s=float(os.environ.get("LEASE_EXPIRY_S", EXPIRY_S)),  # the tests of a dead holder wait for less
-    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from service.errors import ServiceError
+from service.registry.models import DEFAULT_ALIAS
 
 CONTENT = "Explain the singular value decomposition."
 CHARACTERS = (
@@ -22,11 +23,11 @@ _HINT = "Read the container's log, which modal run prints above (without --quiet
 Complete = Callable[[str, Any], tuple[int, Any]]
 
 
-def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
+def run(complete: Complete, url: str | None, content: str, twice: bool, *, model: str | None = None) -> None:
     """Ask, print the answers, and check that there are any.
 
     With a proxy token in MODAL_KEY and MODAL_SECRET the answers are streamed from the web endpoint `url`; without one,
-    which Modal would refuse there, they come through `complete`.
+    which Modal would refuse there, they come through `complete`. `model` is None for the app's default.
 
     Raises:
         ServiceError: The service is not healthy, or gave no answer.
@@ -39,10 +40,12 @@ def run(complete: Complete, url: str | None, content: str, twice: bool) -> None:
     _print("Healthy")
     for character in CHARACTERS if twice else CHARACTERS[:1]:
         messages = [{"role": "system", "content": character}, {"role": "user", "content": content}]
-        _print(f"Sending to llm: {json.dumps(messages)}")
-        body = {"model": "llm", "messages": messages, "max_tokens": MAX_TOKENS}
+        _print(f"Sending to {model or DEFAULT_ALIAS}: {json.dumps(messages)}")
+        body = {"model": model or DEFAULT_ALIAS, "messages": messages, "max_tokens": MAX_TOKENS}
         answered = False
-        for text in _stream(str(url), body) if streamed else _complete(complete, body):
+        for text in (
+            _stream(str(url), {"model": model} if model else {}, body) if streamed else _complete(complete, body)
+        ):
             answered = answered or bool(text.strip())
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -60,12 +63,12 @@ def _complete(complete: Complete, body: dict[str, Any]) -> Iterator[str]:
     yield message.get("content") or ""
 
 
-def _stream(url: str, body: dict[str, Any]) -> Iterator[str]:
+def _stream(url: str, query: dict[str, str], body: dict[str, Any]) -> Iterator[str]:
     import httpx2  # noqa: PLC0415 - a container never streams to itself
 
     headers = {"Modal-Key": os.environ["MODAL_KEY"], "Modal-Secret": os.environ["MODAL_SECRET"]}
     request = {**body, "stream": True}
-    with httpx2.stream("POST", url + _CHAT, json=request, headers=headers, timeout=TIMEOUT_S) as response:
+    with httpx2.stream("POST", url + _CHAT, params=query, json=request, headers=headers, timeout=TIMEOUT_S) as response:
         if response.status_code != 200:
             raise ServiceError(
                 f"{url}{_CHAT} answered {response.status_code}: {response.read()[:500].decode(errors='replace')}.",

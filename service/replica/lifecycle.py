@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from service import otel
 from service.boots import records
 from service.boots.phases import Phases
 from service.boots.records import BootRecord
-from service.engine.args import engine_command
 from service.engine.process import EngineProcess, Hold, State
 from service.errors import EngineError, EngineTimeoutError, ServiceError
 from service.hardware import Hardware, check_gpu_count, probe
@@ -36,6 +37,7 @@ from service.weights import store
 
 _log = logging.getLogger(__name__)
 _output = logging.getLogger("service.engine.output")
+_UNLOAD_S = 86400.0  # as long as a request may run
 _HOLDS: dict[Snapshot, Hold] = {"cpu": "imported", "gpu": "asleep"}  # before the checkpoint
 
 
@@ -45,8 +47,10 @@ class Replica:
     Args:
         plan: Its model, engine, strategy and limits.
         on_event: Called with each event of the engine's boot, from a thread.
-        on_death: Called once, from a thread, when the engine dies or hangs after it was ready; before, `start` raises.
+        on_lost: Called once, from a thread, as soon as an engine that was ready dies, or is to be killed for a hang.
+        on_death: Called once, from a thread, with the reason; of an engine that was not ready `start` raises.
         on_record: Called with the record of each boot that has ended, well or not.
+        on_usage: Called from a thread with what each aborted request used: the fields of `Event.USAGE` and `replica`.
         commit_weights: Makes fetched weights visible to other replicas; called before the engine opens a file.
         commit_caches: Makes new caches and records visible to other replicas.
     """
@@ -56,17 +60,22 @@ class Replica:
         plan: Plan,
         *,
         on_event: Callable[[Event], None] = lambda _: None,
+        on_lost: Callable[[], None] = lambda: None,
         on_death: Callable[[EngineError], None] = lambda _: None,
         on_record: Callable[[BootRecord], None] = lambda _: None,
+        on_usage: Callable[[dict[str, Any]], None] = lambda _: None,
         commit_weights: Callable[[], None] = lambda: None,
         commit_caches: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan = plan
-        self.id = records.new_id()
+        self.id = self._prepared_as = records.new_id()
         self.phases = Phases()
         self.ready_after_s: float | None = None
+        self.max_model_len: int | None = None  # the context of the engine, once it opens its port
         self.own_key: str | None = None
         self._on_event, self._on_death, self._commit_weights = on_event, on_death, commit_weights
+        self._on_usage = on_usage
+        self._on_lost = on_lost
         self._results = BootResults(plan, on_record, commit_caches)
         self._at = datetime.now(UTC)
         self._deadline = self._prepared_at = time.monotonic()
@@ -145,11 +154,25 @@ class Replica:
         if grace_s is None:
             self._results.flush(self.plan.shutdown.flush_s)
 
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Have the engine load a LoRA adapter while it serves; `EngineProcess.load_adapter` says what it raises."""
+        self.engine.load_adapter(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Have it forget one, once the requests of it that run have ended."""
+        self.engine.unload_adapter(name, _UNLOAD_S)
+
+    def kill(self) -> EngineError | None:
+        """End an engine that no longer listens. Return the cause of its death, of which `on_death` is told too."""
+        return self._engine.kill() if self._engine else None
+
     def _begin(self, restored: bool) -> None:
         """Begin the boot of this replica; under a snapshot, another replica may have prepared it."""
         self._restored = restored
         if restored:
-            self.id, self._at = records.new_id(), datetime.now(UTC)
+            self._at = datetime.now(UTC)
+            if self.id == self._prepared_as:  # the caller may have given it one
+                self.id = records.new_id()
             self.phases.begin()
             self._compiled_here = False
             self._deadline = time.monotonic() + self.plan.startup_timeout_s
@@ -189,7 +212,7 @@ class Replica:
 
     def _release(self, accepted: list[str]) -> None:
         self.phases.mark(Event.RELEASED)
-        self.engine.release(accepted)
+        self.engine.release(accepted, self.id, otel.variables(self.plan.parent_env))
 
     def _accepted(self, digests: Mapping[str, str]) -> list[str]:
         """Return the digests to accept: the users', and where there are any, one for this process alone."""
@@ -203,6 +226,8 @@ class Replica:
         self._hardware = found = self.plan.hardware or probe()
         if self.plan.caches:
             self.plan.caches.select_hardware(found.fingerprint(self.plan.device))
+        if self.plan.failure:
+            self.plan.failure.check(self.plan.gpu_label(found))
         return found
 
     def _load_caches(self) -> None:
@@ -221,17 +246,7 @@ class Replica:
     def _spawn(self, hold: Hold | None = None) -> None:
         assert self._weights is not None, "prepare() comes first"  # noqa: S101 - a programming error, not an input
         plan = self.plan
-        command = engine_command(
-            plan.spec,
-            self._weights.model,
-            plan,
-            draft=self._weights.draft,
-            adapters=self._weights.adapters,
-            default_key=plan.default_key,
-            device=plan.device,
-            sleeps=plan.snapshot == "gpu" and hold is None,
-            parent_env={**plan.parent_env, **(plan.caches.env() if plan.caches else {})},
-        )
+        command = plan.command(self._weights, sleeps=plan.snapshot == "gpu" and hold is None)
         self.phases.engine_begins()
         self._engine = engine = EngineProcess(
             command,
@@ -242,7 +257,8 @@ class Replica:
             shutdown=plan.shutdown,
             on_line=self._read,
             on_event=lambda event, fields: self._note(engine, event, fields),
-            on_death=lambda error: self._died(engine, error),
+            on_lost=lambda: self._on_lost() if self._serves(engine) else None,
+            on_death=lambda error: self._on_death(error) if self._serves(engine) else None,
         )
         engine.spawn()
 
@@ -257,6 +273,7 @@ class Replica:
         except BaseException as error:
             self.stop(0)
             self._record("failed", str(error) or type(error).__name__)
+            self._results.save_failure(self.plan.gpu_label(self._hardware) if self._hardware else "", error)
             if isinstance(error, ServiceError):
                 self._results.commit()
             raise
@@ -276,16 +293,20 @@ class Replica:
         )
         self._results.save(record)
 
-    def _died(self, engine: EngineProcess, error: EngineError) -> None:
+    def _serves(self, engine: EngineProcess) -> bool:
+        """Tell whether requests go to this engine."""
         with self._serving_lock:
-            serving = self._serving and engine is self._engine
-        if serving:
-            self._on_death(error)
+            return self._serving and engine is self._engine
 
     def _note(self, engine: EngineProcess, event: Event, fields: dict[str, Any]) -> None:
         if engine is not self._engine:
             return  # it was replaced by a cold boot
+        if event is Event.USAGE:
+            self._on_usage({**fields, "replica": self.id})
+            return
         self.phases.mark(event, fields["at"])
+        if event is Event.OPENING:
+            self.max_model_len = fields.get("max_model_len")
         if event is Event.READY:
             self.ready_after_s = self.phases.seconds
         if event is Event.LOADED and self._readahead:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from service.boots.failures import FailureFile
 from service.boots.records import BootRecord
-from service.engine.args import EngineOptions
+from service.engine import cpu
+from service.engine.args import EngineCommand, EngineOptions, engine_command
+from service.engine.model_files import ModelFiles
 from service.engine.process import HANG_S
 from service.errors import GpuCountError
 from service.hardware import Hardware
@@ -17,6 +20,7 @@ from service.registry.tiers import count_label
 from service.replica.compile_caches import Caches
 from service.settings import Settings
 from service.weights.locks import Lock
+from service.weights.store import Weights
 
 Snapshot = Literal["off", "cpu", "gpu"]
 WAKE_S, WAKE_S_PER_GB = 30.0, 1.0  # a restore reads memory back page by page, at 1 GB/s or more
@@ -33,7 +37,7 @@ class Plan(EngineOptions):
         device: `cuda` or `cpu`.
         python: Interpreter of the environment that has vLLM.
         hardware: What the engine runs on; None: the replica probes it, under a CPU snapshot after the restore.
-        parent_env: Environment that the engine inherits, less secrets and settings.
+        parent_env: The parent's environment, of which the engine inherits some variables.
         snapshot: How far `prepare` goes.
         startup_timeout_s: How long a boot may take once the weights are there.
         wake_timeout_s: How long waking may take before the engine is booted cold; None: by the size of the weights.
@@ -42,6 +46,7 @@ class Plan(EngineOptions):
         versions: Versions of what the engine consists of, for the record.
         caches: Where the engine's compile caches are.
         records: Directory of the boots' records.
+        failure: Where a boot that cannot work is recorded; None: it is not.
     """
 
     spec: ModelSpec
@@ -58,6 +63,7 @@ class Plan(EngineOptions):
     versions: Mapping[str, str] = field(default_factory=dict)
     caches: Caches | None = None
     records: Path | None = None
+    failure: FailureFile | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, **facts: Any) -> Plan:
@@ -75,12 +81,41 @@ class Plan(EngineOptions):
 
         Raises:
             GpuCountError: A GPU memory snapshot of several GPUs.
+            RecordedFailureError: An earlier boot with it failed, on whatever GPU.
         """
+        if self.failure:
+            self.failure.check()
         if self.snapshot == "gpu" and self.n_gpu > 1:
             raise GpuCountError(
                 f"A GPU memory snapshot works on one GPU, and '{self.spec.key}' is to run on {self.n_gpu}.",
                 hint="Deploy a tier of its own with SERVICE_SNAPSHOT=cpu.",
             )
+
+    def command(self, weights: Weights, *, sleeps: bool) -> EngineCommand:
+        """Return how the engine is started.
+
+        Args:
+            weights: The model's.
+            sleeps: It is to be in sleep mode before it serves.
+
+        Raises:
+            ContextMemoryError: The machine has no memory for the context that the entry wants of a CPU engine.
+        """
+        files = ModelFiles.read(weights.model, self.spec.chat_template_file)
+        if self.device == "cpu":
+            cpu.check_context(self.spec, files)
+        return engine_command(
+            self.spec,
+            weights.model,
+            self,
+            files=files,
+            draft=weights.draft,
+            adapters=weights.adapters,
+            default_key=self.default_key,
+            device=self.device,
+            sleeps=sleeps,
+            parent_env={**self.parent_env, **(self.caches.env() if self.caches else {})},
+        )
 
     def record(self, hardware: Hardware | None, **facts: Any) -> BootRecord:
         """Return the record of a boot with this plan.

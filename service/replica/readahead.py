@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.hardware import available_bytes
+from service.memory import available_bytes
 from service.replica.page_cache import is_cached
 
 # vLLM prefetches with 8; on two cores, beside 2.7 GB from a disk, imports took 1.2 s longer with 8, 0.3 s with 2.

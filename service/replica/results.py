@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable
 
 from service.boots import records
+from service.boots.failures import is_permanent
 from service.boots.records import BootRecord
+from service.errors import ServiceError
 from service.replica.plan import Plan
 
 _log = logging.getLogger(__name__)
@@ -27,10 +29,17 @@ class BootResults:
         self._thread: threading.Thread | None = None
 
     def save(self, record: BootRecord) -> None:
-        """Hand the record over, and write it into the directory of records."""
+        """Hand the record over, and write it into the directory of records; a boot that worked clears the failure."""
         _logging_failure(lambda: self._on_record(record))
         if directory := self._plan.records:
             _logging_failure(lambda: records.keep(record, directory))
+        if self._plan.failure and record.outcome != "failed":
+            self._plan.failure.clear()
+
+    def save_failure(self, gpu: str, error: BaseException) -> None:
+        """Record a boot that failed, where the same boot would fail again."""
+        if (failure := self._plan.failure) and isinstance(error, ServiceError) and is_permanent(error):
+            _logging_failure(lambda: failure.save(self._plan.spec.key, gpu, error))
 
     def commit(self) -> None:
         """Make what was saved visible to other replicas."""

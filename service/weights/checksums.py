@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from service.weights.manifest import File
-from service.weights.progress import Progress
+from service.weights.progress import Phase, Progress
 
 _CHUNK = 1 << 20  # hashing releases the interpreter's lock; larger pieces were no faster
 
@@ -42,11 +42,11 @@ def checksum(path: Path, kind: str, on_bytes: Callable[[int], None] = lambda _: 
 
 
 def mismatch(path: Path, file: File, on_bytes: Callable[[int], None] = lambda _: None) -> str | None:
-    """Return how a file differs from what the hub lists, as the end of a sentence; None where it does not."""
+    """Return how a file differs from what is listed, as the end of a sentence; None where it does not."""
     try:
         size = path.stat().st_size
         if size != file.size:
-            return f"has {size} bytes where the hub has {file.size}"
+            return f"has {size} bytes; {file.size} are expected"
         found = checksum(path, file.checksum.partition(":")[0], on_bytes)
     except FileNotFoundError:
         return "is missing"
@@ -54,7 +54,7 @@ def mismatch(path: Path, file: File, on_bytes: Callable[[int], None] = lambda _:
         return f"cannot be read: {error.strerror}"
     if found == file.checksum:
         return None
-    return f"is damaged: its checksum is {found[:19]}… where the hub's is {file.checksum[:19]}…"
+    return f"is damaged: its checksum is {found[:19]}…; {file.checksum[:19]}… is expected"
 
 
 def mismatches(
@@ -70,9 +70,11 @@ def mismatches(
 class ByteCounter:
     """Turns the bytes that several threads read into progress of one repository."""
 
-    def __init__(self, hub_id: str, files: Mapping[str, File], on_progress: Callable[[Progress], None]) -> None:
-        self._hub_id, self._files, self._on_progress = hub_id, len(files), on_progress
-        self._total = sum(file.size for file in files.values())
+    def __init__(
+        self, hub_id: str, sizes: Collection[int], on_progress: Callable[[Progress], None], phase: Phase = "verifying"
+    ) -> None:
+        self._hub_id, self._files, self._on_progress, self._phase = hub_id, len(sizes), on_progress, phase
+        self._total = sum(sizes)
         self._done = self._files_done = 0
         self._lock = threading.Lock()
 
@@ -82,5 +84,5 @@ class ByteCounter:
             self._done += count
             self._files_done += not count
             self._on_progress(
-                Progress(self._hub_id, self._done, self._total, self._files_done, self._files, "verifying")
+                Progress(self._hub_id, self._done, self._total, self._files_done, self._files, self._phase)
             )

@@ -22,7 +22,7 @@ from service.files import atomic_write
 from service.hardware import check_disk_space
 from service.weights import checksums, hub_cache, manifest
 from service.weights.disk_errors import translate_disk_errors
-from service.weights.files import RepositorySpec
+from service.weights.files import RepositorySpec, check_adapter, check_safetensors, label
 from service.weights.hub import Hub, hub_for
 from service.weights.manifest import File, Manifest
 from service.weights.progress import Progress
@@ -62,10 +62,13 @@ class _Download:
         self._hashed_bytes = sum(file.size for path, file in self.files.items() if path in self.manifest.verified)
 
     def run(self) -> Path:
+        if self.repository.is_adapter:
+            check_adapter(self.listed.files, self.repository.label)
         if not self.files:
             raise WeightsError(
                 f"{self.repository.label} has no file that the engine reads.", hint="Correct the entry's hub_id."
             )
+        check_safetensors(self.listed.files, self.repository.label)
         hub_cache.remove_unfinished(self.listed.hub_id)
         for path in self.files:
             if not self._is_whole(path):  # torn or missing
@@ -76,7 +79,8 @@ class _Download:
             hub_cache.hub_cache(), missing / 1e9, self.listed.hub_id, "set HF_HOME to a directory on a larger disk"
         )
         manifest.write(self.manifest, partial=True)
-        _log.info("Fetching %s: %.1f GB", self.repository.label, missing / 1e9)
+        if missing:
+            _log.info("Fetching %s: %.1f GB", self.repository.label, missing / 1e9)
         attempts: Counter[str] = Counter()
         while mismatches := self._round():
             for path, reason in mismatches.items():
@@ -88,7 +92,7 @@ class _Download:
                         "sends something other than the hub lists.",
                         hint="Start again later; the other files are kept.",
                     )
-                _log.warning("%s of %s %s; it is fetched again.", path, self.repository.hub_id, reason)
+                _log.warning("%s of %s %s; it is fetched again.", path, label(self.repository.hub_id), reason)
         self._remember_newest()
         manifest.write(self.manifest)
         return self.directory

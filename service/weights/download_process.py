@@ -40,7 +40,7 @@ def download_in_child(repository: RepositorySpec, on_progress: Callable[[Progres
         WeightsError: Anything else that prevents a complete download.
     """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-m", "service.weights.download_process"]
+    command = [sys.executable, "-P", "-m", "service.weights.download_process"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as child:
         try:
@@ -74,10 +74,12 @@ def _follow(child: subprocess.Popen[str], repository: RepositorySpec, on_progres
 
 def main() -> None:
     """Download what standard input names."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # systemd signals every process of a service; the parent ends this one
     fields = json.loads(sys.stdin.readline())
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    patterns = (tuple(fields[name]) for name in ("ignore_patterns", "keep_patterns"))
-    repository = RepositorySpec(fields["hub_id"], fields["revision"], *patterns)
+    fields |= {name: tuple(fields[name]) for name in ("ignore_patterns", "keep_patterns")}
+    repository = RepositorySpec(**fields)
     parent = _ParentPipe(repository)
     service_log = logging.getLogger("service")
     service_log.addHandler(parent)

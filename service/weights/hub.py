@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from service.errors import UsageError, did_you_mean
+from service.registry.entries import UPLOADS
 from service.weights.files import RepositorySpec
 from service.weights.huggingface import HuggingFace
 from service.weights.manifest import Manifest
+from service.weights.reach import Unreachable
+from service.weights.uploads import Uploads
 
 
 class Hub(Protocol):
@@ -23,8 +26,8 @@ class Hub(Protocol):
     def url(self) -> str:
         """The hub's address, for messages."""
 
-    def is_reachable(self) -> bool:
-        """Tell whether the hub answers within a few seconds."""
+    def why_unreachable(self) -> Unreachable | None:
+        """Return why the hub does not answer within a few seconds; None when it does."""
 
     def resolve(self, hub_id: str) -> str:
         """Return the commit of a repository's newest revision.
@@ -60,7 +63,7 @@ class Hub(Protocol):
 
 
 DEFAULT = HuggingFace()
-HUBS: dict[str, Hub] = {"": DEFAULT}
+HUBS: dict[str, Hub] = {"": DEFAULT, UPLOADS: Uploads()}
 
 
 def hub_for(hub_id: str) -> Hub:

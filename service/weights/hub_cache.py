@@ -13,7 +13,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from service.weights.files import RepositorySpec, select_files
+from service.files import expand_user
+from service.weights.files import RepositorySpec, is_upload, select_files
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")  # one of several: only their index lists them all
 
@@ -95,17 +96,19 @@ def remove_unfinished(hub_id: str) -> None:
 
 
 def _expand(path: str) -> Path:
-    return Path(os.path.expandvars(path)).expanduser()
+    return expand_user(os.path.expandvars(path))
 
 
 def _directory_name(hub_id: str) -> str:
+    if is_upload(hub_id):
+        return f"uploads--{hub_id.partition(':')[2]}"
     return f"models--{hub_id.replace('/', '--')}"
 
 
 def _has_weights(directory: Path) -> bool:
     """Look for the configuration and for every shard that the index names."""
     if (directory / "adapter_config.json").is_file():
-        return any((directory / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin"))
+        return (directory / "adapter_model.safetensors").is_file()
     if not (directory / "config.json").is_file():
         return False
     index = directory / "model.safetensors.index.json"

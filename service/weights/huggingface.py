@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from service.errors import ServiceError, WeightsError
+from service.errors import HubUnreachableError, ServiceError, WeightsError
 from service.weights import hub_cache
 from service.weights.disk_errors import disk_full_reason
 from service.weights.files import RepositorySpec
-from service.weights.huggingface_errors import CHECK_CONNECTION, endpoint, translate_errors
+from service.weights.huggingface_errors import endpoint, translate_errors
 from service.weights.manifest import File, Manifest
+from service.weights.reach import CHECK_CONNECTION, Unreachable, why_unreachable
 
 if TYPE_CHECKING:
     import httpx2
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-REACH_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 30.0
 MAX_RATE_LIMIT_S = 120  # of one rate limit; the hub's whole window of five minutes is too long for a boot to wait
 # The client reads files in pieces of 10 MB, of which each of its 8 threads keeps several. Measured on 2 cores with this
@@ -47,17 +46,9 @@ class HuggingFace:
         """The hub's address."""
         return endpoint()
 
-    def is_reachable(self) -> bool:
-        """Tell whether the hub answers within a few seconds; one that the user switched off does not."""
-        import httpx2  # noqa: PLC0415 - 60 ms that only this question costs
-
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:  # as huggingface_hub reads it
-            return False
-        try:
-            httpx2.head(endpoint(), timeout=REACH_TIMEOUT_S)
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, ImportError):  # the last two: a proxy it cannot use
-            return False
-        return True
+    def why_unreachable(self) -> Unreachable | None:
+        """Return why the hub does not answer within a few seconds; None when it does."""
+        return why_unreachable(endpoint())
 
     def resolve(self, hub_id: str) -> str:
         """Return the commit of the newest revision."""
@@ -68,9 +59,10 @@ class HuggingFace:
 
     def list_files(self, repository: RepositorySpec) -> Manifest:
         """Return a revision's commit and files."""
-        if not self.is_reachable():  # the client would try again for half a minute
-            raise WeightsError(
-                f"{repository.label} cannot be fetched from {endpoint()}: it is not in reach.", hint=CHECK_CONNECTION
+        if unreachable := self.why_unreachable():  # the client would try again for half a minute
+            raise HubUnreachableError(
+                f"{repository.label} cannot be fetched from {endpoint()}, which is not in reach: {unreachable.reason}.",
+                hint=unreachable.hint,
             )
         with translate_errors(repository), configured_client():
             return retry(lambda: _list_files(repository))
@@ -185,7 +177,7 @@ class _RateLimit:
             now = time.monotonic()
             first, self._since = self._since is None, self._since or now
             if wait_s > MAX_RATE_LIMIT_S or now - self._since > MAX_RATE_LIMIT_S * 2:
-                raise WeightsError(
+                raise HubUnreachableError(
                     f"{endpoint()} answers no more requests from here for {wait_s} s (429, its rate limit).",
                     hint="Set HF_TOKEN, which raises the limit, or start again later: finished files are kept.",
                 )

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from service.errors import GatedModelError, ServiceError, WeightsError
+from service.errors import GatedModelError, HubUnreachableError, ServiceError, WeightsError
 from service.weights.disk_errors import disk_full_reason, disk_space_error
 from service.weights.files import RepositorySpec
+from service.weights.reach import CHECK_CONNECTION
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-CHECK_CONNECTION = "Check the connection; HF_ENDPOINT names another hub. The model 'tiny' needs none."
 
 
 def endpoint() -> str:
@@ -29,7 +28,7 @@ def translate_errors(repository: RepositorySpec) -> Iterator[None]:
     Raises:
         GatedModelError: The hub wants a token of an account that accepted the model's licence.
         DiskSpaceError: The disk or the volume is full.
-        WeightsError: Anything else.
+        WeightsError: The hub refuses; as `HubUnreachableError`: anything else.
     """
     try:
         yield
@@ -48,7 +47,7 @@ def _translated(repository: RepositorySpec, error: Exception) -> ServiceError:
         if isinstance(cause, HfHubHTTPError) and (refused := _refused(repository, cause)):
             return refused
     why = _first_line(error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error)
-    return WeightsError(f"{repository.label} cannot be fetched from {endpoint()}: {why}", hint=CHECK_CONNECTION)
+    return HubUnreachableError(f"{repository.label} cannot be fetched from {endpoint()}: {why}", hint=CHECK_CONNECTION)
 
 
 def _refused(repository: RepositorySpec, error: HfHubHTTPError) -> WeightsError | None:

@@ -26,7 +26,7 @@ from service.weights import hub_cache
 _log = logging.getLogger(__name__)
 
 # Network file systems without locks. The hub's client is correct without them: two only download the same twice.
-_NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
+NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
 EXPIRY_S = 60.0
 _POLL_S = 0.5  # a poll is a round trip to Modal, and what is waited for takes minutes
 
@@ -56,7 +56,7 @@ class LocalLock:
                 _log.info("Another process is fetching %s; waiting until it has finished or ended.", name)
                 lock.acquire()
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise WeightsError(
                     f"The cache '{hub_cache.hub_cache()}' cannot be written: {error.strerror}.",
                     hint="Point HF_HOME at one that can.",
@@ -113,10 +113,10 @@ class Lease:
     def held(self, name: str) -> Iterator[None]:
         """Wait until no other container holds the lease of that name, and hold it while the block lasts."""
         store, holder, released = self._open(), uuid.uuid4().hex, threading.Event()
-        self._acquire(store, name, holder)
         renewals = threading.Thread(target=self._renew, args=(store, name, holder, released), daemon=True)
-        renewals.start()
         try:
+            self._acquire(store, name, holder)  # an interrupt may come when the store has it already
+            renewals.start()
             self._on_acquired()
             try:
                 yield
@@ -127,7 +127,8 @@ class Lease:
             self._before_release()
         finally:
             released.set()
-            renewals.join()
+            if renewals.ident:
+                renewals.join()
             if _holder(store.get(name)) == holder:
                 store.pop(name, None)
 

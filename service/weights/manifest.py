@@ -70,12 +70,12 @@ def is_managed(hub_id: str, revision: str) -> bool:
 
 def is_partial(hub_id: str, revision: str) -> bool:
     """Tell whether a fetch of this service began and did not finish, or a file of it was found damaged."""
-    return _path(hub_id, revision, partial=True).exists()
+    return path_of(hub_id, revision, partial=True).exists()
 
 
 def read(hub_id: str, revision: str, *, partial: bool = False) -> Manifest | None:
     """Return a revision's manifest; None where there is none or it cannot be read."""
-    return _load(_path(hub_id, revision, partial=partial))
+    return _load(path_of(hub_id, revision, partial=partial))
 
 
 def read_all_verified(hub_id: str, revision: str) -> Manifest | None:
@@ -88,7 +88,16 @@ def read_all_verified(hub_id: str, revision: str) -> Manifest | None:
 
 def write(manifest: Manifest, *, partial: bool = False) -> None:
     """Write a manifest atomically. A complete one replaces the partial one."""
-    target = _path(manifest.hub_id, manifest.revision, partial=partial)
+    target = path_of(manifest.hub_id, manifest.revision, partial=partial)
+    atomic_write(target, encode(manifest))
+    if not partial:
+        path_of(manifest.hub_id, manifest.revision, partial=True).unlink(missing_ok=True)
+        for left in target.parent.glob(f".{manifest.revision}.*.tmp"):  # of writers that were killed
+            left.unlink(missing_ok=True)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the content of a manifest's file."""
     content = {
         "version": _VERSION,
         "hub_id": manifest.hub_id,
@@ -96,36 +105,33 @@ def write(manifest: Manifest, *, partial: bool = False) -> None:
         "files": {path: [file.size, file.checksum] for path, file in manifest.files.items()},
         "verified": sorted(manifest.verified),
     }
-    atomic_write(target, json.dumps(content, indent=1).encode())
-    if not partial:
-        _path(manifest.hub_id, manifest.revision, partial=True).unlink(missing_ok=True)
-        for left in target.parent.glob(f".{manifest.revision}.*.tmp"):  # of writers that were killed
-            left.unlink(missing_ok=True)
+    return json.dumps(content, indent=1).encode()
 
 
 def invalidate(manifest: Manifest, damaged: Iterable[str]) -> None:
     """Mark files as not verified: the revision is not served until they have been fetched again."""
     verified = manifest.verified - set(damaged)
     write(Manifest(manifest.hub_id, manifest.revision, manifest.files, verified), partial=True)
-    _path(manifest.hub_id, manifest.revision, partial=False).unlink(missing_ok=True)
+    path_of(manifest.hub_id, manifest.revision, partial=False).unlink(missing_ok=True)
 
 
 def remove(hub_id: str, revision: str) -> None:
     """Delete a revision's manifests."""
     for partial in (False, True):
-        _path(hub_id, revision, partial=partial).unlink(missing_ok=True)
+        path_of(hub_id, revision, partial=partial).unlink(missing_ok=True)
 
 
 def list_managed() -> Iterator[tuple[str, str]]:
     """Return hub id and revision of all that this service fetched or began to fetch."""
     found = {}
-    for path in sorted(hub_cache.hub_cache().glob(f"models--*/{_FOLDER}/*.json")):
+    for path in sorted(hub_cache.hub_cache().glob(f"*--*/{_FOLDER}/*.json")):
         if manifest := _load(path):
             found[manifest.hub_id, manifest.revision] = True
     return iter(found)
 
 
-def _path(hub_id: str, revision: str, *, partial: bool) -> Path:
+def path_of(hub_id: str, revision: str, *, partial: bool) -> Path:
+    """Return the file of a revision's manifest."""
     return hub_cache.repository(hub_id) / _FOLDER / f"{revision}{'.partial' if partial else ''}.json"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from service.errors import ServiceError, WeightsError
+from service.errors import HubUnreachableError, ServiceError
 from service.registry.models import Registry
+from service.weights.files import is_upload
 from service.weights.hub import hub_for
 
 _AT_A_TIME = 8
@@ -40,13 +41,18 @@ def compare(registry: Registry) -> list[Pin]:
     Raises:
         WeightsError: The hub cannot be reached.
     """
-    pins = [(spec.key, hub_id, revision) for spec in registry.specs.values() for hub_id, revision in spec.repositories]
+    pins = [
+        (spec.key, hub_id, revision)
+        for spec in registry.specs.values()
+        for hub_id, revision in spec.repositories
+        if not is_upload(hub_id)
+    ]
     hub_ids = sorted({hub_id for _, hub_id, _ in pins})
     for hub in {hub_for(hub_id) for hub_id in hub_ids}:
-        if not hub.is_reachable():
-            raise WeightsError(
-                f"{hub.url} is not in reach, and only it knows the newest commits.",
-                hint="Check the connection; HF_ENDPOINT names another hub.",
+        if unreachable := hub.why_unreachable():
+            raise HubUnreachableError(
+                f"{hub.url} is not in reach, and only it knows the newest commits: {unreachable.reason}.",
+                hint=unreachable.hint,
             )
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         newest = dict(zip(hub_ids, pool.map(_newest, hub_ids), strict=True))

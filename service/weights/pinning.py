@@ -8,6 +8,7 @@ from pathlib import Path
 from service.errors import ServiceError
 from service.registry.models import Registry
 from service.weights import revisions
+from service.weights.files import is_upload
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def pin(registry: Registry, models_file: str | None) -> Pins:
     """
     pins = Pins(revisions.lock_file(models_file))
     resolve = revisions.RevisionResolver()
-    for hub_id in dict.fromkeys(hub_id for spec in registry.specs.values() for hub_id in revisions.unpinned(spec)):
+    names = dict.fromkeys(hub_id for spec in registry.specs.values() for hub_id in revisions.unpinned(spec))
+    for hub_id in (name for name in names if not is_upload(name)):
         try:
             pins.pinned[hub_id] = resolve(hub_id)
         except ServiceError as error:

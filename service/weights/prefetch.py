@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,18 +143,22 @@ def build_request(
         )
     source = Registry.load(models_file) if update else registry
     chosen = list(source.specs.values()) if everything else [_find(name, source, on_modal) for name in names]
-    if on_modal and everything:  # a directory of this machine is not on Modal
-        chosen = [spec for spec in chosen if not (spec.path and Path(spec.path).is_absolute())]
+    if everything:  # a directory of this machine is not on Modal, an upload is not on this machine
+        chosen = [spec for spec in chosen if not (_is_directory(spec) if on_modal else spec.volume)]
     specs = {spec.key: spec for spec in chosen}
-    registered = set(registry.specs)
+    are_entries = all(source.specs.get(key) == spec for key, spec in specs.items())
     return PrefetchRequest(
         specs=tuple(specs.values()),
-        recorded_in=None if set(specs) - registered else str(revisions.lock_file(models_file)),
+        recorded_in=str(revisions.lock_file(models_file)) if are_entries else None,
         verify=verify,
         update=update,
         prune=prune,
         keep=tuple({**registry.specs, **specs}.values()) if prune else (),
     )
+
+
+def _is_directory(spec: ModelSpec) -> bool:
+    return spec.path is not None and Path(spec.path).is_absolute()
 
 
 def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:
@@ -166,8 +170,8 @@ def _find(name: str, registry: Registry, only_registered: bool) -> ModelSpec:
         return unregistered(name)
 
 
-def prefetch(request: PrefetchRequest, lock: Lock | None = None) -> Iterator[PrefetchEvent]:
-    """Do what is requested, and yield what happens. The work ends when the iterator is closed; finished files are kept.
+def prefetch(request: PrefetchRequest, lock: Lock | None = None) -> Generator[PrefetchEvent]:
+    """Do what is requested, and yield what happens. Closing the generator ends the work; finished files are kept.
 
     Log records of this package become `Message` events, since events may have to travel from a container on Modal.
 
@@ -266,12 +270,12 @@ def _work(request: PrefetchRequest, lock: Lock | None, emit: _Emitter) -> None:
 def _fetched(spec: ModelSpec, lock: Lock | None, emit: _Emitter) -> ModelReady:
     found = store.fetch(spec, emit, lock)
     directories = [found.model, *([found.draft] if found.draft else []), *found.adapters.values()]
-    return ModelReady(spec.key, spec.hub_id, spec.revision, sum(map(_size, directories)), found.fetched)
+    return ModelReady(spec.key, spec.repository, spec.revision, sum(map(_size, directories)), found.fetched)
 
 
 def _verified(spec: ModelSpec, emit: _Emitter) -> ModelReady:
     damage = store.verify(spec, on_progress=emit)
-    return ModelReady(spec.key, spec.hub_id, spec.revision, damage=tuple(damage))
+    return ModelReady(spec.key, spec.repository, spec.revision, damage=tuple(damage))
 
 
 def _size(directory: Path) -> int:

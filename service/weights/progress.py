@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Phase = Literal["fetching", "verifying", "reading", "uploading"]
+
 
 @dataclass(frozen=True)
 class Progress:
     """The progress of one repository.
 
     Attributes:
-        hub_id: The repository.
-        done_bytes: While fetching, bytes on this disk, unfinished files included; while verifying, bytes verified.
+        hub_id: The repository; of what is being uploaded, its name.
+        done_bytes: While fetching, bytes on this disk, unfinished files included; else bytes verified, read or sent.
         total_bytes: Of all files that the engine reads.
         files_done: Files that are on this disk and verified.
         files: How many there are.
@@ -24,4 +26,4 @@ class Progress:
     total_bytes: int
     files_done: int
     files: int
-    phase: Literal["fetching", "verifying"] = "fetching"
+    phase: Phase = "fetching"

@@ -1,5 +1,7 @@
 """Removes revisions that no registry entry names. Only what this service fetched: other programs use the cache too.
 
+The newest revision of an upload stays: it cannot be fetched again.
+
 huggingface_hub deletes (`DeleteCacheStrategy`, in `huggingface.delete`): it knows which contents several repositories
 share. What to delete is decided here: its `scan_cache_dir().delete_revisions` reads the whole cache, and takes a commit
 alone, which two repositories may have in common.
@@ -12,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.weights import hub_cache, huggingface, manifest
-from service.weights.files import RepositorySpec
+from service.weights.files import RepositorySpec, is_upload
 from service.weights.locks import LocalLock
 
 
@@ -26,6 +28,8 @@ def prune(keep: Iterable[RepositorySpec]) -> list[tuple[str, str, int]]:
     for hub_id, revision in manifest.list_managed():
         if (hub_id.lower(), revision) in kept or (hub_id.lower(), None) in kept:
             continue
+        if is_upload(hub_id) and revision == hub_cache.newest_known(hub_id):
+            continue
         with LocalLock().held(hub_id):
             removed.append((hub_id, revision, _remove(hub_id, revision)))
     return removed
@@ -35,7 +39,8 @@ def _remove(hub_id: str, revision: str) -> int:
     folder, directory = hub_cache.repository(hub_id), hub_cache.snapshot(hub_id, revision)
     others = [other for other in (folder / "snapshots").glob("*") if other != directory]
     blobs = _blobs(directory).difference(*map(_blobs, others))
-    freed = sum(blob.stat().st_size for blob in blobs)
+    plain = {path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()}  # an upload's
+    freed = sum(file.stat().st_size for file in blobs | plain)
     manifest.remove(hub_id, revision)  # first: nothing finds the revision while it is being deleted
     huggingface.delete(
         hub_cache.hub_cache(),

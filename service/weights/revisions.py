@@ -14,14 +14,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.errors import RegistryError, ServiceError, WeightsError
-from service.files import atomic_write
+from service.errors import HubUnreachableError, RegistryError, ServiceError
+from service.files import atomic_write, expand_user
 from service.registry.models import BUILT_IN, ModelSpec, Registry
 from service.weights import hub_cache
+from service.weights.files import is_upload, label
 from service.weights.hub import hub_for
 
 if TYPE_CHECKING:
     from service.weights.locks import Lock
+    from service.weights.reach import Unreachable
 
 _log = logging.getLogger(__name__)
 Resolve = Callable[[str], str]
@@ -35,7 +37,7 @@ _HEAD = """\
 
 def lock_file(models_file: str | Path | None) -> Path:
     """Return the lock file beside the registry: `my-models.lock.toml` beside `my-models.toml`."""
-    return (Path(models_file).expanduser() if models_file else BUILT_IN).with_suffix(".lock.toml")
+    return (expand_user(models_file) if models_file else BUILT_IN).with_suffix(".lock.toml")
 
 
 def cache_record() -> Path:
@@ -51,7 +53,8 @@ def registry(models_file: str | Path | None) -> Registry:
     """
     files = dict.fromkeys((lock_file(None), lock_file(models_file)))
     commits = {hub_id: commit for file in files for hub_id, commit in read(file).items()}
-    return Registry({key: with_revisions(spec, commits) for key, spec in Registry.load(models_file).specs.items()})
+    loaded = Registry.load(models_file)
+    return loaded.replace({key: with_revisions(spec, commits) for key, spec in loaded.specs.items()})
 
 
 def with_revisions(spec: ModelSpec, commits: Mapping[str, str]) -> ModelSpec:
@@ -63,9 +66,9 @@ def with_revisions(spec: ModelSpec, commits: Mapping[str, str]) -> ModelSpec:
     draft = spec.speculative
     parts = {
         "speculative": draft and draft.model_copy(update=of(draft.hub_id, draft.revision)),
-        "adapters": tuple(part.model_copy(update=of(part.hub_id, part.revision)) for part in spec.adapters),
+        "adapters": tuple(part.model_copy(update=of(part.repository, part.revision)) for part in spec.adapters),
     }
-    return spec.model_copy(update=of(spec.hub_id, spec.revision) | parts)
+    return spec.model_copy(update=of(spec.repository, spec.revision) | parts)
 
 
 def unpinned(spec: ModelSpec) -> list[str]:
@@ -94,6 +97,10 @@ def resolve_revisions(
     Raises:
         WeightsError: The hub cannot be reached, and the cache has no commit of that repository.
     """
+    if uploads := {name: resolve(name) for name in unpinned(spec) if is_upload(name)}:
+        spec = with_revisions(spec, uploads)  # not recorded: the newest is noted beside each upload
+        for name, revision in uploads.items():
+            on_resolved(name, revision)
     names, file = unpinned(spec), cache_record()
     if not names:
         return spec
@@ -114,7 +121,7 @@ def lock_writer(file: Path | None) -> Callable[[str, str], None]:
     """Return a function that records a commit as `record_commit` does, and logs it."""
 
     def write(hub_id: str, commit: str) -> None:
-        _log.info("%s is at %s, recorded in %s", hub_id, commit, record_commit(file, hub_id, commit))
+        _log.info("%s is at %s, recorded in %s", label(hub_id), commit, record_commit(file, hub_id, commit))
 
     return write
 
@@ -132,7 +139,7 @@ class RevisionResolver:
     """Asks the hub for newest commits. Whether a hub is reachable is found out once, within seconds."""
 
     def __init__(self) -> None:
-        self._reachable: dict[str, bool] = {}
+        self._unreachable: dict[str, Unreachable | None] = {}
 
     def __call__(self, hub_id: str) -> str:
         """Return the newest commit of a repository.
@@ -141,13 +148,13 @@ class RevisionResolver:
             WeightsError: The hub cannot be reached, or has no such repository.
         """
         hub = hub_for(hub_id)
-        if hub.url not in self._reachable:
-            self._reachable[hub.url] = hub.is_reachable()
-        if not self._reachable[hub.url]:
-            raise WeightsError(
+        if hub.url not in self._unreachable:
+            self._unreachable[hub.url] = hub.why_unreachable()
+        if unreachable := self._unreachable[hub.url]:
+            raise HubUnreachableError(
                 f"{hub_id} is at no known commit: its entry names none, none is recorded in {cache_record()}, and "
-                f"{hub.url} is not in reach.",
-                hint="Check the connection, or write the revision into the entry.",
+                f"{hub.url} is not in reach: {unreachable.reason}.",
+                hint=f"{unreachable.hint} Or write the revision into the entry.",
             )
         return hub.resolve(hub_id)
 

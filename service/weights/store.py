@@ -13,8 +13,18 @@ from pathlib import Path
 
 from service.errors import WeightsError
 from service.registry.models import ModelSpec
+from service.weights import adapters as adapter_files
 from service.weights import checksums, download_process, hub_cache, manifest, pruning
-from service.weights.files import RepositorySpec, draft_repository, model_repository, repositories
+from service.weights.files import (
+    RepositorySpec,
+    adapter_repository,
+    check_safetensors,
+    draft_repository,
+    label,
+    model_repository,
+    repositories,
+    select_files,
+)
 from service.weights.hub import hub_for
 from service.weights.locks import LocalLock, Lock
 from service.weights.manifest import Manifest
@@ -74,6 +84,47 @@ def fetch(
     return _Fetch(_find_verified, on_progress, lock).run(spec)
 
 
+def ensure_adapters(spec: ModelSpec) -> dict[str, Path]:
+    """Return the directories of an entry's adapters, fetching what is missing; each is checked.
+
+    Raises:
+        WeightsError: As in `ensure`, or one of them is none that the model's engine could serve.
+    """
+    return _gather_adapters(spec, _Fetch(_find_complete, lambda _: None, None).ensure_one, _base(spec))
+
+
+def find_adapters(spec: ModelSpec) -> dict[str, Path]:
+    """Return the directories of those adapters of an entry that are here; each is checked. Makes no connection.
+
+    Raises:
+        WeightsError: One of them is none that the model's engine could serve.
+    """
+    return _gather_adapters(spec, _find_complete, _base(spec))
+
+
+def _base(spec: ModelSpec) -> Path | None:
+    """Return the directory of an entry's model; None: it is not here."""
+    repository = model_repository(spec)
+    return _find_complete(repository) if repository else spec.directory
+
+
+def size_gb(spec: ModelSpec) -> float:
+    """Return the size (10^9 bytes) of the model that the engine reads: of its files here, else as the hub lists them.
+
+    Raises:
+        WeightsError: They are not here, and the hub cannot be reached, or has no such repository or revision.
+    """
+    repository = model_repository(spec)
+    directory = _find_complete(repository) if repository else _local_directory(spec.directory, spec.key)
+    if directory:
+        sizes = {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
+    else:
+        assert repository is not None  # noqa: S101 - a registry entry has a path or a repository
+        listed = hub_for(repository.hub_id).list_files(repository).files
+        sizes = {path: file.size for path, file in listed.items() if "/" not in path}
+    return sum(sizes[path] for path in select_files(sizes, repository or RepositorySpec(spec.key))) / 1e9
+
+
 def verify(spec: ModelSpec, workers: int = 2, on_progress: Callable[[Progress], None] = lambda _: None) -> list[str]:
     """Read every file and return a sentence about each that differs from the hub's; a revision with one is not served.
 
@@ -106,11 +157,12 @@ class _Fetch:
         self._fetched = False
 
     def run(self, spec: ModelSpec) -> Weights:
-        found = _gather(spec, self._ensure_one)
-        assert found is not None  # noqa: S101 - _ensure_one raises where it finds nothing
+        found = _gather(spec, self.ensure_one)
+        assert found is not None  # noqa: S101 - ensure_one raises where it finds nothing
         return Weights(found.model, found.draft, found.adapters, self._fetched)
 
-    def _ensure_one(self, repository: RepositorySpec) -> Path:
+    def ensure_one(self, repository: RepositorySpec) -> Path:
+        """Return the directory of a repository, which is fetched where it is missing."""
         if path := self._find(repository):
             return path
         with self._lock.held(repository.hub_id):
@@ -126,19 +178,43 @@ def _gather(spec: ModelSpec, get: Callable[[RepositorySpec], Path | None]) -> We
     model, draft = model_repository(spec), draft_repository(spec)
     directory = get(model) if model else _local_directory(spec.directory, spec.key)
     draft_directory = get(draft) if draft else None
-    adapters: dict[str, Path] = {}
-    for adapter in spec.adapters:
-        path = get(RepositorySpec(adapter.hub_id, adapter.revision)) if adapter.hub_id else adapter.directory
-        if path is None:
-            return None
-        adapters[adapter.name] = path
-    if directory is None or (draft and draft_directory is None):
+    adapters = _gather_adapters(spec, get, directory)
+    is_whole = len(adapters) == len(spec.adapters)
+    if directory is None or not is_whole or (draft and draft_directory is None):
         return None
+    for part in (directory, draft_directory):
+        if part and part.is_dir():
+            check_safetensors(_paths(part), f"'{part}' of model '{spec.key}'")
     return Weights(directory, draft_directory, adapters)
 
 
+def _gather_adapters(
+    spec: ModelSpec, get: Callable[[RepositorySpec], Path | None], base: Path | None
+) -> dict[str, Path]:
+    """Return the directory of each adapter of an entry that is here.
+
+    Raises:
+        WeightsError: The engine of the entry's model could not serve one of them.
+    """
+    found: dict[str, Path] = {}
+    for adapter in spec.adapters:
+        repository = adapter_repository(adapter)
+        if path := get(repository) if repository else adapter.directory:
+            if path.is_dir():
+                check_safetensors(_paths(path), f"'{path}' of model '{spec.key}'")
+            adapter_files.check_directory(path, adapter.name, spec, base)
+            found[adapter.name] = path
+    return found
+
+
+def _paths(directory: Path) -> list[str]:
+    """Return the files from which weights may be read: those of the directory, and those of its parts."""
+    found = (file for pattern in ("*", "*/*.bin", "*/*.safetensors") for file in directory.glob(pattern))
+    return [str(file.relative_to(directory)) for file in found]
+
+
 def _local_directory(directory: Path | None, key: str) -> Path:
-    assert directory is not None  # noqa: S101 - a registry entry has a path or a hub id
+    assert directory is not None  # noqa: S101 - a registry entry has a path or a repository
     if not (directory / "config.json").is_file():
         raise WeightsError(
             f"'{directory}' of model '{key}' has no config.json.", hint="Give the directory of a model, or a hub_id."
@@ -175,10 +251,10 @@ def _verify(repository: RepositorySpec, workers: int, on_progress: Callable[[Pro
         known = manifest.read_all_verified(hub_id, revision)
         known = known or hub_for(hub_id).list_files(RepositorySpec(hub_id, revision))
         files = known.select(repository)
-        counter = checksums.ByteCounter(hub_id, files, on_progress)
+        counter = checksums.ByteCounter(hub_id, [file.size for file in files.values()], on_progress)
         mismatches = checksums.mismatches(hub_cache.snapshot(hub_id, revision), files, workers, counter.add)
         if mismatches:
             manifest.invalidate(known, mismatches)
         else:
             manifest.write(Manifest(known.hub_id, revision, known.files, known.verified | files.keys()))
-    return [f"{path} of {hub_id} {reason}." for path, reason in mismatches.items()]
+    return [f"{path} of {label(hub_id)} {reason}." for path, reason in mismatches.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,8 +26,10 @@ import pytest
 
 from service.boots.records import BootRecord
 from service.engine import environment as engine_environment
+from tests import preloaded
 from tests.engine.dialogues import QUESTION
 from tests.engine.running import BOOT_S, ONE_THREAD, requests_running
+from tests.fakes.hub import Hub
 from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,10 +44,24 @@ def client_mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine_runtime(client_mount: Path) -> ContainerRuntime:
-    """Containers with the real engine."""
+def engine_runtime(tmp_path_factory: pytest.TempPathFactory) -> ContainerRuntime:
+    """Containers with the real engine, in which the gateway runs too: its own image has a package more."""
+    return runtime_with_engine(tmp_path_factory.mktemp("client-and-gateway"))
+
+
+def runtime_with_engine(directory: Path) -> ContainerRuntime:
+    """Return containers with the real engine and all that the gateway imports; `directory` is for Modal's client."""
     python = engine_environment.ensure().python
-    return ContainerRuntime(python=python, client_path=client_mount, environment={"ENGINE_DEVICE": "cpu", **ONE_THREAD})
+    mount = client_directory(directory)
+    if decoders := importlib.util.find_spec("backports"):  # a part of Python from 3.14 on
+        (mount / "backports").symlink_to(next(iter(decoders.submodule_search_locations or ())))
+    return ContainerRuntime(python=python, client_path=mount, environment={"ENGINE_DEVICE": "cpu", **ONE_THREAD})
+
+
+def reaching(runtime: ContainerRuntime, hub: Hub) -> ContainerRuntime:
+    """Return such containers with a way to a hub of the test."""
+    ports, environment = (urlsplit(hub.url).port or 0,), {**runtime.environment, "HF_ENDPOINT": hub.url}
+    return replace(runtime, environment=environment, host_ports=ports)
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +152,9 @@ def modal_cli(plane: ModalPlane, *arguments: str, **environment: str) -> subproc
     """Run the real `modal` command against the plane, in this repository."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
     return subprocess.run(
-        [sys.executable, "-m", "modal", *arguments],
+        [preloaded.python(), "-m", "modal", *arguments],
         cwd=REPOSITORY,
-        env={**ours, **plane.env, **environment},
+        env={**ours, **preloaded.environment(), **plane.env, **environment},
         capture_output=True,
         text=True,
         timeout=180,

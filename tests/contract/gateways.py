@@ -21,5 +21,6 @@ def deploy_gateway(plane: ModalPlane, **environment: str) -> str:
 def put_secrets(plane: ModalPlane) -> None:
     """Give the workspace the secrets of the gateway: clients' keys, and a proxy token for the tiers."""
     token = plane.proxy_tokens.create()
-    plane.secrets.put("vllm-api-key", {"API_KEYS": "alice=sk-alice,bob=sk-bob"})
+    keys = {"API_KEYS": "alice=sk-alice,bob=sk-bob", "API_LIMITS": '{"alice": {"admin": true}}'}
+    plane.secrets.put("vllm-api-key", keys)
     plane.secrets.put("vllm-proxy-token", {"MODAL_KEY": token.key, "MODAL_SECRET": token.secret})

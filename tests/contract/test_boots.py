@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import modal
 import pytest
@@ -16,10 +13,10 @@ from service.boots.records import BootRecord, Span, new_id
 from service.errors import ServiceError
 from service.modal_app import client
 from service.volumes import VLLM_CACHE, volume_name
+from tests.contract.commands import run
 from tests.fakes.modal import ModalPlane
 
 VOLUME = volume_name(VLLM_CACHE)
-COMMAND = Path(sys.executable).with_name("vllm-service")
 RECORD = BootRecord(
     id="",
     at="2026-11-20T09:00:00+00:00",
@@ -40,15 +37,7 @@ RECORD = BootRecord(
 
 def boots(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command with an account of the control plane."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_"))}
-    return subprocess.run(
-        [str(COMMAND), "boots", "--modal", *arguments],
-        env={**ours, **plane.env, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run(plane, "boots", "--modal", *arguments, COLUMNS="200", **environment)
 
 
 def record(minute: int) -> BootRecord:
@@ -105,7 +94,7 @@ def test_boots_of_modal_without_the_volume_say_how_it_is_made(plane: ModalPlane)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: Modal has no volume '{VOLUME}'")
     _, hint = done.stderr.splitlines()
-    assert hint.startswith("hint: The first deploy makes it: modal deploy -m service.server.")
+    assert hint.startswith("hint: The first deploy makes it: vllm-service deploy.")
     assert list(plane.volumes) == []
 
 

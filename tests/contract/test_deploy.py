@@ -78,7 +78,7 @@ def test_deploy_of_each_entry_publishes_the_class_in_the_contracts_shape(plane: 
     published = _published(plane, app)
     function = published.function
     assert function.resources == pb.Resources(gpu_config=pb.GPUConfig(gpu_type=spec.gpu, count=spec.n_gpu))
-    assert function.autoscaler_settings == pb.AutoscalerSettings(scaledown_window=900)
+    assert function.autoscaler_settings == pb.AutoscalerSettings(scaledown_window=900, max_containers=1)
     assert (function.max_concurrent_inputs, function.target_concurrent_inputs) == (64, 0)
     assert (function.startup_timeout_secs, function.timeout_secs) == (1860, 3600)
     assert function.checkpointing_enabled
@@ -94,7 +94,7 @@ def test_deploy_of_each_entry_publishes_the_class_in_the_contracts_shape(plane: 
         "fast_boot": ("PARAM_TYPE_BOOL", True),
         "n_gpu": ("PARAM_TYPE_INT", spec.n_gpu),
     }
-    assert set(function.method_definitions) == {"serve", "complete"}
+    assert set(function.method_definitions) == {"serve", "complete", "complete_line"}
     assert not function.method_definitions["complete"].webhook_config.type
     assert published.web == pb.WebhookConfig(  # so without a name of its own for the URL, and no domain
         type=pb.WEBHOOK_TYPE_WEB_SERVER,
@@ -124,7 +124,7 @@ SETTINGS: dict[str, tuple[str, str | None, Read, Any, Any]] = {
     ),
     "SERVICE_SCALEDOWN_WINDOW": ("60", None, lambda p: p.function.autoscaler_settings.scaledown_window, 60, 900),
     "SERVICE_MIN_CONTAINERS": ("2", None, lambda p: p.function.autoscaler_settings.min_containers, 2, 0),
-    "SERVICE_MAX_CONTAINERS": ("7", None, lambda p: p.function.autoscaler_settings.max_containers, 7, 0),
+    "SERVICE_MAX_CONTAINERS": ("7", None, lambda p: p.function.autoscaler_settings.max_containers, 7, 1),
     "SERVICE_BUFFER_CONTAINERS": ("3", None, lambda p: p.function.autoscaler_settings.buffer_containers, 3, 0),
     "SERVICE_MAX_INPUTS": ("8", None, lambda p: p.function.max_concurrent_inputs, 8, 64),
     "SERVICE_TARGET_INPUTS": ("4", None, lambda p: p.function.target_concurrent_inputs, 4, 0),
@@ -140,7 +140,20 @@ SETTINGS: dict[str, tuple[str, str | None, Read, Any, Any]] = {
     ),
     "SERVICE_PORT": ("8123", None, lambda p: p.web.web_server_port, 8123, 8000),
 }
-ELSEWHERE = {"SERVICE_HANG_S": "99", "SERVICE_HOLD_S": "9"}  # read in the container, and by the gateway
+# Read in the container, by the gateway, and by the service on a machine of one's own.
+ELSEWHERE = {
+    "SERVICE_HANG_S": "99",
+    "SERVICE_MAX_N": "99",
+    "SERVICE_HOLD_S": "9",
+    "SERVICE_MAX_HELD": "9",
+    "SERVICE_MAX_HELD_PER_KEY": "9",
+    "SERVICE_MAX_GPUS": "9",
+    "SERVICE_MAX_DOLLARS_PER_DAY": "99",
+    "SERVICE_WEBHOOK_SECRET": "team-webhook",
+    "SERVICE_CORS_ORIGINS": "https://chat.example",
+    "SERVICE_ALLOWED_HOSTS": "box.lan",
+    "SERVICE_KEEP_ALIVE_S": "99",
+}
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +279,9 @@ def test_deploy_of_an_ungated_model_needs_no_hub_token(plane: ModalPlane, values
             "Meaning: seconds without a request before a replica stops. hint: Write SERVICE_SCALEDOWN_WINDOW=900.",
         ),
         (
-            {"SERVICE_SCALEDOWN": "60"},
-            "error: SERVICE_SCALEDOWN is not a setting of this service. "
-            "hint: Did you mean 'SERVICE_SCALEDOWN_WINDOW'? Known: SERVICE_APP, ",
+            {"SERVICE_SCALEDOWN_WINDW": "60"},
+            "error: SERVICE_SCALEDOWN_WINDW is not a setting of this service. "
+            "hint: Did you mean 'SERVICE_SCALEDOWN_WINDOW'? Known: SERVICE_ALLOWED_HOSTS, SERVICE_APP, ",
         ),
         (
             {"SERVICE_MODELS_FILE": "/nowhere.toml"},

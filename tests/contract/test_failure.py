@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import http.client
+import json
 import signal
+import time
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from pathlib import Path
 
 import pytest
 
-from tests.contract.conftest import REPOSITORY, answers_right, deployed, engine_leader, pool_of, streamed, tasks_of
+from service.gateway.pool import FAILED_FOR_S
+from tests.contract.conftest import (
+    CHAT,
+    REPOSITORY,
+    answers_right,
+    call,
+    deploy,
+    deployed,
+    engine_leader,
+    pool_of,
+    reaching,
+    streamed,
+    tasks_of,
+)
+from tests.contract.gateways import KEY, deploy_gateway, put_secrets
 from tests.engine.dialogues import COUNTING
 from tests.engine.running import BOOT_S
 from tests.fakes.hub import Hub, Repository, serving
@@ -36,6 +52,7 @@ revision = "{REVISION}"
 gpu = "L4"
 extra_args = ["--no-such-flag"]
 """
+CHAT_OF_BAD_FLAG = {"model": "bad-flag", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +65,39 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime, hub: Hub) -> Iterator[ModalPlane]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models file that is deployed."""
+    file = tmp_path_factory.mktemp("models") / "models.toml"
+    file.write_text(MODELS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def plane(
+    tmp_path_factory: pytest.TempPathFactory, engine_runtime: ContainerRuntime, hub: Hub, models: Path
+) -> Iterator[ModalPlane]:
     """A plane with the tier deployed, whose containers reach the hub."""
     directory = tmp_path_factory.mktemp("plane")
-    models = directory / "models.toml"
-    models.write_text(MODELS)
-    runtime = ContainerRuntime(
-        python=engine_runtime.python,
-        client_path=engine_runtime.client_path,
-        environment={**engine_runtime.environment, "HF_ENDPOINT": hub.url},
-        host_ports=(urlsplit(hub.url).port or 0,),
-    )
+    runtime = reaching(engine_runtime, hub)
     with deployed(directory / "plane", runtime, SERVICE_MODELS_FILE=str(models)) as plane:
         yield plane
+
+
+def test_full_cache_volume_is_logged_and_the_replica_serves(plane: ModalPlane) -> None:
+    """The compile caches cannot be saved for the next replica; no request waits or fails for that.
+
+    It is the first test here: a volume that is full from the start has no files yet.
+    """
+    volume = plane.volumes["vllm-cache"]
+    volume.capacity_bytes = 1
+    try:
+        answers_right(pool_of(plane, "from-hub"), "me/tiny")
+        task = tasks_of(plane, "from-hub")[-1]
+        plane.wait_until(lambda: "No space left on device" in task.log, 20, "the sentence about the volume")
+    finally:
+        volume.capacity_bytes = None
+    assert "compile caches" in task.log
+    assert [name for name in volume.files() if name.startswith("compiled/")] == []
 
 
 def test_unknown_model_ends_the_hook_with_the_nearest_name(plane: ModalPlane) -> None:
@@ -79,20 +116,6 @@ def test_engine_that_refuses_its_flags_ends_the_hook_with_the_flag(plane: ModalP
     assert not tasks_of(plane, "bad-flag")[-1].left_behind
 
 
-def test_full_cache_volume_is_logged_and_the_replica_serves(plane: ModalPlane) -> None:
-    """The compile caches cannot be saved for the next replica; no request waits or fails for that."""
-    volume = plane.volumes["vllm-cache"]
-    volume.capacity_bytes = 1
-    try:
-        answers_right(pool_of(plane, "from-hub"), "me/tiny")
-        task = tasks_of(plane, "from-hub")[-1]
-        plane.wait_until(lambda: "No space left on device" in task.log, 20, "the sentence about the volume")
-    finally:
-        volume.capacity_bytes = None
-    assert "compile caches" in task.log
-    assert [name for name in volume.files() if name.startswith("compiled/")] == []
-
-
 def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> None:
     """The first replica fetches the pinned revision into the volume and commits it; the next asks no hub."""
     answers_right(pool_of(plane, "from-hub"), "me/tiny")
@@ -105,6 +128,31 @@ def test_weights_are_fetched_once_and_committed(plane: ModalPlane, hub: Hub) -> 
     plane.wait_until(lambda: task.state is TaskState.DEAD, 20, "the container's end")
     assert pool_of(plane, "from-hub").complete.remote("/health") == (200, {"status": "ok"})
     assert len(hub.requests) == before
+
+
+def test_boot_that_cannot_work_is_paid_once(plane: ModalPlane, models: Path) -> None:
+    """The gateway answers with the recorded reason and starts no container, until the app is deployed again."""
+    put_secrets(plane)
+    url = deploy_gateway(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models)) + CHAT
+    if not tasks_of(plane, "bad-flag"):  # the test before was not run
+        assert call(url, CHAT_OF_BAD_FLAG, KEY)[0] == 503
+    assert "failures/vllm-l4/bad-flag.json" in plane.volumes["vllm-cache"].files()
+    before = len(tasks_of(plane, "bad-flag"))
+    for _ in range(2):
+        status, body = call(url, CHAT_OF_BAD_FLAG, KEY)
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (503, "model_failed")
+        assert "unrecognized arguments: --no-such-flag" in error["message"]
+        assert "'vllm-service deploy --retry' tries again" in error["message"]
+    assert len(tasks_of(plane, "bad-flag")) == before
+
+    deploy(plane, SERVICE_MODEL="tiny", SERVICE_MODELS_FILE=str(models))
+    time.sleep(FAILED_FOR_S)  # until when the gateway repeats the answer
+    assert call(url, CHAT_OF_BAD_FLAG, KEY)[0] == 503
+    assert len(tasks_of(plane, "bad-flag")) > before
+    log = tasks_of(plane, "bad-flag")[-1].log
+    assert "so none was begun now" in log, "nothing has changed, so the replica spawns no engine"
+    assert "unrecognized arguments" in log
 
 
 def test_full_volume_ends_the_hook_with_both_figures(plane: ModalPlane) -> None:

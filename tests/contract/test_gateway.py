@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from service.engine import environment as engine_environment
-from tests.contract.conftest import call, installed, modal_cli
+from tests.contract.commands import run
+from tests.contract.conftest import call, deploy, installed, modal_cli
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
 from .gateways import APP, KEY, TAG, deploy_gateway, put_secrets
@@ -32,7 +33,8 @@ def test_gateway_is_published_without_a_gpu_as_one_container_for_all(plane: Moda
     assert function.checkpointing_enabled
     assert function.timeout_secs == 7200
     assert not function.webhook_config.requires_proxy_auth
-    assert not function.volume_mounts
+    mounts = {"/root/.cache/vllm", "/root/.cache/vllm-gateway", "/root/.cache/vllm-batches"}  # ledger, keys, batches
+    assert {mount.mount_path for mount in function.volume_mounts} == mounts
     assert len(function.secret_ids) == 2
     asked = [request for request in plane.calls("SecretGetOrCreate") if request.deployment_name == "vllm-proxy-token"]
     assert list(asked[-1].required_keys) == ["MODAL_KEY", "MODAL_SECRET"]
@@ -41,6 +43,26 @@ def test_gateway_is_published_without_a_gpu_as_one_container_for_all(plane: Moda
     assert layers[-1].startswith("ENV ")
     assert plane.images.env(function.image_id)["SERVICE_MAX_INPUTS"] == "8"
     assert plane.tasks == []
+
+
+def test_variables_of_opentelemetry_reach_the_containers_as_a_secret(plane: ModalPlane) -> None:
+    """Those of the deployer, in no image: a header may hold a token. The gateway's image has the package."""
+    put_secrets(plane)
+    receiver = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_HEADERS": "x-token=of-theirs"}
+    url = deploy_gateway(plane, **receiver, OTEL_EXPORTER_OTLP_METRICS_HEADERS="no", OTEL_PROPAGATORS="no")
+    deploy(plane, SERVICE_MODEL="tiny", **receiver)
+
+    gateway, tier = plane.function(APP, TAG), plane.function("vllm-l4", "Server")
+    for function, count in ((gateway, 3), (tier, 1)):
+        assert len(function.secret_ids) == count
+        variables = plane.secrets.environment(list(function.secret_ids))
+        assert {name: value for name, value in variables.items() if name.startswith("OTEL_")} == receiver | {
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        }
+        assert "of-theirs" not in str(plane.images.layers(function.image_id))
+    assert any("traces.lock" in layer for layer in plane.images.layers(gateway.image_id))
+    assert call(f"{url}/v1/models", headers=KEY)[0] == 200
 
 
 def test_gateway_carries_the_users_models_file(plane: ModalPlane, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -60,6 +82,38 @@ def test_gateway_beside_an_app_of_another_name_is_named_after_it(plane: ModalPla
     deploy_gateway(plane, SERVICE_APP="team", SERVICE_KEYS_SECRET="team-keys", SERVICE_DIRECT_AUTH="keys")
     assert set(plane.apps) == {"team-gateway"}
     assert len(plane.function("team-gateway", TAG).secret_ids) == 1
+
+
+def test_keys_of_the_deployed_gateway_outlive_its_container(plane: ModalPlane) -> None:
+    """Made, rotated and revoked by the command; digests alone are kept, on a volume that no engine mounts."""
+    put_secrets(plane)
+    url = deploy_gateway(plane)
+
+    def keys(*arguments: str, key: str = "sk-alice") -> tuple[int, str, str]:
+        done = run(plane, "keys", *arguments, "--modal", VLLM_API_KEY=key)
+        return done.returncode, done.stdout.strip(), done.stderr
+
+    def status(key: str) -> int:
+        return call(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})[0]
+
+    code, key, said = keys("new", "carol", "--requests-per-minute", "5")
+    assert (code, status(key)) == (0, 200), said
+    (container,) = [task for task in plane.tasks if task.app == APP]
+    container.kill()
+    plane.wait_until(lambda: container.state is TaskState.DEAD, 20, "the gateway's container to end")
+    assert status(key) == 200
+    code, successor, said = keys("rotate", "carol", "--grace", "0")
+    assert (code, status(key), status(successor)) == (0, 401, 200), said
+    assert keys("revoke", "carol")[0] == 0
+    assert status(successor) == 401
+    code, listed, _ = keys("list", "--json")
+    states = {record["name"]: record["state"] for record in json.loads(listed)["keys"]}
+    assert states == {"alice": "environment", "bob": "environment", "carol": "revoked"}
+    code, printed, said = keys("new", "eve", "--admin", key="sk-bob")
+    assert (code, printed, "Set VLLM_API_KEY to an admin key" in said) == (1, "", True)
+    volume = plane.volumes["vllm-gateway"]
+    assert [*volume.files()] == ["keys/carol.json"]
+    assert not [one for one in (key, successor) if one in said + listed + "".join(task.log for task in plane.tasks)]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ The real client and the real container runtime on the control plane, the real hu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +20,14 @@ from urllib.parse import urlsplit
 import modal
 import pytest
 
-from service.modal_app.prefetch import APP, LOCKS
+from service.modal_app.leases import LOCKS
+from service.modal_app.prefetch import APP
+from tests import preloaded
 from tests.contract.conftest import REPOSITORY, deploy
 from tests.fakes.hub import Fault, Hub, Repository, serving
 from tests.fakes.modal import ContainerRuntime, ModalPlane, TaskState
 
-COMMAND = Path(sys.executable).with_name("vllm-service")
+COMMAND = str(Path(sys.executable).with_name("vllm-service"))
 TINY = REPOSITORY / "service/assets/tiny"
 FILES = {file.name: file.read_bytes() for file in TINY.iterdir()}
 PINNED, NEWEST = "a" * 40, "b" * 40
@@ -87,19 +90,27 @@ def _runtime(python: str, client_mount: Path, hub: Hub, **environment: str) -> C
     return ContainerRuntime(python=python, client_path=client_mount, environment=reach, host_ports=(port,))
 
 
-def started(plane: ModalPlane, models: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def started(
+    plane: ModalPlane,
+    models: Path,
+    *arguments: str,
+    stderr: int = subprocess.PIPE,
+    command: Sequence[str] = (COMMAND,),
+    **environment: str,
+) -> subprocess.Popen[str]:
     """Start the command with an account of the control plane and without access to the hub."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_", "HF_"))}
     ours |= {"SERVICE_MODELS_FILE": str(models), "HF_ENDPOINT": "http://127.0.0.1:9", **plane.env, **environment}
-    line = [str(COMMAND), "prefetch", "--modal", *arguments]
-    return subprocess.Popen(line, env=ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [*command, "prefetch", "--modal", *arguments]
+    return subprocess.Popen(line, env=ours | preloaded.environment(), stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def prefetched(
     plane: ModalPlane, models: Path, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    with started(plane, models, *arguments, **environment) as process:
+    command = (preloaded.python(), "vllm-service")
+    with started(plane, models, *arguments, command=command, **environment) as process:
         out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -231,6 +242,13 @@ def test_prefetch_of_what_is_in_no_registry_is_refused_before_modal_is_asked(pla
     assert list(plane.apps) == []
 
 
+def test_prefetch_in_an_environment_that_is_not_there_is_refused(plane: ModalPlane, models: Path) -> None:
+    """`--env` chooses Modal's environment, before its client is imported."""
+    done = prefetched(plane, models, "pinned", "--env", "nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "'nowhere' not found" in done.stderr
+
+
 def test_prefetches_at_once_download_once(plane: ModalPlane, models: Path, hub: Hub) -> None:
     """The second container waits for the first, and then finds in the volume what that one committed."""
     hub.may_send_files.clear()
@@ -280,11 +298,34 @@ def test_prefetch_interrupted_keeps_what_was_finished(plane: ModalPlane, models:
     assert hub.requests.count(f"GET /me/loose/resolve/{NEWEST}/config.json") == 1
 
 
+def test_prefetch_interrupted_while_it_prints_ends_command_and_container(
+    plane: ModalPlane, models: Path, hub: Hub
+) -> None:
+    """Ctrl-C between two events, with a terminal that takes nothing at the moment."""
+    hub.faults.append(Fault("GET /me/pinned/resolve/", times=-1, stalls=True))
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(1))
+    os.set_blocking(writing, True)
+    with started(plane, models, "pinned", stderr=writing) as process:
+        os.close(writing)
+        in_write = Path(f"/proc/{process.pid}/syscall")
+        plane.wait_until(lambda: in_write.read_text().split()[1:2] == ["0x2"], 30, "a line that waits for the terminal")
+        process.send_signal(signal.SIGINT)
+        with os.fdopen(reading, errors="replace") as terminal:
+            err = terminal.read()
+        assert process.wait(15) == 130
+    assert err.splitlines()[-1] == "Stopped. What was finished is kept; the same command goes on from there."
+    plane.wait_until(lambda: all(task.state is TaskState.DEAD for task in plane.tasks), 20, "the container's end")
+
+
 def test_prefetch_without_an_account_says_how_to_get_one(models: Path, tmp_path: Path) -> None:
     """An error and a hint, no traceback."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE_", "MODAL_", "HF_"))}
     ours |= {"SERVICE_MODELS_FILE": str(models), "MODAL_CONFIG_PATH": str(tmp_path / "none.toml")}
-    line = [str(COMMAND), "prefetch", "--modal", "pinned"]
+    line = [COMMAND, "prefetch", "--modal", "pinned"]
     done = subprocess.run(line, env=ours, capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 2)

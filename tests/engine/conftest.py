@@ -14,16 +14,7 @@ import pytest
 from service.engine import environment as engine_environment
 
 from .guarded import KEYS, Guarded, guarded
-from .running import GONE_S, Service
-
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Time the tests here without their fixtures: the first one may have to build the engine's environment."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.timeout(300, func_only=True))
+from .running import FOREIGN, GONE_S, Service
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +32,7 @@ def engine_python(engine_env_: engine_environment.EngineEnv) -> str:
 @pytest.fixture(scope="session")
 def tiny(engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The tiny model, served without keys, where no C++ is compiled; Ctrl-C ends it, and then nothing of it is left."""
-    with Service(tmp_path_factory.mktemp("tiny"), "tiny", CXX="/nowhere/c++") as service:
+    with Service(tmp_path_factory.mktemp("tiny"), "tiny", CXX="/nowhere/c++", **FOREIGN) as service:
         service.wait_said("Starting the engine").probe_port()
         yield service.wait_ready()
         assert service.engine(), service.story

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import unquote
 
-from vllm_service import http_contract
-from vllm_service.http_contract import BODY_LIMIT, MIB
+from vllm_service import api_error, engine_errors, http_contract
+from vllm_service.http_contract import BODY_LIMIT, MIB, Protocol, protocol_of
 
-from .routes import ALLOWED, DISGUISES, KNOWN
+from .routes import ALLOWED, DISGUISES, KNOWN, error_of
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 _ROUTES = [route for routes in http_contract.ROUTES.values() for route in routes.values()]
-WITHOUT_KEY = {route.path for route in _ROUTES if not route.needs_key}
+WITHOUT_KEY = {"/health"}  # the pages that the gateway answers itself are vLLM's own here
 BODY_LIMITS = {route.path: route.body_limit for route in _ROUTES}
-GuardError = Literal["no route", "no method", "no key", "too large"]
-GUARD_ERRORS: tuple[GuardError, ...] = ("no route", "no method", "no key", "too large")
+GuardError = Literal["no route", "no method", "no key", "too large", "options"]
+GUARD_ERRORS: tuple[GuardError, ...] = ("no route", "no method", "no key", "too large", "options")
 # FastAPI's answers to a path that is not registered, and to a method that is not
-_LENGTHS_OF_VLLMS_ERRORS = {str(len(b'{"detail":"Not Found"}')), str(len(b'{"detail":"Method Not Allowed"}'))}
+_VLLMS_ERRORS = ((404, b'{"detail":"Not Found"}'), (405, b'{"detail":"Method Not Allowed"}'))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request without a body, and the guard's error that must come; None: vLLM must answer."""
+    """One request without a body, and the guard's own answer that must come; None: vLLM must answer."""
 
     method: str
     path: str
@@ -52,20 +51,21 @@ def cases(routes: Iterable[str], key: str | None) -> Iterator[Case]:
     """
     none: dict[str, str] = {}
     wrong, right = {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {key}"}
-    for pattern in dict.fromkeys([*routes, *ALLOWED, *KNOWN, *DISGUISES]):
+    for pattern in dict.fromkeys([*routes, *ALLOWED, *KNOWN, *DISGUISES, "/", "/v1/models/tiny", "/metrics/"]):
         path = re.sub(r"{\w+}", "resp_1", pattern)
         allowed = _allowed(path)
         needs_key = key is not None and path not in WITHOUT_KEY
         for method in METHODS:
             for headers in (none, wrong, right) if allowed else (none, right):
                 yield Case(method, path, headers, _expected(allowed, method, needs_key and headers is not right))
-        length = str(BODY_LIMITS.get(path, BODY_LIMIT) + 1)
+        length = str(BODY_LIMITS.get(path.removesuffix("/"), BODY_LIMIT) + 1)
         for method in sorted(allowed):
             yield Case(method, path, {**right, "Content-Length": length}, "too large")
 
 
 def _allowed(path: str) -> set[str]:
     """Return the methods of a path; `/v1/responses/render`, say, is to GET the response of that id."""
+    path = path.removesuffix("/")  # vLLM's own /metrics/ is /metrics
     patterns = {re.sub(r"{\w+}", r"[\\w-]+", pattern): methods for pattern, methods in ALLOWED.items()}
     return next((methods for pattern, methods in patterns.items() if re.fullmatch(pattern, path)), set())
 
@@ -73,8 +73,8 @@ def _allowed(path: str) -> set[str]:
 def _expected(allowed: set[str], method: str, lacks_key: bool) -> GuardError | None:
     if not allowed:
         return "no route"
-    if method == "OPTIONS":  # a browser asks before it sends its key
-        return None
+    if method == "OPTIONS":  # needs no key, as a browser asks before it sends its key
+        return "options"
     if method not in allowed and not (method == "HEAD" and "GET" in allowed):
         return "no method"
     return "no key" if lacks_key else None
@@ -93,34 +93,43 @@ def violations(ask: Callable[[Case], Answer], asked: Iterable[Case]) -> list[str
 
 
 def _guard_error(case: Case, answer: Answer) -> GuardError | None:
-    """Return which of the guard's errors an answer is, down to its words, which none of vLLM's own has."""
+    """Return which of the guard's answers this is, down to its words, which none of vLLM's own has."""
     return next((error for error in GUARD_ERRORS if _is(error, case, answer)), None)
 
 
 def _is(error: GuardError, case: Case, answer: Answer) -> bool:
+    if error == "options":
+        return answer.status == 204 and set(answer.headers.get("allow", "").split(", ")) == _allowed(case.path)
     no_route = f"No route {unquote(case.path)}. What this service has is listed at /docs."
-    limit = BODY_LIMITS.get(case.path, BODY_LIMIT) // MIB
-    status, kind, words = {
-        "no route": (404, "not_found_error", no_route),
-        "no method": (405, "invalid_request_error", f"{case.method} is not allowed on {case.path}; use "),
-        "no key": (401, "authentication_error", "A valid API key is needed: "),
-        "too large": (413, "invalid_request_error", f"The body is over the limit of {limit} MiB "),
+    limit = "512 KiB" if BODY_LIMITS.get(case.path, BODY_LIMIT) < MIB else "32 MiB"
+    status, words = {
+        "no route": (404, no_route),
+        "no method": (405, f"{case.method} is not allowed on {case.path.removesuffix('/')}; use "),
+        "no key": (401, "A valid API key is needed: "),
+        "too large": (413, f"The body is over the limit of {limit} "),
     }[error]
     if answer.status != status or answer.headers.get("content-type") != "application/json":
         return False
     if error == "no key" and answer.headers.get("www-authenticate") != "Bearer":
         return False
     if case.method == "HEAD":  # its answer has no body, but says how long it would be
-        return answer.headers.get("content-length") not in _LENGTHS_OF_VLLMS_ERRORS
-    return _is_api_error(answer.body, kind, words)
+        return answer.headers.get("content-length") not in _lengths_of_vllms_errors(case.path, status)
+    return _is_api_error(case.path, status, answer.body, words)
 
 
-def _is_api_error(body: bytes, kind: str, words: str) -> bool:
-    """Tell whether a body is an error in OpenAI's shape, of this type and with a message that begins so."""
+def _lengths_of_vllms_errors(path: str, status: int) -> set[str]:
+    """Return the lengths of FastAPI's answers of a status, as they are and as the guard reshapes them."""
+    reshaped = [engine_errors.from_answer(path, *error) for error in _VLLMS_ERRORS]
+    bodies = [*_VLLMS_ERRORS, *((error.status, error.body(path, "0" * 32)) for error in reshaped)]
+    return {str(len(body)) for its_status, body in bodies if its_status == status}
+
+
+def _is_api_error(path: str, status: int, body: bytes, words: str) -> bool:
+    """Tell whether a body is an error in the shape of its path, of this status, with a message that begins so."""
     try:
-        error = json.loads(body)["error"]
-        return set(error) == {"message", "type", "param", "code"} and bool(
-            error["type"] == kind and error["message"].startswith(words)
-        )
-    except (ValueError, KeyError, TypeError):
+        error = error_of(body, path)
+    except (AssertionError, ValueError, KeyError, TypeError):
         return False
+    names = api_error.error_names(status)
+    kind = names.anthropic if protocol_of(path) is Protocol.ANTHROPIC else names.openai
+    return bool(error["type"] == kind and error["message"].startswith(words))

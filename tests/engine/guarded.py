@@ -24,7 +24,7 @@ from .routes import registered_routes
 from .running import free_port
 
 KEYS = ("sk-alice-4f1c9a", "sk-bob-77e0d2", "sk-default-0b5e31")
-POOLING = ("--runner", "pooling", "--convert", "embed")  # makes an embedding model of the tiny one
+POOLING = ("--runner", "pooling")  # makes an embedding model of the tiny one
 _ANSWER_S = 10  # the guard and vLLM answer within milliseconds; one that waits for a body never does
 
 
@@ -104,7 +104,8 @@ def guarded(env: EngineEnv, keys: tuple[str, ...] = (), extra_args: tuple[str, .
     try:
         replica.prepare()
         replica.start({digest(key.encode()): f"user{number}" for number, key in enumerate(keys)})
-        routes = registered_routes("\n".join(replica.engine.log.lines), f"http://127.0.0.1:{plan.port}")
-        yield Guarded(plan.port, keys[0] if keys else None, routes, replica.engine.pid, replica.engine.log)
+        engine = Guarded(plan.port, keys[0] if keys else None, {}, replica.engine.pid, replica.engine.log)
+        engine.routes.update(registered_routes("\n".join(engine.log.lines), engine.url, engine.headers))
+        yield engine
     finally:
         replica.stop(0)

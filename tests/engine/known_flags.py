@@ -20,15 +20,27 @@ def main() -> None:
     """Answer on stdout; whatever vLLM prints goes to stderr."""
     asked = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
-        answer = {"parsed": _parse_all(asked["commands"]), **_known()}
+        parser = _parser()
+        answer = {"parsed": _parse_all(parser, asked["commands"]), "flags": _flags(parser), **_known()}
     print(json.dumps(answer))  # noqa: T201 - this is a program
 
 
-def _parse_all(commands: dict[str, list[str]]) -> dict[str, Any]:
+def _parser() -> argparse.ArgumentParser:
     cli_args = importlib.import_module("vllm.entrypoints.launchers.cli_args")
     argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
-    parser = cli_args.make_arg_parser(argparse_utils.FlexibleArgumentParser(prog="vllm serve"))
-    return {name: _parse(parser, cli_args.validate_parsed_serve_args, argv) for name, argv in commands.items()}
+    parser: argparse.ArgumentParser = cli_args.make_arg_parser(
+        argparse_utils.FlexibleArgumentParser(prog="vllm serve", allow_abbrev=False)
+    )
+    return parser
+
+
+def _parse_all(parser: argparse.ArgumentParser, commands: dict[str, list[str]]) -> dict[str, Any]:
+    validate = importlib.import_module("vllm.entrypoints.launchers.cli_args").validate_parsed_serve_args
+    return {name: _parse(parser, validate, argv) for name, argv in commands.items()}
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def _parse(parser: argparse.ArgumentParser, validate: Any, argv: list[str]) -> dict[str, Any]:
@@ -71,6 +83,7 @@ def _known() -> dict[str, list[str]]:
         "fusion_passes": _fields(config.PassConfig),
         "structured_outputs_fields": _fields(config.StructuredOutputsConfig),
         "structured_outputs_backends": _literals(structured.StructuredOutputsBackend),
+        "variables": list(importlib.import_module("vllm.envs").environment_variables),
     }
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -23,7 +24,16 @@ GONE_S = 10
 # threads wait for each other by spinning: on such a machine 16 answers of 300 tokens took 19.7 s of processor time with
 # two threads and 1.0 s with one.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-_OURS = ("SERVICE_", "API_KEY", "HF_TOKEN")
+# What users' shells and platforms set beside the service: none of it may reach an engine, and none may stop one.
+CANARY = "t0pcanary"
+FOREIGN = {
+    **dict.fromkeys(("OPENAI_API_KEY", "NVIDIA_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID"), CANARY),
+    **dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET", "VLLM_API_KEY"), CANARY),
+    **{"DATABASE_URL": f"postgres://user:{CANARY}@db/x", "NO_PROXY": f"127.0.0.1,localhost,{CANARY}"},
+    **{"VLLM_PORT": "tcp://10.0.0.1:8000", "VLLM_SERVICE_HOST": "10.0.0.1", "VLLM_SERVICE_PORT": "8000"},
+    **{"VLLM_PORT_8000_TCP": "tcp://10.0.0.1:8000", "VLLM_PORT_8000_TCP_ADDR": "10.0.0.1"},
+}
+_OURS = ("SERVICE_", "API_KEY", "HF_TOKEN", "OTEL_")
 
 
 class Service:
@@ -34,17 +44,25 @@ class Service:
         arguments: After `up`.
         port: Where it is told to listen; by default a free one.
         name: What its outputs are called.
+        prefix: A command that runs the command, such as `nohup`.
         environment: Variables set beside the test's own, of which none of the service's is passed on.
     """
 
     def __init__(
-        self, directory: Path, *arguments: str, port: int | None = None, name: str = "service", **environment: str
+        self,
+        directory: Path,
+        *arguments: str,
+        port: int | None = None,
+        name: str = "service",
+        prefix: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self.directory = directory
         self._out, self._err = directory / f"{name}.out", directory / f"{name}.err"
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
-        self._arguments = arguments
+        self._cwd = REPOSITORY
+        self._command = [*prefix, sys.executable, "-m", "service.cli.main", "up", *arguments]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
         state = {"XDG_STATE_HOME": str(directory), "SERVICE_PORT": str(self.port)}
         self.environment = {**inherited, **state, **environment}
@@ -55,12 +73,12 @@ class Service:
     def __enter__(self) -> Self:
         """Start it; it is not ready yet."""
         self.began = time.monotonic()
-        command = [sys.executable, "-m", "service.cli.main", "up", *self._arguments]
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self._process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
-            )
+            self._process = self._spawn(stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         return self
+
+    def _spawn(self, **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, cwd=self._cwd, env=self.environment, **options)
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing running, however the test ended."""
@@ -101,6 +119,12 @@ class Service:
         return Path(self.environment["XDG_STATE_HOME"]) / "vllm-service" / f"engine-{self.port}.log"
 
     @property
+    def access_log(self) -> list[dict[str, Any]]:
+        """The gateway's line of each request that has ended."""
+        lines = self.log_file.with_name(f"access-{self.port}.log").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
     def story(self) -> str:
         """All that it and its engine said, for the message of a failed test."""
         log = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
@@ -125,7 +149,7 @@ class Service:
 
     def signal(self, number: int = signal.SIGINT) -> float:
         """Send the command a signal and return when, as `time.monotonic` has it."""
-        self._process.send_signal(number)
+        os.kill(self.pid, number)
         return time.monotonic()
 
     def leader(self) -> psutil.Process:
@@ -168,6 +192,18 @@ class Service:
 
     def _descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children(recursive=True) if not self.ended else []
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *arguments: str, **environment: str) -> Iterator[Service]:
+    """Serve until the block ends; Ctrl-C ends the service then, with code 0, and leaves nothing of it."""
+    with Service(directory, *arguments, **environment) as service:  # type: ignore[arg-type]  # a name is not checked
+        service.wait_ready()
+        assert service.engine(), service.story
+        yield service
+        asked = service.signal()
+        assert service.wait_ended(GONE_S) == 0, service.story
+        service.wait_gone(asked + GONE_S)
 
 
 def check_stops(running: Callable[[], float], within_s: float = 1.0) -> None:

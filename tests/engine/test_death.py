@@ -39,6 +39,20 @@ def last_lines(service: Service) -> str:
     return f"{error} {hint}"
 
 
+def test_start_of_a_model_that_needs_code_of_its_repository_is_refused(start: Start, tmp_path: Path) -> None:
+    """The code is not run, and the hint says what allows it."""
+    setting = broken(tmp_path)
+    config = tmp_path / "copy" / "config.json"
+    unknown = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | unknown))
+    (tmp_path / "copy" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+
+    said = last_lines(start("broken", **setting))
+    assert "contains custom code" in said
+    assert "--trust-remote-code in extra_args" in said
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "cause", "advice"),
     [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.engine import flags, inherited, parsers
 from service.engine.args import EngineOptions, engine_command
+from service.registry import extra_args
 from service.registry.models import ModelSpec, Registry
 
 SPECS = Registry.load().specs
@@ -18,6 +21,7 @@ WRONG = {
     "unknown flag": ["--model", "/weights/model", "--no-such-flag"],
     "wrong choice": ["--model", "/weights/model", "--kv-cache-dtype", "fp9"],
     "wrong value": ["--model", "/weights/model", "--max-num-seqs", "many"],
+    "abbreviation": ["--model", "/weights/model", "--trust-remote"],
     "unknown pass": ["--model", "/weights/model", "-cc.pass_config.no_such_pass=true"],
 }
 
@@ -103,10 +107,21 @@ def test_flags_with_a_mistake_fail_with_the_name(engine: dict[str, Any], mistake
     assert named in engine["parsed"][mistake].get("error", "it was taken")
 
 
+def test_flags_that_a_deploy_knows_are_the_engines(engine: dict[str, Any]) -> None:
+    """A deploy refuses an entry's extra_args by this list, since the engine is not installed where it runs."""
+    assert flags.known() == set(engine["flags"])
+
+
 def test_parsers_of_the_registry_are_the_engines(engine: dict[str, Any]) -> None:
     """Tool and reasoning parsers are looked up at the start only: here they are at once."""
     assert {spec.tool_call_parser for spec in SPECS.values()} - {None} <= set(engine["tool_call_parsers"])
     assert {spec.reasoning_parser for spec in SPECS.values()} - {None} <= set(engine["reasoning_parsers"])
+
+
+def test_parsers_that_follow_from_a_model_are_the_engines(engine: dict[str, Any]) -> None:
+    """A name that the engine lacks would end its start."""
+    assert {rule.parser for rule in parsers.TOOL_RULES} <= set(engine["tool_call_parsers"])
+    assert {rule.parser for rule in parsers.REASONING_RULES} <= set(engine["reasoning_parsers"])
 
 
 def test_acceleration_of_the_registry_is_the_engines(engine: dict[str, Any]) -> None:
@@ -136,3 +151,42 @@ def test_json_of_a_flag_has_fields_that_the_engine_knows(engine: dict[str, Any],
         assert speculative["method"] in engine["speculative_methods"]
     if "--limit-mm-per-prompt" in flags:
         assert set(json.loads(flags[flags.index("--limit-mm-per-prompt") + 1])) <= {"image", "video", "audio"}
+
+
+def test_variables_that_an_engine_inherits_are_vllms(engine: dict[str, Any]) -> None:
+    """Each name of vLLM's own on the allow-list exists, and each prefix begins one."""
+    known = {name for name in engine["variables"] if name.startswith("VLLM_")}
+    assert {name for name in inherited.NAMES if name.startswith("VLLM_")} <= known
+    for prefix in (prefix for prefix in inherited.PREFIXES if prefix.startswith("VLLM_")):
+        assert any(name.startswith(prefix) for name in known), prefix
+
+
+def test_variables_that_open_the_engine_are_not_inherited(engine: dict[str, Any]) -> None:
+    """Of all that vLLM reads, none is inherited that opens routes, loads code or models, or passes the guard by."""
+    risky = re.compile("_ALLOW_|DEV_MODE|PLUGIN|RUST|RESOLVER|API_KEY|S3_|_PORT$|_IP$|MODELSCOPE|DEBUG|STORE|REDIRECT")
+    passed = inherited.inherited(dict.fromkeys(engine["variables"], ""))
+    assert not [name for name in passed if risky.search(name)]
+
+
+def test_flags_that_an_entry_may_not_use_are_vllms(engine: dict[str, Any]) -> None:
+    """None of the list is stale."""
+    assert set(extra_args.REFUSED) <= set(engine["flags"])
+    assert extra_args.TRUST in engine["flags"]
+
+
+def test_flags_that_load_code_or_pass_the_guard_by_are_refused(engine: dict[str, Any]) -> None:
+    """Of all that vLLM has, those of a risky name are on the list or known to be harmless."""
+    risky = re.compile(
+        "plugin|-cls|class|middleware|processors|trust|local-media|api-key|token$|^--(ssl|host|port|uds|grpc|headless)|"
+        "revision|-server|transfer|events|profiler|embeds|config-(path|file)|^--config$|tokenizer$|^--model$|logging-config"
+    )
+    harmless = {
+        *(extra_args.TRUST, "--no-trust-remote-code"),  # with a pinned revision
+        *("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers"),
+        *("--enable-server-load-tracking", "--return-tokens-as-token-ids", "--max-lora-cls-labels"),
+        "--aggregate-engine-logging",
+    }
+    flags = {flag for flag in engine["flags"] if risky.search(flag) and not flag.startswith("--no-")}
+
+    assert len(flags) > 30
+    assert flags - harmless - set(extra_args.REFUSED) == set()

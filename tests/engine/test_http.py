@@ -7,13 +7,26 @@ import subprocess
 from typing import Any
 
 import openai
+import pytest
 import requests
+
+from service.gateway import openapi
+from service.gateway.request_examples import EXAMPLES
+from tests.described import answer_schema, faults
 
 from .dialogues import TINY, dialogue
 from .running import Service
 
 CAPITAL = dialogue("capital")
 QUESTION = CAPITAL.request["messages"][-1]["content"]
+# The examples that a small text model can answer.
+OTHERS = {"/v1/embeddings", "/v1/rerank", "/v1/score", "/classify"}
+TRIED = [
+    (path, name)
+    for path, found in EXAMPLES.items()
+    for name, body in found.items()
+    if body["model"] == "llm" and path not in OTHERS
+]
 
 
 def curl(*arguments: str) -> str:
@@ -34,6 +47,12 @@ def test_curl_health_is_ok(tiny: Service) -> None:
     assert curl(f"{tiny.url}/health") == '{"status":"ok"}'
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
+def test_service_is_on_both_loopbacks(tiny: Service, host: str) -> None:
+    """`localhost` is ::1 for Node."""
+    assert curl(f"http://{host}:{tiny.port}/health") == '{"status":"ok"}'
+
+
 def test_curl_models_lists_them(tiny: Service) -> None:
     """`/v1/models` has `llm` first, then its model, then all others, each with its state."""
     listed = json.loads(curl(f"{tiny.url}/v1/models"))["data"]
@@ -42,9 +61,22 @@ def test_curl_models_lists_them(tiny: Service) -> None:
 
 
 def test_curl_docs_is_a_page(tiny: Service) -> None:
-    """`/docs` is a page for browsers, and `/openapi.json` one for programs."""
-    assert "/v1/chat/completions" in curl(f"{tiny.url}/docs")
+    """`/docs` is a page for browsers, `/openapi.json` a document for programs, plain unless gzip is asked for."""
+    assert "swagger-ui" in curl(f"{tiny.url}/docs")
     assert "/v1/chat/completions" in json.loads(curl(f"{tiny.url}/openapi.json"))["paths"]
+
+
+@pytest.mark.parametrize(("path", "name"), TRIED)
+def test_example_of_the_docs_is_answered_as_its_document_says(tiny: Service, path: str, name: str) -> None:
+    """What `Try it out` begins with works, and answer and events have the fields of vLLM's schemas and no other."""
+    body, document = EXAMPLES[path][name], json.loads(openapi.document())
+    answer = requests.post(tiny.url + path, json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    media_type = answer.headers["content-type"].partition(";")[0]
+    schema = answer_schema(document, "POST", path, 200, media_type)
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    for value in map(json.loads, events if body.get("stream") else [answer.text]):
+        assert faults(document, schema, value) == []
 
 
 def test_curl_metrics_count(tiny: Service) -> None:
@@ -58,6 +90,13 @@ def test_curl_chat_of_the_greeting_answers(tiny: Service) -> None:
     """The command that the start prints returns the answer when it is pasted into a shell."""
     pasted = tiny.out[tiny.out.index("curl ") : tiny.out.index("\n\nfrom openai")]
     answer = subprocess.run(["bash", "-c", pasted], check=True, capture_output=True, text=True).stdout
+    assert json.loads(answer)["choices"][0]["message"]["content"].strip() == CAPITAL.content
+
+
+def test_curl_that_offers_http_2_gets_its_answer(tiny: Service) -> None:
+    """The offer is ignored and the body read; Java's client and what is built on it offer it with each POST."""
+    body = json.dumps({"model": "llm", **CAPITAL.request})
+    answer = curl("--http2", f"{tiny.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
     assert json.loads(answer)["choices"][0]["message"]["content"].strip() == CAPITAL.content
 
 

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -17,30 +17,12 @@ import requests
 
 from .dialogues import dialogue
 from .running import BOOT_S, GONE_S, Service, free_port, port_is_free, wait_until
+from .streams import ENDLESS, check_whole, count_to_ninety, stream
 
 Start = Callable[..., Service]
 MEMORY_LIMIT_MB = 120
 PARENT_KILLED_S = 5  # after the parent was killed the engine is gone within
 ENGINE_KILLED_S = 5  # after the engine was killed the command has ended within
-ENDLESS = {"n": 16, "max_tokens": 1900, "ignore_eos": True}  # far longer than any drain
-
-
-@contextmanager
-def stream(service: Service, path: str = "/v1/chat/completions", **fields: object) -> Iterator[Iterator[str]]:
-    """Open a stream and give its events, of which the first has come: it is in flight."""
-    body = {"model": "llm", "stream": True, "prompt": "One two three", **dialogue("count").request, **fields}
-    with requests.post(f"{service.url}{path}", json=body, stream=True, timeout=120) as answer:
-        assert answer.status_code == 200, answer.text
-        events = (line.decode().removeprefix("data: ") for line in answer.iter_lines() if line)
-        while not content(next(events)):
-            pass  # the role comes before the first word
-        yield events
-
-
-def content(event: str) -> str:
-    """Return the words of an event of a chat, or of a completion."""
-    choices = json.loads(event).get("choices", [])
-    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content") or "" for choice in choices)
 
 
 def test_ready_parent_is_small(tiny: Service) -> None:
@@ -65,23 +47,28 @@ def test_interrupt_lets_a_stream_finish_cuts_endless_ones_and_refuses_new_reques
     (core,) = [process for process in service.engine() if process != service.leader()]
     paths = ("/v1/chat/completions", "/v1/completions")
     with ThreadPoolExecutor(len(paths)) as pool, ExitStack() as streams:
-        endless = [streams.enter_context(stream(service, path, **{**ENDLESS, "n": 4})) for path in paths]
+        endless = [streams.enter_context(stream(service, path, **{**ENDLESS, "n": 1})) for path in paths]
         finite = streams.enter_context(stream(service))
         count_to_ninety(finite)
         refused = [pool.submit(first_refusal, service, path) for path in paths]
+        core.suspend()
         asked = service.signal(signal.SIGINT)
+        service.wait_said("Stopping")
+        core.resume()
         check_whole(list(finite))
-        core.suspend()  # from here on the other streams cannot end by themselves, however fast the machine is
+        core.suspend()
         cut = [list(events) for events in endless]
+        core.resume()  # its end would take the whole time that the shutdown budget allows otherwise
         answers = [future.result(10) for future in refused]
     service.wait_gone(asked + GONE_S)
     assert service.wait_ended(GONE_S) == 0
     assert time.monotonic() - asked < GONE_S
     for answer in answers:
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-    for *_, error, done in cut:
+    for *_, last, done in cut:
         assert done == "[DONE]"
-        assert json.loads(error)["error"]["type"] == "service_unavailable"
+        error = json.loads(last)["error"]
+        assert (error["type"], error["code"], error["status"]) == ("server_error", "shutting_down", 503)
 
 
 def test_termination_lets_a_stream_finish(start: Start) -> None:
@@ -98,20 +85,6 @@ def test_termination_lets_a_stream_finish(start: Start) -> None:
     service.wait_gone(asked + GONE_S)
     assert service.wait_ended(GONE_S) == 0
     assert time.monotonic() - asked < GONE_S
-
-
-def count_to_ninety(events: Iterator[str]) -> None:
-    """Read the counting up to 90: what is left then fits the drain on a busy machine too."""
-    said = ""
-    while " 9" not in said[100:]:  # past 40
-        said += content(next(events))
-
-
-def check_whole(rest: list[str]) -> None:
-    """Insist that this is how the counting ends."""
-    assert rest[-1] == "[DONE]"
-    assert "stop" in [choice["finish_reason"] for event in rest[:-1] for choice in json.loads(event)["choices"]]
-    assert "".join(content(event) for event in rest[:-1]).endswith(dialogue("count").content[-20:])
 
 
 def first_refusal(service: Service, path: str) -> requests.Response:

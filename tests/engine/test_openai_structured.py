@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from datetime import date
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -15,8 +16,13 @@ from uuid import UUID
 import openai
 import pydantic
 import pytest
+import requests
 
+from bench.schemas.models import MODELS
+
+from .constraints import REFUSED, SERVED
 from .dialogues import dialogue
+from .running import Service
 
 NAME = {"type": "string", "maxLength": 12}
 AGE = {"type": "integer", "minimum": 0, "maximum": 150}
@@ -36,6 +42,20 @@ EMAIL = r"\w{1,12}@\w{1,12}\.com"
 CHOICES = ["Positive", "Negative", "Neutral"]
 GRAMMAR = 'root ::= "SELECT " column " FROM " table\ncolumn ::= "id" | "name"\ntable ::= "users" | "orders"'
 SENTENCE = r"SELECT (id|name) FROM (users|orders)"
+FITTING = (
+    "Bounds",
+    "Multiples",
+    "PatternsOfALength",
+    "Tuples",
+    "Choices",
+    "Unions",
+    "Discriminated",
+    "Defaults",
+    "Closed",
+    "Node",
+    "Tree",
+    "Rows",
+)  # of MODELS
 Word = Annotated[str, pydantic.Field(pattern="^[a-z]+$", min_length=3, max_length=8)]
 
 
@@ -214,6 +234,89 @@ def test_structured_outputs_regex_that_xgrammar_lacks_is_served(client: openai.O
     r"""The guidance backend serves `\p{L}`, letters of any script."""
     text = chat(client, "Hello", extra_body={"structured_outputs": {"regex": r"\p{L}{1,8}"}})
     assert re.fullmatch(r"[^\W\d_]{1,8}", text), text
+
+
+@pytest.fixture(scope="module")
+def ending(tiny: Service) -> dict[str, int]:
+    """A bias towards the tokens that end a value: a tiny model would fill a string without end."""
+    asked = {'"': 40, "}": 20, "]": 20, "<|im_end|>": 60}
+    bodies = [{"model": "llm", "prompt": text, "add_special_tokens": False} for text in asked]
+    tokens = [requests.post(f"{tiny.url}/tokenize", json=body, timeout=30).json()["tokens"] for body in bodies]
+    return {str(found[0]): bias for found, bias in zip(tokens, asked.values(), strict=True) if len(found) == 1}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_json_schema_of_pydantic_gives_what_its_model_takes(
+    client: openai.OpenAI, ending: dict[str, int], name: str
+) -> None:
+    """Strict, as SDKs send it; `make bench-schemas` sends all of them, and those of the JSON Schema test suite."""
+    schema = {"name": name, "schema": MODELS[name].model_json_schema(), "strict": True}
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    text = chat(
+        client,
+        "Write down what comes to your mind.",
+        response_format={"type": "json_schema", "json_schema": schema},
+        logit_bias=ending,
+        extra_body=off,
+    )
+    MODELS[name].model_validate_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Sets", "#/properties/tags/uniqueItems"),
+        ("Network", "#/properties/network/format"),
+        ("Encoded", "#/properties/text/format"),
+    ],
+)
+def test_json_schema_of_pydantic_that_no_backend_enforces_is_refused_with_the_place(
+    client: openai.OpenAI, name: str, place: str
+) -> None:
+    """The model would write what pydantic then refuses."""
+    schema = {"name": name, "schema": MODELS[name].model_json_schema(), "strict": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "Hello", response_format={"type": "json_schema", "json_schema": schema})
+    assert place in caught.value.message
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_json_schema_with_a_keyword_that_is_never_enforced_is_refused_only_if_it_is_strict(
+    client: openai.OpenAI, is_strict: bool
+) -> None:
+    """Plain vLLM serves it and ignores the keyword."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 3}}}, "required": ["a"]}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": is_strict}}
+    if is_strict:
+        with pytest.raises(openai.BadRequestError, match="#/properties/a/not"):
+            chat(client, "Hello", response_format=wanted)
+    else:
+        client.chat.completions.create(
+            model="llm", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, response_format=wanted
+        )
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_structured_outputs_that_a_backend_can_follow_are_served(client: openai.OpenAI, name: str) -> None:
+    """Large, nested and recursive ones among them, and some that look worse than they are."""
+    messages = [{"role": "user", "content": "Hello"}]
+    client.chat.completions.create(
+        model="llm", messages=messages, max_tokens=8, extra_body={"structured_outputs": SERVED[name]}
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_structured_outputs_that_no_backend_can_follow_are_refused(client: openai.OpenAI, name: str) -> None:
+    """In bounded time, at once when they come again; plain vLLM would compile for minutes, or stand still at tokens."""
+    outputs, words = REFUSED[name]
+    for within_s in (20, 1):
+        begun = time.monotonic()
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, "Hello", extra_body={"structured_outputs": outputs})
+        assert words in caught.value.message
+        assert caught.value.param == "structured_outputs"
+        assert time.monotonic() - begun < within_s
 
 
 def test_structured_outputs_bad_grammar_is_refused(client: openai.OpenAI) -> None:

@@ -125,6 +125,24 @@ def test_tools_with_an_odd_schema_leave_the_others_as_they_are(client: openai.Op
     assert calls(choice.message) == asked.tool_calls
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["answer", "stream"])
+@pytest.mark.parametrize("pattern", [r"^\p{L}+$", r"\bfoo\b"])
+def test_tools_with_an_odd_schema_that_is_strict_are_refused_with_tool_and_place(
+    client: openai.OpenAI, pattern: str, stream: bool
+) -> None:
+    """A stream too is refused by its status, before its first event."""
+    asked = dialogue("weather-call")
+    schema = {"type": "object", "properties": {"text": {"type": "string", "pattern": pattern}}}
+    odd = {"type": "function", "function": {"name": "odd", "parameters": schema, "strict": True}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            **{"model": "llm", "stream": stream, **asked.request, "tools": [*asked.request["tools"], odd]}
+        )
+    assert "tool 'odd'" in caught.value.message
+    assert "#/properties/text/pattern" in caught.value.message
+    assert caught.value.param == "tools"
+
+
 @pytest.mark.parametrize("wish", ["one call", "strict"])
 def test_tools_options_of_sdks_are_accepted(client: openai.OpenAI, wish: str) -> None:
     """`parallel_tool_calls: false` and `strict: true`, which agent SDKs send with every request, change no answer."""

@@ -13,13 +13,16 @@ import requests
 
 from service.in_engine.vllm_service import request_lists
 
-from .guarded import Guarded
+from .guarded import KEYS, Guarded
 
 USER = {"role": "user", "content": "Count: one two three"}
 RESPONSES, CHAT, MESSAGES = "/v1/responses", "/v1/chat/completions", "/v1/messages"
+COMPLETIONS = "/v1/completions"
+MANY = dict.fromkeys(map(str, range(1_000_000)), 1)  # 14 MB
 CPU_S = 1.0
 GROWTH = 64 * 1024 * 1024  # 10,000 items `{}` took 6.8 GB
 LONGEST_ANSWER = 1024 * 1024
+WITHIN_S = 15  # of one token, on a busy machine
 TABLES = """
 import json
 from typing import get_args
@@ -73,10 +76,18 @@ def used(engine: Guarded) -> tuple[float, int]:
         (CHAT, {"messages": [{}] * 100_000}),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 100_000}]}),
         (MESSAGES, {"messages": [{}] * 100_000}),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": MANY}),
+        (CHAT, {"messages": [{**USER, **MANY}]}),
+        (CHAT, {"messages": [USER], "logit_bias": MANY}),
+        (RESPONSES, {"input": "hi", "metadata": MANY}),
+        (COMPLETIONS, {"prompt": "hi", **MANY}),
+        (COMPLETIONS, {"prompt": [[1]] * 10_000}),
+        (COMPLETIONS, {"prompt": ["hi"] * 65, "n": 16}),
     ],
     ids=[
         *("items empty", "items numbers", "items of no type", "items without content", "parts without text"),
         *("items too many", "tools empty", "include numbers", "messages empty", "parts numbers", "anthropic empty"),
+        *("template names", "message names", "biases", "metadata", "unknown names", "prompts", "prompts times n"),
     ],
 )
 def test_bad_list_is_400_in_a_second_and_costs_no_memory(
@@ -93,6 +104,22 @@ def test_bad_list_is_400_in_a_second_and_costs_no_memory(
     assert after_s - before_s < CPU_S, f"{after_s - before_s:.1f} s of CPU, {took_s:.1f} s in all"
     assert after - before < GROWTH
     assert len(answer.content) < LONGEST_ANSWER
+
+
+def test_request_of_another_client_does_not_wait_for_a_long_list_of_prompts(generating: Guarded) -> None:
+    """All of them take minutes; the engine has a share of them at a time."""
+    many = {"model": "llm", "prompt": ["Count"] * 1024, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    one = {"model": "llm", "prompt": "Count", "max_tokens": 1}
+    alice, bob = ({"Authorization": f"Bearer {key}"} for key in KEYS[:2])
+    url = f"{generating.url}{COMPLETIONS}"
+    with requests.post(url, json=many, headers=alice, stream=True, timeout=120) as crowd:
+        lines = crowd.iter_lines()
+        assert any(lines)
+        began = time.monotonic()
+        answer = requests.post(url, json=one, headers=bob, timeout=120)
+        assert answer.status_code == 200, answer.text
+        assert time.monotonic() - began < WITHIN_S
+        assert any(lines)
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (RESPONSES, "input"), (MESSAGES, "messages")])

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import modal
+from tests import preloaded
 
 from .modal import ContainerRuntime, ModalPlane
 
@@ -30,8 +30,8 @@ BOOT_S = 15.0
 
 def command(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the real `modal` CLI against the plane."""
-    line = [sys.executable, "-m", "modal", *arguments]
-    merged = os.environ | plane.env | environment
+    line = [preloaded.python(), "-m", "modal", *arguments]
+    merged = os.environ | preloaded.environment() | plane.env | environment
     return subprocess.run(line, cwd=SAMPLE, env=merged, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -17,7 +17,7 @@ from modal_proto import api_pb2 as pb
 
 from .modal import ContainerRuntime, ContainerRuntimeError, ModalPlane, NotDeployed, PlaneTimeout, TaskState
 from .modal.client_version import PINNED, why_refused
-from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, running, server
+from .sample import BOOT_S, REPOSITORY, SAMPLE, command, deploy, events, get, pool_of, running, server
 
 
 def test_plane_start_is_quick(tmp_path: Path, runtime: ContainerRuntime) -> None:
@@ -164,6 +164,24 @@ def test_transcript_names_the_caller(shared: ModalPlane, client: modal.Client) -
     assert callers["FunctionCreate"] == "client"
     assert callers["ContainerHello"].startswith("ta-")
     assert len(shared.calls("AppPublish")) == 1
+
+
+def test_log_of_a_pool_has_its_containers_alone(shared: ModalPlane, client: modal.Client) -> None:
+    """The app's log has those of all; a filter takes one pool by its id, or all of a class by the class's."""
+    for model in ("log-a", "log-b"):
+        server(client)(model=model).complete.remote("/", {})
+    messages = [entry.message for entry in server(client)(model="log-a").complete.logs.tail(100)]
+    assert "".join(messages) == "".join(task.log for task in shared.tasks if task.parameters.get("model") == "log-a")
+    pool, log = pool_of(shared, "log-b"), shared.apps["sample"].log
+    models_by_id = {one: task.parameters.get("model") for task in shared.tasks for one in (task.id, *task.former_ids)}
+    for fields, models in (
+        ({"function_id": pool.function.base_id}, {"log-a", "log-b"}),
+        ({"function_id": pool.function.base_id, "parametrized_function_id": pool.function.id}, {"log-b"}),
+        ({"parametrized_function_id": "fu-other"}, set()),
+    ):
+        request = pb.AppFetchLogsRequest(**fields)
+        found = {models_by_id[line.task_id] for line in log.between(0, time.time()) if line.matches(request)}
+        assert found & {"log-a", "log-b"} == models
 
 
 def test_wait_until_in_vain_shows_the_logs(plane: ModalPlane) -> None:

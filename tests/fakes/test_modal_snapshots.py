@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
+
+import psutil
 
 from .modal import ModalPlane, TaskState
 from .sample import command, deploy, events, get, names
@@ -74,3 +81,37 @@ def test_gpu_snapshot_restores(plane: ModalPlane) -> None:
     assert get(f"{plane.url_of('sample', 'Server', 'serve')}/health?model=g")[0] == 200
     assert [task.restored for task in plane.tasks] == [True]
     assert {event["gpus"] for event in events(plane, "g") if "gpus" in event} == {"GPU 0: H100 (UUID: GPU-0)"}
+
+
+FREEZING = """
+import os, signal, subprocess, sys, time
+from tests.fakes.modal import processes
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+with processes.frozen([child.pid]):
+    print(child.pid, flush=True)
+    time.sleep(float(sys.argv[1]))
+print(open(f"/proc/{child.pid}/stat").read().rpartition(")")[2].split()[0], flush=True)
+child.kill()
+"""
+
+
+def freezing(seconds: float) -> subprocess.Popen[str]:
+    """Start a program that freezes another one for so long."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", FREEZING, str(seconds)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_frozen_process_ends_with_the_plane_that_froze_it() -> None:
+    """It is stopped, and so sees neither a signal nor the end of its parent."""
+    with freezing(600) as program:
+        frozen = psutil.Process(int((program.stdout and program.stdout.readline()) or 0))
+        os.kill(program.pid, signal.SIGKILL)
+    psutil.wait_procs([frozen], 10)
+    assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
+
+
+def test_frozen_process_goes_on_afterwards() -> None:
+    """Nothing kills it then."""
+    output, _ = freezing(0.1).communicate(timeout=60)
+    assert output.split()[1] in {"S", "R"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import signal
 import time
@@ -9,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from .modal import ModalPlane
+from .modal.faults import Fault, Faults
 from .sample import BOOT_S, command, connection, deploy, get, live, pool_of
 
 
@@ -127,3 +130,24 @@ def test_web_endpoint_of_a_stopped_app_answers_404(plane: ModalPlane) -> None:
     url = plane.url_of("sample", "Server", "serve")
     assert command(plane, "app", "stop", "sample", "--yes").returncode == 0
     assert get(f"{url}/health")[0] == 404
+
+
+def test_web_endpoint_with_faults_answers_as_modals_proxy_does_when_it_fails(shared: ModalPlane) -> None:
+    """Each kind comes, the same again from the same seed; without faults the endpoint is as before."""
+    url = f"{shared.url_of('sample', 'Server', 'serve')}/health?model=http"
+    assert get(url)[0] == 200
+    seen: list[list[str]] = []
+    for _ in range(2):
+        shared.web_endpoints.faults["sample"] = faults = Faults(seed=1, share=0.8)
+        try:
+            for _ in range(40):
+                with connection(url) as opened:
+                    opened.request("GET", "/health?model=http")
+                    with contextlib.suppress(http.client.HTTPException, ConnectionError):
+                        opened.getresponse().read()
+        finally:
+            del shared.web_endpoints.faults["sample"]
+        seen.append([fault.name for fault in faults.drawn])
+        assert {*faults.drawn} == {*Fault}
+    assert seen[0] == seen[1]
+    assert get(url)[0] == 200

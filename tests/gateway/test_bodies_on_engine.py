@@ -12,6 +12,7 @@ import pytest
 
 from service.engine import environment
 from service.gateway import request_fields
+from service.in_engine.vllm_service.overrides import with_overrides
 
 CHANGES: dict[str, str | float] = {"model": "qwen3-8b", "temperature": 0.3, "tool_choice": "auto"}
 TOOL = {"name": "f", "parameters": {"type": "object"}}
@@ -88,7 +89,7 @@ def every_body() -> list[tuple[str, bytes]]:
         for given in ('"model":"old","temperature":1.5,', '"mod\\u0065l":"old","temper\\u0061ture":0,', ""):
             body = bytearray(f"{{{given}{json.dumps(fields)[1:]} \r\n".encode())
             changes = {name: CHANGES[name] for name in CHANGES if name != "tool_choice" or "tools" in fields}
-            first, second = request_fields.with_overrides(body, changes)
+            first, second = with_overrides(body, changes)
             found.append((path, bytes(first) + second))
     return found
 

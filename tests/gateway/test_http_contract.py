@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import vllm_service.http_contract as guards_contract
 from starlette.responses import JSONResponse
+from starlette.routing import Router
 from vllm_service.drain import Drain
 from vllm_service.guard import Guard
 
 import service.in_engine.vllm_service.http_contract as gateways_contract
-from service.gateway.catalog import openapi
+from service.gateway import openapi
 from service.gateway.clients import ClientRegistry
 from tests.engine.routes import KNOWN
 from tests.gateway.upstream import serve_gateway, serving
@@ -32,6 +33,9 @@ async def guarded() -> AsyncIterator[str]:
     """Serve a guard in front of an application that answers with the path and the model of each request."""
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await Router()(scope, receive, send)
+            return
         body = b""
         while (message := await receive()).get("more_body"):
             body += message["body"]
@@ -68,7 +72,7 @@ def test_contract_route_added_there_is_served_through_gateway_and_guard(
                 assert answer.status == 413
             async with gateway.http.get(gateway.url + asked, headers=ALICE) as answer:
                 assert (answer.status, answer.headers["Allow"]) == (405, "POST")
-            assert json.loads(openapi())["paths"][path]["post"]["summary"] == "New"
+            assert json.loads(openapi.document())["paths"][path]["post"]["summary"] == "New"
 
     asyncio.run(run())
 
@@ -87,25 +91,3 @@ def test_contract_template_is_not_a_path() -> None:
 def test_contract_segment_is_ascii_letters_digits_dash_and_underscore(path: str) -> None:
     """What a response's id cannot be is no route."""
     assert guards_contract.routes_at(path) == {}
-
-
-def test_contract_error_events_have_the_shape_of_their_protocol() -> None:
-    """OpenAI's ends with [DONE]; Responses and Anthropic name their events; Responses nests one that has a status."""
-    error = guards_contract.error_fields("No.", "server_error", "engine_lost") | {"status": 502}
-
-    chat = guards_contract.error_event("/v1/chat/completions", error)
-    responses = guards_contract.error_event("/v1/responses", error)
-    messages = guards_contract.error_event("/v1/messages", error)
-
-    assert chat == b"data: " + json.dumps({"error": error}).encode() + b"\n\ndata: [DONE]\n\n"
-    assert data_of(responses) == {**error, "type": "error", "error": error}
-    assert data_of(messages) == {"type": "error", "error": error}
-    without = guards_contract.error_fields("No.")
-    assert data_of(guards_contract.error_event("/v1/responses", without)) == {**without, "type": "error"}
-
-
-def data_of(event: bytes) -> dict[str, Any]:
-    """Return the data of one named error event."""
-    name, data = event.removesuffix(b"\n\n").split(b"\n")
-    assert name == b"event: error"
-    return dict(json.loads(data.removeprefix(b"data: ")))

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
-from service.errors import EngineError, MemoryTooSmallError
-from service.gateway.api_errors import APIError
+from service.boots.phases import Phases
+from service.errors import (
+    EngineError,
+    GatedModelError,
+    GpuCountError,
+    HubUnreachableError,
+    MemoryTooSmallError,
+    WeightsError,
+)
+from service.gateway import pool
 from service.gateway.local_pool import LocalPool
 from service.gateway.local_scheduler import LocalScheduler
-from service.registry.models import ModelSpec
-from tests.gateway.upstream import eventually
+from service.in_engine.vllm_service.api_error import APIError
+from service.registry.models import ModelSpec, Registry
+from tests.gateway.upstream import eventually, no_descriptors
 
 GB = 10**9
 SPECS = {
@@ -32,9 +43,23 @@ class Engine:
         self.may_start = threading.Event()
         self.may_start.set()
         self.running = False
+        self.max_model_len: int | None = None
         self.stop_s = 0.0
         self.stops: list[float | None] = []
         self.digests: Mapping[str, str] = {}
+        self.phases = Phases()
+        self.adapters = {adapter.name for adapter in spec.adapters}
+        self.refuses: str | None = None  # the adapter of this name
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Load one, unless it is the one that the test has it refuse."""
+        if name == self.refuses:
+            raise EngineError(f"The engine refused adapter '{name}' of {directory}.")
+        self.adapters.add(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget one."""
+        self.adapters.discard(name)
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -44,7 +69,7 @@ class Engine:
         self.may_start.wait(5)
         if self.stops:
             raise EngineError("The engine was stopped before it was ready.")
-        self.digests, self.running = digests, True
+        self.digests, self.running, self.max_model_len = digests, True, 1234
 
     def stop(self, grace_s: float | None = None) -> None:
         """End."""
@@ -52,6 +77,12 @@ class Engine:
         self.may_start.set()
         time.sleep(self.stop_s)
         self.running = False
+
+    def kill(self) -> EngineError:
+        """Die, and be reported."""
+        self.running, error = False, EngineError("Its core was killed.")
+        self.died(error)
+        return error
 
 
 class FakeMachine:
@@ -61,7 +92,7 @@ class FakeMachine:
         self.engines: list[Engine] = []
         self.hold = False
         self.taken = 0  # by other programs
-        self.refuses: MemoryTooSmallError | None = None
+        self.refuses: Exception | None = None
         self.scheduler = LocalScheduler(
             self._fetch,
             self._make,
@@ -69,7 +100,14 @@ class FakeMachine:
             needs_memory=lambda spec: int((spec.weights_gb or 0) * GB),
             gpus=gpus,
             idle_s=idle_s,
+            adapters=self._adapters,
         )
+        self.bad: str | None = None  # the adapter whose files are wrong
+
+    def _adapters(self, spec: ModelSpec, _fetch: bool) -> dict[str, Path]:
+        if self.bad in {adapter.name for adapter in spec.adapters}:
+            raise WeightsError(f"Adapter '{self.bad}' is wrong.")
+        return {adapter.name: Path(adapter.name) for adapter in spec.adapters}
 
     def _fetch(self, _: ModelSpec) -> None:
         if self.refuses:
@@ -105,6 +143,30 @@ def test_local_pool_wakes_once_for_all_requests_with_a_key_of_its_own() -> None:
         assert machine.pool("a").state == "ready"
         await machine.scheduler.close(0)
         assert machine.running == []
+
+    asyncio.run(run())
+
+
+def test_local_pool_phases_of_a_wake_count_from_its_begin() -> None:
+    """An engine's boot counts from its own zero, which comes after a fetch of weights or a wait for memory."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.hold = True
+        one = machine.pool("a")
+        waking = asyncio.ensure_future(one.ready())
+        await eventually(lambda: bool(machine.engines))
+        (engine,) = machine.engines
+        zero = one._woken_at + 100
+        engine.phases.begin(zero)
+        engine.phases.add("load", zero + 1, zero + 3)
+        await eventually(lambda: one.engine is engine)
+        ((name, start, end),) = [(span.name, span.start, span.end) for span in one.wake_phases]
+        assert (name, start, end) == ("load", pytest.approx(101, abs=0.01), pytest.approx(103, abs=0.01))
+        engine.may_start.set()
+        await waking
+        assert one.wake_phases == ()
+        await machine.scheduler.close(0)
 
     asyncio.run(run())
 
@@ -202,15 +264,43 @@ def test_scheduler_close_waits_for_an_engine_that_is_stopping() -> None:
     asyncio.run(run())
 
 
-def test_local_pool_marked_unreachable_keeps_an_engine_that_still_listens() -> None:
-    """One broken connection must not end the streams of other clients."""
+def test_local_pool_waits_for_the_report_of_a_death(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine that dies closes its port first: to end it then would hide what it died of."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        await machine.pool("a").ready()
+        machine.pool("a").mark_unreachable()
+        waiting = asyncio.ensure_future(machine.pool("a").ready())
+        await asyncio.sleep(1.5)
+        machine.engines[0].died(EngineError("The kernel killed a process because memory ran out."))
+        await waiting
+        assert (machine.engines[0].stops, len(machine.engines)) == ([], 2)
+        await machine.scheduler.close(0)
+
+    asyncio.run(run())
+    assert "because memory ran out" in caplog.text
+
+
+def test_local_pool_marked_unreachable_keeps_an_engine_that_still_listens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One broken connection must not end the streams of other clients, nor must our own want of descriptors."""
+    monkeypatch.setattr("service.gateway.local_pool._DEATH_REPORT_S", 1.0)
 
     async def run() -> None:
         machine = FakeMachine()
         first = await machine.pool("a").ready()
 
+        broken = 0  # of an engine without descriptors
+
         async def healthy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal broken
             await reader.readuntil(b"\r\n\r\n")
+            broken -= 1
+            if broken >= 0:
+                writer.transport.abort()
+                return
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
             writer.close()
 
@@ -218,13 +308,20 @@ def test_local_pool_marked_unreachable_keeps_an_engine_that_still_listens() -> N
         async with server:
             machine.pool("a").mark_unreachable()
             assert await machine.pool("a").ready() == first
+            machine.pool("a").mark_unreachable()
+            with no_descriptors():
+                assert await machine.pool("a").ready() == first
+            broken = 2
+            machine.pool("a").mark_unreachable()
+            assert await machine.pool("a").ready() == first
             assert len(machine.engines) == 1
         machine.pool("a").mark_unreachable()
         await machine.pool("a").ready()
-        assert len(machine.engines) == 2
+        assert (machine.engines[0].stops, len(machine.engines)) == ([], 2)
         await machine.scheduler.close(0)
 
     asyncio.run(run())
+    assert "another one is started. Its core was killed." in caplog.text
 
 
 def test_local_pool_on_gpus_takes_its_own() -> None:
@@ -261,6 +358,33 @@ def test_local_pool_idle_is_stopped_and_woken_by_the_next_request(caplog: pytest
     asyncio.run(run())
 
 
+def test_engine_of_an_entry_that_a_reload_changed_ends_when_it_is_idle() -> None:
+    """The request that it has is finished, the next one wakes an engine of the new entry, and both end at the close."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.scheduler.begin()
+        old, changed = machine.pool("a"), SPECS["a"].model_copy(update={"max_model_len": 64})
+        with old.track_request():
+            await old.ready()
+            await machine.pool("b").ready()
+            machine.scheduler.replace(Registry({**SPECS, "a": changed}))
+            assert machine.pool("b").engine
+            new = machine.scheduler.pool(changed)
+            assert (new is old, new.spec) == (False, changed)
+            assert await asyncio.wait_for(asyncio.shield(old.ready()), 5)
+        await new.ready()
+        await eventually(lambda: not (old.engine or machine.scheduler.stopping))
+        assert [engine.spec for engine in machine.engines if engine.running] in ([SPECS["b"], changed], [changed])
+        with old.track_request():  # one that had chosen it before the reload
+            await old.ready()
+        assert machine.scheduler.pool(changed) is new
+        await machine.scheduler.close(0)
+        assert machine.running == []
+
+    asyncio.run(run())
+
+
 def test_local_pool_whose_engine_dies_starts_another_with_the_next_request(caplog: pytest.LogCaptureFixture) -> None:
     """The reason of the death is logged; a late report of it does not end the next engine."""
 
@@ -281,16 +405,80 @@ def test_local_pool_whose_engine_dies_starts_another_with_the_next_request(caplo
     asyncio.run(run())
 
 
-def test_local_pool_that_cannot_start_answers_with_the_reason() -> None:
-    """The client gets the reason why this machine refuses the model."""
+@pytest.mark.parametrize(
+    ("refusal", "headers"),
+    [
+        (GatedModelError("It is gated."), {"x-should-retry": "false"}),
+        (EngineError("Exit code 1."), {"x-should-retry": "false"}),
+        (OSError("Too many open files."), {"x-should-retry": "false"}),
+        (HubUnreachableError("The hub is not in reach."), {"Retry-After": "5"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_local_pool_that_cannot_start_answers_with_the_reason(refusal: Exception, headers: dict[str, str]) -> None:
+    """The client gets the reason, and is told to come back only where that may help."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.refuses = refusal
+        for _ in range(2):  # the second time from memory
+            with pytest.raises(APIError, match=str(refusal)) as caught:
+                await machine.pool("a").ready()
+            assert (caught.value.status, caught.value.code) == (503, "model_failed")
+            assert caught.value.headers == headers
+        assert machine.pool("a").state == "cold"
+        await machine.scheduler.close(0)
+
+    asyncio.run(run())
+
+
+def test_local_pool_of_a_model_that_turns_out_too_large_is_refused_for_good() -> None:
+    """What a download tells, such as the size of the weights, makes the answer a 400 that no client repeats."""
 
     async def run() -> None:
         machine = FakeMachine()
         machine.refuses = MemoryTooSmallError("The weights of 'a' are 500 GB.")
         with pytest.raises(APIError, match="500 GB") as caught:
             await machine.pool("a").ready()
-        assert caught.value.status == 503
-        assert machine.pool("a").state == "cold"
+        assert (caught.value.status, caught.value.code) == (400, "model_too_large")
+        await machine.scheduler.close(0)
+
+    asyncio.run(run())
+
+
+def test_local_pool_of_a_model_that_does_not_fit_is_refused_before_a_wake() -> None:
+    """Nothing is fetched or started for it; a pool that is ready is not asked."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        await machine.pool("a").ready()
+
+        def refuse(spec: ModelSpec) -> None:
+            raise GpuCountError(f"'{spec.key}' is to run on n_gpu=2 GPUs and 1 are visible here.")
+
+        machine.scheduler.check = refuse
+        machine.pool("a").check("a")
+        with pytest.raises(APIError, match="n_gpu=2 GPUs") as caught:
+            machine.pool("b").check("b")
+        assert (caught.value.status, caught.value.code, caught.value.param) == (400, "model_too_large", "model")
+        assert machine.running == ["a"]
+        await machine.scheduler.close(0)
+
+    asyncio.run(run())
+
+
+def test_local_pool_knows_the_context_of_its_engine_once_it_has_run() -> None:
+    """Before that it is what this machine would give; afterwards what the last engine had."""
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.scheduler.max_model_len = lambda _: 8192
+        pool = machine.pool("a")
+        assert pool.max_model_len == 8192
+        await pool.ready()
+        assert pool.max_model_len == 1234
+        await pool.stop(0)
+        assert pool.max_model_len == 1234
         await machine.scheduler.close(0)
 
     asyncio.run(run())
@@ -306,8 +494,9 @@ def test_local_pool_closed_while_it_starts_ends_its_engine_and_answers_waiting_r
         await eventually(lambda: bool(machine.engines))
         await asyncio.sleep(0.05)
         await machine.scheduler.close(None)
-        with pytest.raises(APIError, match="shutting down"):
+        with pytest.raises(APIError, match="shutting down") as caught:
             await waiting
+        assert (caught.value.status, caught.value.code) == (503, "shutting_down")
         assert machine.engines[0].stops
         assert machine.running == []
 
@@ -351,5 +540,35 @@ def test_local_pool_waiting_for_memory_starts_once_another_program_frees_it(monk
                 await waiting
             assert machine.running == ["a", "b"]
         await machine.scheduler.close(0)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("message", "lasts"),
+    [
+        ("The engine exited with code 2. Cause: 'error: unrecognized arguments: --x'.", True),
+        ("The engine exited with code 1. Cause: 'ValueError: X is not supported for now'.", True),
+        ("The engine exited with code 1. Cause: 'OutOfMemoryError: CUDA out of memory'.", False),
+        ("The engine was killed by SIGKILL.", False),
+    ],
+)
+def test_local_pool_does_not_try_again_for_an_hour_what_cannot_start(
+    message: str, lasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong flag stays wrong; memory may be free later, since other engines and programs take it too."""
+    monkeypatch.setattr(pool, "FAILED_FOR_S", 0.0)
+
+    async def run() -> None:
+        machine = FakeMachine()
+        machine.refuses = EngineError(message)
+        for _ in range(2):
+            with pytest.raises(APIError, match=re.escape(message)) as told:
+                await machine.pool("a").ready()
+            assert (
+                "none is tried for an hour; correct its entry, or restart the service" in told.value.message
+            ) is lasts
+            machine.refuses = EngineError(f"{message} Again.")
+        assert ("Again" in told.value.message) is not lasts
 
     asyncio.run(run())

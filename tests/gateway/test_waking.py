@@ -9,10 +9,18 @@ import re
 import openai
 import pytest
 
-from tests.gateway.upstream import Engine, RunningGateway, answers, eventually, serve_gateway, streams
+from tests.gateway.upstream import (
+    ASK,
+    STREAMED,
+    Engine,
+    RunningGateway,
+    answers,
+    eventually,
+    refuses,
+    serve_gateway,
+    streams,
+)
 
-ASK = {"model": "tiny", "messages": []}
-STREAMED = ASK | {"stream": True}
 EVENT = b"data: {}\n\n"
 
 
@@ -53,15 +61,11 @@ def test_waking_stream_gets_comments_until_the_pool_is_ready() -> None:
             async with gateway.post(STREAMED) as answer:
                 assert answer.content_type == "text/event-stream"
                 first = await answer.content.readuntil(b"\n\n")
-                assert re.fullmatch(rb": waking tiny on H100, \d+ s\n\n", first)
+                assert re.fullmatch(rb": waking tiny on H100, \d+ s, position 1 of 1\n\n", first)
                 pool.may_wake.set()
                 rest = await answer.content.read()
-            assert rest.endswith(EVENT)
-            assert all(
-                line.startswith((b": waking", b": waiting for"))
-                for line in rest.removesuffix(EVENT).split(b"\n\n")
-                if line
-            )
+            comments = rb"(: (waking tiny on H100, \d+ s, position 1 of 1|waiting for tiny on H100, \d+ s)\n\n)*"
+            assert re.fullmatch(comments + re.escape(EVENT) + comments, rest)
 
     asyncio.run(run())
 
@@ -142,16 +146,10 @@ def test_waking_that_fails_answers_all_waiting_requests_with_the_reason(body: ob
 
 def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
     """The headers were sent with 200 before; the event has the engine's status."""
-
-    async def refuses(request: object, writer: asyncio.StreamWriter) -> None:
-        del request
-        body = b'{"error":{"message":"too long","type":"BadRequestError","param":"messages","code":400}}'
-        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
-        writer.write(b"content-length: %d\r\n\r\n" % len(body) + body)
-        await writer.drain()
+    behaviour = refuses(400, {"message": "too long", "type": "BadRequestError", "param": "messages"})
 
     async def run() -> None:
-        async with Engine(refuses).serving() as engine, serve_gateway(comment_interval_s=0.05) as gateway:
+        async with Engine(behaviour).serving() as engine, serve_gateway(comment_interval_s=0.05) as gateway:
             pool = _pool(gateway, engine)
             async with gateway.post(STREAMED) as answer:  # the headers are here, the engine is not
                 pool.may_wake.set()
@@ -164,6 +162,32 @@ def test_waking_error_of_the_engine_keeps_its_status_inside_a_stream() -> None:
                 ready.post(STREAMED) as answer,
             ):  # not held: the status itself
                 assert answer.status == 400
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_waking_stream_whose_prompt_is_too_long_gets_the_error_of_a_ready_pool_as_an_event(path: str) -> None:
+    """Only the engine counts tokens. The event has what the answer would have had, by which agents decide."""
+    sentence = "This model's maximum context length is 9 tokens. However, your prompt contains 99 input tokens."
+    behaviour = refuses(400, {"message": sentence, "type": "BadRequestError"})
+
+    async def run() -> None:
+        async with Engine(behaviour).serving() as engine, serve_gateway(comment_interval_s=0.05) as gateway:
+            pool = _pool(gateway, engine)
+            async with gateway.post(STREAMED, path) as answer:
+                pool.may_wake.set()
+                text = (await answer.read()).decode()
+            async with gateway.post(ASK, path) as answer:
+                whole = await answer.json()
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith('data: {"') and "error" in line]
+        if path == "/v1/messages":
+            assert events[-1]["error"] == whole["error"]
+            assert whole["error"]["message"] == f"prompt is too long: 99 tokens > 9 maximum. {sentence}"
+        else:
+            assert events[0]["error"] == whole["error"] | {"status": 400}
+            assert whole["error"]["code"] == "context_length_exceeded"
+        assert path != "/v1/responses" or events[1]["response"]["error"]["code"] == "context_length_exceeded"
 
     asyncio.run(run())
 

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import hashlib
+import json
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import aiohttp
-import uvicorn
 
-from service.gateway.app import Gateway, create_app
+from service.errors import GpuMemoryError
+from service.gateway.app import Extension, Gateway, create_app
 from service.gateway.clients import ClientRegistry
+from service.gateway.held import HeldRequests
+from service.gateway.http_server.exchange import App
+from service.gateway.http_server.limits import Limits
+from service.gateway.http_server.server import HttpServer
+from service.gateway.live_config import LiveConfig
 from service.gateway.metrics import Metrics
-from service.gateway.pool import Endpoint, OnWake, Pool, WakeError, ignore_wake
+from service.gateway.origins import OriginPolicy
+from service.gateway.pool import Endpoint, OnWake, Pool, WakeError, ignore_wake, unfit
 from service.gateway.router import ModelRouter
+from service.gateway.spans import Tracing
+from service.in_engine.vllm_service.api_error import APIError
 from service.registry.models import ModelSpec, Registry
+from service.usage.ledger import Ledger
 
 SPECS = {
-    "tiny": ModelSpec(key="tiny", path="assets/tiny", aliases=("small",), gpu="L4"),
+    "tiny": ModelSpec(key="tiny", path="assets/tiny", aliases=("small",), gpu="L4", task="generate"),
     "other": ModelSpec(key="other", hub_id="Org/Other-1B", gpu="H100"),
 }
+ASK = {"model": "tiny", "messages": []}
+STREAMED = ASK | {"stream": True}
+KEYS = {hashlib.sha256(key.encode()).hexdigest(): name for key, name in (("a-key", "alice"), ("b-key", "bob"))}
+ALICE, BOB = {"Authorization": "Bearer a-key"}, {"x-api-key": "b-key"}
+ALIASES = {"gpt-4o": "other", "claude-*": "other-h200", "claude-haiku-*": "tiny"}
 STREAM = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n"
     b"x-engine-pid: 7\r\n\r\n"
@@ -133,6 +150,20 @@ async def answers(request: Request, writer: asyncio.StreamWriter) -> None:
     await writer.drain()
 
 
+def refuses(status: int, error: Mapping[str, object], **headers: str) -> Behaviour:
+    """Return what answers with an error in vLLM's shape."""
+
+    async def behave(request: Request, writer: asyncio.StreamWriter) -> None:
+        del request
+        body = json.dumps({"error": {"type": "X", "param": None, "code": status, **error}}).encode()
+        lines = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + body)
+        await writer.drain()
+
+    return behave
+
+
 def streams(*chunks: bytes, pause_s: float = 0.0, ends: bool = True) -> Behaviour:
     """Return what streams these chunks, and goes on in silence unless it `ends`."""
 
@@ -161,8 +192,19 @@ class TestPool(Pool):
         self.wakes = 0
         self.may_wake = asyncio.Event()
         self.fails: str | None = None
+        self.unfit: str | None = None
+        self.full = False
         self.url = ""
         self._endpoint: Endpoint | None = None
+
+    def why_unfit(self, name: str) -> APIError | None:
+        """Return the error for the reason that the test gives."""
+        return unfit(GpuMemoryError(f"{name}: {self.unfit}")) if self.unfit else None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the test says so."""
+        return self.full
 
     def endpoint(self) -> Endpoint | None:
         """Return the endpoint once it is awake."""
@@ -178,6 +220,10 @@ class TestPool(Pool):
         return self._endpoint
 
     def mark_unreachable(self) -> None:
+        """Sleep again."""
+        self._endpoint = None
+
+    async def stop(self) -> None:
         """Sleep again."""
         self._endpoint = None
 
@@ -201,12 +247,24 @@ class RunningGateway:
 
 @asynccontextmanager
 async def serve_gateway(
-    clients: ClientRegistry | None = None, *, hold_s: float = 60.0, comment_interval_s: float = 60.0, url: str = ""
+    clients: ClientRegistry | None = None,
+    *,
+    origins: OriginPolicy | None = None,
+    hold_s: float = 60.0,
+    comment_interval_s: float = 60.0,
+    url: str = "",
+    limits: Limits | None = None,
+    registry: Registry | None = None,
+    live: Callable[[ModelRouter, ClientRegistry], LiveConfig] | None = None,
+    ledger: Ledger | None = None,
+    held: HeldRequests | None = None,
+    tracing: Tracing | None = None,
+    extension: Extension | None = None,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway on loopback; its pools wake at `url` at once where one is given, and no wait sends comments."""
     pools: dict[str, TestPool] = {}
     lines: list[str] = []
-    metrics = Metrics(lines.append)
+    metrics = Metrics(lines.append, ledger)
 
     def pool(spec: ModelSpec, gpu: object) -> TestPool:
         key = spec.key if gpu is None else f"{spec.key} {gpu.name}"  # type: ignore[attr-defined]
@@ -217,37 +275,50 @@ async def serve_gateway(
                 pools[key].may_wake.set()
         return pools[key]
 
-    router = ModelRouter(Registry(SPECS), "tiny", pool)
+    router = ModelRouter(registry or Registry(SPECS, ALIASES), "tiny", pool)
+    clients = clients or ClientRegistry({})
     app = create_app(
-        router, clients or ClientRegistry({}), metrics, hold_s=hold_s, comment_interval_s=comment_interval_s
+        router,
+        clients,
+        metrics,
+        hold_s=hold_s,
+        comment_interval_s=comment_interval_s,
+        origins=origins,
+        config=live(router, clients) if live else None,
+        held=held,
+        tracing=tracing,
+        extension=extension,
     )
     async with (
-        serving(app, lifespan="on") as url_of_gateway,
+        serving(app, limits) as url_of_gateway,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
     ):
         yield RunningGateway(url_of_gateway, pools, http, app, lines)
 
 
 @asynccontextmanager
-async def serving(app: object, lifespan: Literal["on", "off"] = "off") -> AsyncIterator[str]:
+async def serving(app: App, limits: Limits | None = None) -> AsyncIterator[str]:
     """Serve an ASGI application on loopback, and return its URL."""
-    config = uvicorn.Config(app, port=0, lifespan=lifespan, log_config=None, access_log=False, backlog=2048)  # type: ignore[arg-type]
-    server = _Server(config)
-    running = asyncio.create_task(server.serve())
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HttpServer(app, limits)
+    await server.start([listener])
     try:
-        while not server.started:
-            assert not running.done()
-            await asyncio.sleep(0.005)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
-        await running
+        await server.stop(5)
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open nothing more within the context."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
         yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def eventually(true: Callable[[], bool], timeout_s: float = 5.0) -> None:

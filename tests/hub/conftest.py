@@ -58,7 +58,7 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:  # noqa:
     assert running.unknown == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def downloads() -> Iterator[Downloads]:
     """Provide processes that have imported the client already."""
     with Downloads() as server:

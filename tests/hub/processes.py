@@ -28,9 +28,12 @@ class Downloads:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End the processes that multiprocessing keeps: other tests count the children of theirs."""
         from multiprocessing.forkserver import _forkserver
+        from multiprocessing.resource_tracker import _resource_tracker
 
         _forkserver._stop()  # type: ignore[attr-defined]
+        _resource_tracker._stop()  # type: ignore[attr-defined]
 
     def start(self, repository: RepositorySpec) -> ForkServerProcess:
         """Start one with the cache and the hub of this process."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service.errors import DiskSpaceError, GatedModelError, ServiceError, WeightsError
+from service.errors import DiskSpaceError, GatedModelError, HubUnreachableError, ServiceError, WeightsError
 from service.weights import download, download_process, huggingface_errors, store
 from service.weights.files import RepositorySpec
 from tests.fakes.hub import Fault, Hub
@@ -121,7 +121,7 @@ def test_unreachable_hub_without_complete_weights_is_named_soon(hub: Hub, slept:
     hub_refusals_url = "http://127.0.0.1:9"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub_refusals_url)
-        assert f"cannot be fetched from {hub_refusals_url}: it is not in reach" in refused(WeightsError)
+        assert f"cannot be fetched from {hub_refusals_url}, which is not in reach: " in refused(HubUnreachableError)
     assert slept == []
 
 
@@ -184,7 +184,9 @@ def test_rate_limit_of_an_hour_is_not_waited_out(hub: Hub, slept: list[float]) -
     """A boot that waits for an hour is worse than one that fails."""
     hub.faults.append(Fault("HEAD .*/resolve/", -1, 429, {"Retry-After": "3600"}))
 
-    assert "answers no more requests from here for 3600 s (429, its rate limit). Set HF_TOKEN" in refused(WeightsError)
+    assert "answers no more requests from here for 3600 s (429, its rate limit). Set HF_TOKEN" in refused(
+        HubUnreachableError
+    )
     assert sum(slept) < 10
 
 
@@ -200,7 +202,7 @@ def test_burst_of_server_errors_is_waited_out(hub: Hub, where: str) -> None:
 def test_server_errors_without_end_are_refused(hub: Hub, where: str, slept: list[float]) -> None:  # noqa: F811
     """With the hub's address and its answer, after a bounded number of attempts."""
     hub.faults.append(Fault(where, -1, 502))
-    sentence = refused(WeightsError)
+    sentence = refused(HubUnreachableError)
 
     assert f"cannot be fetched from {hub.url}" in sentence
     assert "502" in sentence

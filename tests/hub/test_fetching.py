@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from service.errors import WeightsError
 from service.registry.models import Adapter, ModelSpec, Speculative
 from service.weights import download, download_process, manifest, store
 from service.weights import hub as hub_module
 from service.weights.progress import Progress
 from tests.fakes.hub import Hub, Repository
+from tests.fakes.lora import lay_adapter
 
 from .conftest import COMMIT, READ, SHARDS, SPEC, contents
 from .processes import python
@@ -81,24 +83,63 @@ def test_fetch_of_a_model_that_runs_its_own_code_brings_the_code(hub: Hub, here:
     assert len(hub.downloads(next(iter(SHARDS)))) == 1
 
 
-def test_fetch_of_a_model_without_safetensors_brings_the_pickles(hub: Hub, here: None) -> None:
-    """The repository has no other weights."""
-    hub.repositories["org/old"] = Repository(COMMIT, {"config.json": b"{}", "pytorch_model.bin": b"1", "x.onnx": b"2"})
-    found = store.fetch(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+@pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
+def test_fetch_of_a_repository_of_pickles_alone_is_refused(hub: Hub, here: None, config: str) -> None:
+    """Nothing of it is fetched, be it a model, a draft or an adapter."""
+    pickle = "adapter_model.bin" if config.startswith("adapter") else "pytorch_model.bin"
+    hub.repositories["org/old"] = Repository(COMMIT, {config: b"{}", pickle: b"1"})
+    draft = Speculative(method="draft_model", num_speculative_tokens=3, hub_id="org/old", revision=COMMIT)
+    adapter = Adapter(name="old", hub_id="org/old", revision=COMMIT)
+    for spec in (
+        ModelSpec(key="old", hub_id="org/old", revision=COMMIT),
+        SPEC.model_copy(update={"speculative": draft}),
+        SPEC.model_copy(update={"adapters": (adapter,)}),
+    ):
+        with pytest.raises(WeightsError, match=f"org/old at revision {COMMIT} has weights that are not in the safe"):
+            store.fetch(spec)
+    assert not [line for line in hub.requests if "/org/old/resolve/" in line]
 
-    assert contents(found.model) == {"config.json": b"{}", "pytorch_model.bin": b"1"}
-    assert store.find(ModelSpec(key="old", hub_id="org/old", revision=COMMIT))
+
+def test_pickles_in_the_cache_of_another_program_and_in_a_directory_are_refused(
+    hub: Hub, here: None, cache: Path, tmp_path: Path
+) -> None:
+    """The engine would read them where there are no safetensors."""
+    from huggingface_hub import snapshot_download
+
+    hub.repositories["org/lora"] = Repository(COMMIT, {"adapter_config.json": b"{}", "adapter_model.bin": b"1"})
+    snapshot_download("org/lora", revision=COMMIT, endpoint=hub.url, cache_dir=cache)
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    store.fetch(SPEC)
+
+    adapter = Adapter(name="old", hub_id="org/lora", revision=COMMIT)
+    assert store.find(SPEC.model_copy(update={"adapters": (adapter,)})) is None
+    for spec in (
+        ModelSpec(key="own", path=str(tmp_path)),
+        SPEC.model_copy(update={"adapters": (Adapter(name="own", path=str(tmp_path)),)}),
+    ):
+        with pytest.raises(WeightsError, match="not in the safetensors format"):
+            store.find(spec)
+
+
+def test_fetch_of_an_adapter_that_is_none_is_refused(hub: Hub, here: None) -> None:
+    """A whole model, say: nothing of it is fetched."""
+    adapter = Adapter(name="one", hub_id="org/mine", revision=COMMIT)
+    with pytest.raises(WeightsError, match=r"is no LoRA adapter: it has no adapter_config\.json and no adapter_model"):
+        store.ensure_adapters(SPEC.model_copy(update={"adapters": (adapter,)}))
+    assert not [line for line in hub.requests if "/org/mine/resolve/" in line]
 
 
 def test_fetch_brings_draft_and_adapters_too(hub: Hub, here: None, tmp_path: Path) -> None:
     """The entry is complete only with all of them."""
     hub.repositories["org/draft"] = Repository(COMMIT, {"config.json": b"{}", "model.safetensors": b"guess"})
-    lora = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora", "optimizer.pt": b"x"}
+    own = lay_adapter(tmp_path / "own")
+    lora = {file.name: file.read_bytes() for file in own.iterdir()} | {"optimizer.pt": b"x", "tokenizer.json": b"{}"}
     hub.repositories["org/lora"] = Repository(COMMIT, lora)
     draft = Speculative(method="eagle3", num_speculative_tokens=3, hub_id="org/draft", revision=COMMIT)
     adapters = (
         Adapter(name="sql", hub_id="org/lora", revision=COMMIT),
-        Adapter(name="own", path=str(tmp_path)),
+        Adapter(name="own", path=str(own)),
     )
     spec = SPEC.model_copy(update={"speculative": draft, "adapters": adapters})
     store.fetch(SPEC)
@@ -108,7 +149,7 @@ def test_fetch_brings_draft_and_adapters_too(hub: Hub, here: None, tmp_path: Pat
     assert found.draft is not None
     assert contents(found.draft) == {"config.json": b"{}", "model.safetensors": b"guess"}
     assert set(contents(found.adapters["sql"])) == {"adapter_config.json", "adapter_model.safetensors"}
-    assert found.adapters["own"] == tmp_path
+    assert found.adapters["own"] == own
     assert store.find(spec) == store.Weights(found.model, found.draft, found.adapters)
     assert store.verify(spec) == []
 

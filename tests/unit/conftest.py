@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from service import memory
 from service.engine.args import IN_ENGINE, EngineCommand
 from service.registry.models import Registry
 from service.replica.plan import Plan
@@ -27,6 +28,7 @@ FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Remove this service's variables of the developer's shell; caches and logs go to a directory of the test."""
+    memory._reading.cache_clear()  # another test's machine
     for name in os.environ:
         if name.startswith(_OURS):
             monkeypatch.delenv(name)
@@ -57,7 +59,7 @@ def fake_command(port: int) -> Callable[..., EngineCommand]:
     """Return a function from the fake engine's script to the command that starts it."""
 
     def command(**script: Any) -> EngineCommand:
-        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "FAKE_ENGINE": json.dumps(script)}
+        env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "VLLM_CPU_FAKE_ENGINE": json.dumps(script)}
         return EngineCommand(("--host", "127.0.0.1", "--port", str(port)), env, "127.0.0.1", port)
 
     return command

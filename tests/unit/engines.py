@@ -20,7 +20,7 @@ READY_S = 20.0  # what a busy machine may need; nothing here waits so long
 
 def scripted(plan: Plan, *, script: dict[str, Any] | None = None, **changes: Any) -> Plan:
     """Return the plan with changes; `script` is the fake engine's."""
-    env = {**plan.parent_env, "FAKE_ENGINE": json.dumps(script or {})}
+    env = {**plan.parent_env, "VLLM_CPU_FAKE_ENGINE": json.dumps(script or {})}
     return dataclasses.replace(plan, parent_env=env, **changes)
 
 

@@ -1,7 +1,7 @@
 """A fake engine: speaks the real pipe protocol and answers `/health`, with no vLLM behind it.
 
 Run in the place of `python -m vllm_service.main <arguments of vllm serve>`. What it does wrong is scripted in the
-variable FAKE_ENGINE, a JSON object; a key, a step or a flag that it does not know ends it with code 64.
+variable VLLM_CPU_FAKE_ENGINE, a JSON object; a key, a step or a flag that it does not know ends it with code 64.
 
     output          lines written at the start
     die_at, code    step at which it ends, and how: an exit code, or a negative signal number
@@ -30,7 +30,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from vllm_service import parent_pipe
+from vllm_service import end_signals, parent_pipe
 from vllm_service.events import Event
 
 STEPS = (
@@ -135,7 +135,10 @@ class Fake:
             self.step("awake")
             self.wake(pipe)
         pipe.on_drain = lambda command: self.drain(pipe, command["grace_s"], command["cancel_s"])
-        pipe.emit(Event.OPENING)
+        pipe.on_terminate = end_signals.end
+        argv = sys.argv[1:]
+        length = int(argv[argv.index("--max-model-len") + 1]) if "--max-model-len" in argv else None
+        pipe.emit(Event.OPENING, max_model_len=length)
         self.step("opening")
         if self.script.get("hang_at") != "heartbeat":
             threading.Thread(target=self.beat, args=(pipe,), daemon=True).start()
@@ -202,7 +205,7 @@ def main() -> None:
     flags = {argument for argument in arguments if argument.startswith("--")}
     if program != ["-m", "vllm_service.main"] or not {"--host", "--port"} <= flags <= FLAGS:
         refuse(f"the arguments {sys.argv[1:]}")
-    script = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+    script = json.loads(os.environ.get("VLLM_CPU_FAKE_ENGINE", "{}"))
     if unknown := set(script) - KEYS:
         refuse(f"the key {sorted(unknown)[0]}")
     for key in ("die_at", "hang_at"):
@@ -214,6 +217,7 @@ def main() -> None:
             refuse(f"the hold {known}")
     if script.get("only", hold) != hold:
         script = {key: value for key, value in script.items() if key not in {"die_at", "hang_at"}}
+    end_signals.block()
     pipe = parent_pipe.current()
     if pipe is None:
         refuse("a start without pipes")

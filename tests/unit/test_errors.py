@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from service.errors import DiskSpaceError, ServiceError, UsageError
+from service.errors import DiskSpaceError, ServiceError, UsageError, edit_distance
 
 
 @pytest.mark.parametrize(("hint", "expected"), [("", "It broke."), ("Mend it.", "It broke. Mend it.")])
@@ -37,3 +37,21 @@ def test_error_of_an_unknown_class_is_a_plain_one(name: str) -> None:
 
     assert type(error) is ServiceError
     assert not isinstance(error, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "edits"),
+    [
+        ("port", "port", 0),
+        ("", "port", 4),
+        ("prot", "port", 1),
+        ("opr", "port", 2),
+        ("ports", "port", 1),
+        ("fort", "port", 1),
+        ("host", "port", 2),
+        ("name", "model", 4),
+    ],
+)
+def test_edit_distance_counts_a_swap_of_neighbours_as_one(left: str, right: str, edits: int) -> None:
+    """It is the same in both directions."""
+    assert edit_distance(left, right) == edit_distance(right, left) == edits

@@ -28,7 +28,7 @@ class Piped:
         line = [python, "-m", "vllm_service.main", "--host", "127.0.0.1", "--port", str(port)]
         self.process = subprocess.Popen(
             line,
-            env=env | {"FAKE_ENGINE": json.dumps(script)},
+            env=env | {"VLLM_CPU_FAKE_ENGINE": json.dumps(script)},
             pass_fds=(commands, events),
             stdout=subprocess.PIPE,
             start_new_session=True,

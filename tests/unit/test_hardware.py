@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service import hardware
-from service.errors import DiskSpaceError, GpuCountError, MemoryTooSmallError, UnsupportedPlatformError
+from service.errors import DiskSpaceError, GpuCountError, GpuDriverError, UnsupportedPlatformError
 from service.hardware import Hardware, NvidiaGpu
 
 IDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000")
@@ -44,9 +44,21 @@ def gpus(*drivers: str, name: str = "NVIDIA H200") -> list[str]:
     return [f"{name}, 143771, {version}, {IDS[i % 2]}" for i, version in enumerate(drivers)]
 
 
-def machine(*found: NvidiaGpu, memory_bytes: int = 16 * 10**9) -> Hardware:
+def machine(*found: NvidiaGpu) -> Hardware:
     """Return a machine with these GPUs."""
-    return Hardware(found, ("model name : x",), memory_bytes)
+    return Hardware(found, ("model name : x",))
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Give the machine empty directories for device nodes, for the driver's tool and for WSL's libraries."""
+    made = SimpleNamespace(**{name: tmp_path / name for name in ("devices", "tools", "wsl")})
+    for directory in vars(made).values():
+        directory.mkdir()
+    monkeypatch.setattr(hardware, "_DEVICES", made.devices)
+    monkeypatch.setattr(hardware, "_TOOL_DIRECTORIES", (made.tools, made.wsl))
+    monkeypatch.setattr(hardware, "_WSL", made.wsl)
+    return made
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13), (3, 14)])
@@ -90,6 +102,15 @@ def test_python_outside_the_range_is_refused(monkeypatch: pytest.MonkeyPatch, ve
         hardware.check_platform()
 
 
+def test_machine_without_libnuma_is_refused_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU build starts without it, and then fails with an attribute of torch that is not there."""
+    hardware.check_cpu_libraries()
+    monkeypatch.setattr(hardware, "_NUMA", "libnowhere.so.1")
+
+    with pytest.raises(UnsupportedPlatformError, match=r"libnowhere\.so\.1, which this machine lacks.*libnuma1"):
+        hardware.check_cpu_libraries()
+
+
 def test_gpus_without_a_driver_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No nvidia-smi on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -97,9 +118,64 @@ def test_gpus_without_a_driver_are_none(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert hardware.probe().gpus == ()
 
 
-def test_gpus_with_a_broken_driver_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A driver that fails lists nothing that could be used."""
+def test_gpus_with_a_broken_driver_and_no_device_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver is installed on a machine without a GPU."""
     driver(tmp_path, monkeypatch, *gpus("580", "580"), code=9)
+
+    assert hardware.probe().gpus == ()
+
+
+@pytest.mark.parametrize("place", ["tools", "wsl"])
+def test_gpus_are_listed_by_a_tool_that_is_not_on_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, places: SimpleNamespace, place: str
+) -> None:
+    """A service, cron and WSL have a short PATH."""
+    driver(tmp_path, monkeypatch, *gpus("580"))
+    shutil.move(tmp_path / "driver" / "nvidia-smi", getattr(places, place))
+
+    assert len(hardware.probe().gpus) == 1
+
+
+@pytest.mark.parametrize("device", ["nvidia0", "nvidia1", "dxg"])
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [(None, "nvidia-smi is neither on PATH nor in "), (9, "ended with code 9"), (0, "printed no GPU")],
+)
+def test_gpu_without_an_answer_of_its_driver_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    places: SimpleNamespace,
+    *,
+    device: str,
+    code: int | None,
+    found: str,
+) -> None:
+    """The processor would serve a hundred times slower, without a word; the error has the device and what was tried."""
+    (places.devices / device).touch()
+    (places.wsl / "libcuda.so.1").touch()
+    if code is not None:
+        driver(tmp_path, monkeypatch, code=code)
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+
+    with pytest.raises(GpuDriverError, match=f"(?:{device}|libcuda.so.1) shows .*{found}.*CUDA_VISIBLE_DEVICES= make"):
+        hardware.probe()
+
+
+def test_gpu_without_an_answer_is_left_alone_where_the_user_chose_the_processor(
+    monkeypatch: pytest.MonkeyPatch, places: SimpleNamespace
+) -> None:
+    """An empty CUDA_VISIBLE_DEVICES is a wish."""
+    (places.devices / "nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    assert hardware.probe().gpus == ()
+
+
+@pytest.mark.parametrize("device", ["nvidiactl", "nvidia-uvm", "dxg"])
+def test_gpus_where_a_device_is_no_gpu_are_none(places: SimpleNamespace, device: str) -> None:
+    """The driver's other nodes are in containers without a GPU too, and WSL's node stands for Intel's and AMD's too."""
+    (places.devices / device).touch()
 
     assert hardware.probe().gpus == ()
 
@@ -129,7 +205,6 @@ def test_probe_runs_nvidia_smi_once_and_reads_every_field(tmp_path: Path, monkey
     found = hardware.probe()
 
     assert found.gpus == (H200, NvidiaGpu("NVIDIA GB10", None, "580.95.05", "GPU-cccc3333-0000"))
-    assert found.memory_bytes > 0
     assert calls.read_text().splitlines() == [QUERY]
 
 
@@ -206,33 +281,3 @@ def test_room_that_is_too_little_names_both_figures(tmp_path: Path, monkeypatch:
 
     with pytest.raises(DiskSpaceError, match=rf"It needs 5\.0 GB and {tmp_path} has 2\.0 GB free.*or do that\."):
         hardware.check_disk_space(tmp_path / "not" / "yet", 5, "It", "do that")
-
-
-@pytest.mark.parametrize("weights_gb", [None, 0.0, 15.9])
-def test_memory_that_is_enough_or_unknown_is_accepted(weights_gb: float | None) -> None:
-    """An entry without a figure is not checked."""
-    hardware.check_memory(machine(), weights_gb, "mine")
-
-
-def test_memory_that_is_too_little_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 236 GB are downloaded; the memory is what the system says."""
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4 * 10**6, "SC_PAGE_SIZE": 4000}[name])
-    found = hardware.probe()
-
-    with pytest.raises(
-        MemoryTooSmallError, match=r"'mine' are 236 GB .* 16 GB of memory.*SERVICE_MODEL=mine modal deploy"
-    ):
-        hardware.check_memory(found, 236.4, "mine")
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("max", 2048), ("1000", 1000), ("9223372036854771712", 2048)])
-def test_available_memory_is_the_containers_where_that_is_lower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
-) -> None:
-    """`max` and the largest number are no limit."""
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2 kB\n")
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(hardware, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(hardware, "_LIMITS", (tmp_path / "memory.max", tmp_path / "nothing"))
-
-    assert hardware.available_bytes() == expected

@@ -51,6 +51,12 @@ def test_keys_given_as_a_broken_digest_are_refused(written: str) -> None:
             digests(environ)
 
 
+def test_keys_named_as_requests_without_a_key_are_refused() -> None:
+    """Such a key would be taken for a service without keys, where everybody may do everything."""
+    with pytest.raises(UsageError, match=r"API_KEYS: 'anonymous' cannot be the name of a key.*Expected another name"):
+        digests({"API_KEYS": "alice=a,anonymous=t0psecret"})
+
+
 def test_keys_in_both_variables_are_all_accepted() -> None:
     """The one key and the named ones side by side."""
     assert list(digests({"API_KEY": "a", "API_KEYS": "bob=b"}).values()) == ["default", "bob"]

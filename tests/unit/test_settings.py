@@ -21,6 +21,8 @@ VALID: dict[str, dict[str, object]] = {
     "scaledown_window": {"2": 2, "3600": 3600},
     "min_containers": {"0": 0, "1000": 1000},
     "max_containers": {"1": 1, "1000": 1000},
+    "max_gpus": {"1": 1, "1000": 1000},
+    "max_dollars_per_day": {"1": 1, "1000000": 1000000},
     "buffer_containers": {"0": 0, "1000": 1000},
     "max_inputs": {"1": 1, "1000": 1000},
     "target_inputs": {"1": 1, "64": 64},
@@ -30,10 +32,20 @@ VALID: dict[str, dict[str, object]] = {
     "region": {"us": "us", "us-west": "us-west"},
     "direct_auth": {"proxy": "proxy", "keys": "keys"},
     "hold_s": {"0": 0, "3600": 3600},
+    "max_held": {"1": 1, "100000": 100_000},
+    "max_held_per_key": {"1": 1, "100000": 100_000},
+    "max_n": {"1": 1, "200": 200},
+    "keep_alive_s": {"2": 2, "3600": 3600},
     "models_file": {"~/models.toml": "~/models.toml"},
     "hub_secret": {"huggingface": "huggingface"},
     "keys_secret": {"team-keys": "team-keys"},
+    "webhook_secret": {"team-webhook": "team-webhook"},
     "volume_prefix": {"team-a-": "team-a-", "A.b_c-9": "A.b_c-9", "x" * 40: "x" * 40},
+    "cors_origins": {
+        **{text: text for text in ("*", "https://a.example", "http://localhost:3000,https://a.example:8443")},
+        **{text: text for text in ("http://[::1]:3000 , app://obsidian.md", "chrome-extension://abc")},
+    },
+    "allowed_hosts": {text: text for text in ("llm.example", "llm, 10.0.0.7", "::1", "[fd00::7],llm")},
     "port": {"1": 1, "65535": 65535},
 }
 # field -> values that are refused, and words of what is expected instead
@@ -46,6 +58,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "scaledown_window": (("1", "3601", "soon"), "a whole number from 2 to 3600"),
     "min_containers": (("-1", "1001"), "a whole number from 0 to 1000"),
     "max_containers": (("0", "1001"), "a whole number from 1 to 1000"),
+    "max_gpus": (("0", "1001", "1.5"), "a whole number from 1 to 1000"),
+    "max_dollars_per_day": (("0", "1000001", "$20"), "a whole number from 1 to 1000000"),
     "buffer_containers": (("-1", "1001"), "a whole number from 0 to 1000"),
     "max_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
     "target_inputs": (("0", "1001"), "a whole number from 1 to 1000"),
@@ -55,10 +69,29 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "region": (("u",), ""),
     "direct_auth": (("none", "Proxy"), "one of proxy, keys"),
     "hold_s": (("-1", "3601"), "a whole number from 0 to 3600"),
+    "max_held": (("0", "100001", "all"), "a whole number from 1 to 100000"),
+    "max_held_per_key": (("0", "100001"), "a whole number from 1 to 100000"),
+    "max_n": (("0", "201", "1.5"), "a whole number from 1 to 200"),
+    "keep_alive_s": (("1", "3601"), "a whole number from 2 to 3600"),
     "volume_prefix": (("a b", "x" * 41, "a/b"), "1 to 40 letters, digits, dots, dashes and underscores"),
+    "cors_origins": (
+        (
+            "a.example",
+            "https://a.example/",
+            "https://a.example,",
+            "*, https://a.example",
+            "null",
+            "https://*.a.example",
+        ),
+        "a list of origins such as https://app.example.com",
+    ),
+    "allowed_hosts": (
+        ("llm.example:80", "https://llm", "a b", "*"),
+        "a list of host names or addresses without a port",
+    ),
     "port": (("0", "65536", "http"), "a whole number from 1 to 65535"),
 }
-ANY_TEXT = {"model", "models_file", "hub_secret", "keys_secret"}
+ANY_TEXT = {"webhook_secret", "model", "models_file", "hub_secret", "keys_secret"}
 
 
 def load(**fields: str) -> Settings:
@@ -115,7 +148,7 @@ def test_settings_with_a_wrong_value_shows_no_python(field: str) -> None:
     ("name", "nearest"),
     [
         ("SERVICE_GPUS", "SERVICE_GPU"),
-        ("SERVICE_SCALEDOWN", "SERVICE_SCALEDOWN_WINDOW"),
+        ("SERVICE_SCALE_DOWNWINDOW", "SERVICE_SCALEDOWN_WINDOW"),
         ("SERVICE_MODLE", "SERVICE_MODEL"),
         ("SERVICE_port", "SERVICE_PORT"),
     ],
@@ -126,7 +159,7 @@ def test_settings_with_an_unknown_name_offers_the_nearest(name: str, nearest: st
         Settings.load({name: "x"})
 
     assert str(caught.value).startswith(f"{name} is not a setting of this service. Did you mean '{nearest}'?")
-    assert "Known: SERVICE_APP, " in str(caught.value)
+    assert "Known: SERVICE_ALLOWED_HOSTS, SERVICE_APP, " in str(caught.value)
 
 
 def test_settings_with_an_unknown_name_and_no_value_is_refused() -> None:
@@ -147,19 +180,50 @@ def test_settings_that_are_wrong_are_all_in_one_error() -> None:
         assert words in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["SERVICE_FQDN_APP", "SERVICE_NAME", "SERVICE_SERVICE_HOST", "SERVICE_PORT_8000_TCP"])
+def typos(name: str) -> set[str]:
+    """Return every name that one deletion, insertion, substitution or swap of neighbours makes of this one."""
+    ends = [(name[:place], name[place:]) for place in range(len(name) + 1)]
+    made = {a + b[1:] for a, b in ends if b} | {a + b[1] + b[0] + b[2:] for a, b in ends if len(b) > 1}
+    for letter in "AEX_1":
+        made |= {a + letter + b for a, b in ends} | {a + letter + b[1:] for a, b in ends if b}
+    return made
+
+
+@pytest.mark.parametrize("field", sorted(Settings.model_fields))
+def test_settings_with_any_single_typo_of_a_name_are_refused(field: str) -> None:
+    """A deleted, inserted, replaced or swapped character, wherever it is."""
+    known = {f"SERVICE_{other.upper()}" for other in Settings.model_fields}
+    for typo in {f"SERVICE_{name}" for name in typos(field.upper())} - known:
+        with pytest.raises(SettingsError, match=f"{typo} is not a setting"):
+            Settings.load({typo: "1"})
+
+
+PLATFORM_NAMES = [
+    *("SERVICE_FQDN_APP", "SERVICE_FQDN_APP_3000", "SERVICE_URL_APP", "SERVICE_USER_ADMIN", "SERVICE_PASSWORD_DB"),
+    *("SERVICE_PASSWORD_64_APP", "SERVICE_BASE64_KEY", "SERVICE_REALBASE64_APP", "SERVICE_NAME_APP"),  # Coolify
+    *("SERVICE_SERVICE_HOST", "SERVICE_SERVICE_PORT", "SERVICE_SERVICE_PORT_HTTP", "SERVICE_PORT_8000_TCP"),
+    *("SERVICE_PORT_8000_TCP_ADDR", "SERVICE_PORT_8000_TCP_PORT", "SERVICE_PORT_8000_TCP_PROTO"),  # Kubernetes
+    *("SERVICE_NAME", "SERVICE_HOST", "SERVICE_ID", "SERVICE_VERSION", "SERVICE_TAGS", "SERVICE_8000_NAME"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLATFORM_NAMES)
 def test_settings_of_a_platform_are_ignored_with_one_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Coolify and Kubernetes set such variables in every container."""
-    assert Settings.load({name: "x", "SERVICE_URL_APP_3000": "y", "SERVICE_GPU": "L4"}) == load(gpu="L4")
+    """Coolify, Kubernetes, Consul and OpenTelemetry set such variables in every container."""
+    assert Settings.load({name: "x", "SERVICE_URL_WEB_3000": "y", "SERVICE_GPU": "L4"}) == load(gpu="L4")
 
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert {name, "SERVICE_URL_APP_3000"} <= set(record.getMessage().rstrip(".").replace(",", "").split())
+    assert {name, "SERVICE_URL_WEB_3000"} <= set(record.getMessage().rstrip(".").replace(",", "").split())
 
 
-def test_settings_with_the_port_of_kubernetes_says_where_it_comes_from() -> None:
+def test_settings_with_the_port_of_kubernetes_take_the_default_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A Service that is named `service` sets SERVICE_PORT in every pod."""
-    assert "enableServiceLinks: false" in refusal(port="tcp://10.0.0.1:8000")
+    assert load(port="tcp://10.0.0.1:8000", gpu="L4") == load(gpu="L4")
+
+    (record,) = caplog.records
+    assert "SERVICE_PORT=tcp://10.0.0.1:8000 counts as unset" in record.getMessage()
+    assert "enableServiceLinks: false" in record.getMessage()
 
 
 def test_settings_of_others_are_ignored() -> None:

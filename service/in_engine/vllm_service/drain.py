@@ -7,23 +7,14 @@ and breaks streams off without an event; here every client learns what happened 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from vllm_service import http_contract
-from vllm_service.http_contract import Protocol
-
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
+from vllm_service.answer import Answer
+from vllm_service.api_error import APIError
 
 RETRY_AFTER_S = 5  # by then another replica takes requests, or queues them
 TEXT = "This replica is shutting down. Send the request again: another one takes it."
-# The fields of a stream's last event.
-_STREAM_ERRORS: dict[Protocol, dict[str, object]] = {
-    Protocol.OPENAI: http_contract.error_fields(TEXT, "service_unavailable", 503),
-    Protocol.RESPONSES: {"code": "service_unavailable", "message": TEXT, "param": None},
-    Protocol.ANTHROPIC: {"type": "overloaded_error", "message": TEXT},
-}
 
 
 class Drain:
@@ -35,19 +26,24 @@ class Drain:
         self._none_left = asyncio.Event()
         self._cancelled: set[asyncio.Task[Any]] = set()
 
-    async def run(self, path: str, send: Send, app: Callable[[Send], Awaitable[None]]) -> None:
-        """Run a request as one in flight. One that outlasts the grace period ends with an error of its protocol."""
+    async def run(self, answer: Answer, app: Callable[[], Awaitable[None]]) -> None:
+        """Run a request as one in flight. One that outlasts the grace period ends with an error of its protocol.
+
+        Raises:
+            APIError: 503: the drain has begun.
+        """
+        if self.begun:
+            raise shutting_down()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
-        answer = _Answer(path, send)
         self._tasks.add(task)
         try:
-            await app(answer.send)
+            await app()
         except asyncio.CancelledError:
             if task not in self._cancelled:
                 raise
             task.uncancel()
-            await answer.end()
+            await answer.fail(shutting_down())  # what broke off in the middle gets no end: the server closes it
         finally:
             self._tasks.discard(task)
             self._cancelled.discard(task)
@@ -79,48 +75,9 @@ class Drain:
                 return
 
 
-class _Answer:
-    """Tracks how much of a response was sent, and so how it can still end with an error."""
-
-    def __init__(self, path: str, send: Send) -> None:
-        self._path, self._send = path, send
-        self._started = self._is_stream = self._finished = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._started = True
-            self._is_stream = (
-                dict(message["headers"]).get(b"content-type", b"").startswith(http_contract.EVENT_STREAM.encode())
-            )
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._finished = True
-        await self._send(message)
-
-    async def end(self) -> None:
-        if self._finished:
-            return
-        if not self._started:
-            await send_shutdown_error(self._path, self._send)
-        elif self._is_stream:  # vLLM sends whole events, so this one does not interrupt another
-            await self._send({"type": "http.response.body", "body": stream_error_event(self._path)})
-        # anything else broke off in the middle: no end is sent, and the server closes the connection
-
-
-def stream_error_event(path: str) -> bytes:
-    """Return the error event that ends a stream of `path`."""
-    return http_contract.error_event(path, _STREAM_ERRORS[http_contract.protocol_of(path)])
-
-
-async def send_shutdown_error(path: str, send: Send) -> None:
-    """Answer 503 `shutting_down` with the time after which to retry."""
-    body = http_contract.error_body(path, http_contract.error_fields(TEXT, "service_unavailable", "shutting_down"))
-    headers = [
-        (b"content-type", http_contract.JSON.encode()),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", str(RETRY_AFTER_S).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def shutting_down() -> APIError:
+    """Return the error of a request that this replica no longer answers."""
+    return APIError(503, TEXT, code="shutting_down", retry_after_s=RETRY_AFTER_S)
 
 
 _current: Drain | None = None

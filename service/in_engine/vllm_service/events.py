@@ -40,6 +40,8 @@ class Event(StrEnum):
     OPENING = "opening"  # vLLM opens its port now
     READY = "ready", "", "ready", "canary woken released"  # by the parent: the port has answered
     HEARTBEAT = "heartbeat"
+    USAGE = "usage"  # what an aborted request used, of which no answer can tell the gateway
+    ADAPTER = "adapter"  # the outcome of a command `load_adapter` or `unload_adapter`
     DRAINING = "draining", "Stopping: streams in flight may finish (Ctrl-C again ends them)"  # by the parent
     DRAINED = "drained"
 
@@ -53,4 +55,4 @@ class Event(StrEnum):
     @property
     def is_boot_event(self) -> bool:
         """Whether it belongs to the boot, and not to serving or to the shutdown."""
-        return self not in {Event.HEARTBEAT, Event.DRAINING, Event.DRAINED}
+        return self not in {Event.HEARTBEAT, Event.USAGE, Event.ADAPTER, Event.DRAINING, Event.DRAINED}

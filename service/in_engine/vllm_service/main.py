@@ -12,7 +12,16 @@ import importlib
 import os
 import sys
 
-from vllm_service import first_error, fork_start, parent_pipe
+from vllm_service import (
+    bad_requests,
+    end_signals,
+    first_error,
+    fork_start,
+    gpu_flags,
+    memory_ceiling,
+    parent_pipe,
+    request_heads,
+)
 from vllm_service.events import Event
 
 HOLD_VARIABLE = "ENGINE_HOLD"  # "", "imported" or "asleep"
@@ -51,10 +60,12 @@ CPU_WORKER = (  # what the forked engine core would import by itself; on a GPU n
 
 def main() -> None:
     """Import, hold, serve."""
+    end_signals.block()  # before any thread starts
     pipe = parent_pipe.current()
     if pipe is None:
         sys.exit("vllm_service.main is started by the service, with its pipes; to run vLLM alone use `vllm serve`.")
     pipe.emit(Event.STARTED, pid=os.getpid())
+    memory_ceiling.prefer_as_victim()
     gc.disable()  # what imports create stays: scanning it again and again takes a tenth of their time
     first_error.enable()
     _import(NEUTRAL)
@@ -87,11 +98,18 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     fork_start.enable_fork()
+    bad_requests.enable()
+    request_heads.enable()
+    memory_ceiling.close_at_bodies_that_do_not_fit()
     cli_env_setup()
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
+    if found := current_platform.get_device_capability():  # makes no CUDA context
+        argv = gpu_flags.supported(argv, os.environ.get(gpu_flags.VARIABLE, ""), (found.major, found.minor))
+    # What an entry's extra_args may not say is told by whole names.
+    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", allow_abbrev=False)).parse_args(argv)
     validate_parsed_serve_args(args)
     if pipe := parent_pipe.current():
         pipe.emit(Event.BUILDING)

@@ -1,8 +1,12 @@
 """The engine's side of the two pipes to its parent: events out, commands in.
 
 Commands are JSON lines:
-- `release` ends the hold and carries what must be in no command line, environment or snapshot: the digests of the keys.
+- `release` ends the hold and carries what must be in no command line, environment or snapshot: the digests of the keys,
+  how many bytes of memory this machine can spare for the API server and the core (`memory_ceiling`), the replica's id,
+  and OpenTelemetry's variables, whose headers may hold a token.
+- `load_adapter` and `unload_adapter`: `name`, a directory `path`, and `id`, which the event of the outcome repeats.
 - `drain` begins the end: `grace_s` seconds for the requests in flight, `cancel_s` to cancel what is left then.
+- `terminate` ends the engine, once it is drained; signals do not (see `end_signals`).
 
 The end of the pipe means that the parent has ended. Then the whole process group is killed at once: no engine may
 hold a GPU without a parent that watches it.
@@ -37,6 +41,8 @@ class ParentPipe:
         self._on_release: list[Callable[[], None]] = []
         self.release: Command = {}
         self.on_drain: Callable[[Command], None] = lambda _: None  # called on the thread
+        self.on_adapter: Callable[[Command], None] = lambda _: None  # called on the thread
+        self.on_terminate: Callable[[], None] = lambda: None  # called on the thread
         threading.Thread(target=self._listen, name="vllm_service-parent-pipe", daemon=True).start()
 
     def emit(self, event: Event, **fields: Any) -> None:
@@ -78,6 +84,10 @@ class ParentPipe:
                 call()
         elif command["command"] == "drain":
             self.on_drain(command)
+        elif command["command"] in {"load_adapter", "unload_adapter"}:
+            self.on_adapter(command)
+        elif command["command"] == "terminate":
+            self.on_terminate()
 
 
 _current: ParentPipe | None = None

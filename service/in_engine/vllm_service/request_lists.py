@@ -10,20 +10,24 @@ CPU time of vLLM 0.32's API process for one request, on one core, with the tiny 
 
 Pydantic tries every type of item for each one: 233 errors for each `{}` of /v1/responses.
 
-A long session of an agent has some thousand messages, of one to five parts each. Lists of tokens and of texts
-(`prompt`, `input` of embeddings) are bounded by the body's limit alone. An item that is of the right type and lacks a
-field is left to vLLM, which ends at the first such item (`first_error`). The check itself: 3 us for a message, 10 ms
-for 10,000, 60 ms for 32 MiB of items `{}`.
+A long session of an agent has some thousand messages, of one to five parts each. A list of texts (`prompt`, `input` of
+embeddings) becomes as many requests to the engine; a list of tokens is bounded by the body's limit alone: 0.6 s for
+10,000,000. An item that is of the right type and lacks a field is left to vLLM, which ends at the first such item
+(`first_error`). The check itself: 3 us for a message, 10 ms for 10,000, 60 ms for 32 MiB of items `{}`.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
 import msgspec
+
+from . import no_tools
+from .request_counts import COUNTED, DOCUMENTS, SCORED, TEXTS, InvalidListError, check_scored, check_texts, check_values
 
 ITEMS = 10_000  # messages or items of one list
 PARTS = 50_000  # parts of all messages of one body together
@@ -46,19 +50,6 @@ BLOCK_TYPES = (
     *("tool_result", "tool_use"),
 )
 _SHOWN = 200  # characters of a reason, which may hold the client's value
-
-
-class InvalidListError(Exception):
-    """The body is not to reach the engine; the sentence is for the client.
-
-    Args:
-        message: What, the actual value, what was expected.
-        param: The field of the body; None for the body itself.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class _Count(threading.local):
@@ -108,6 +99,10 @@ class _Item(_Object):
         super().__post_init__()
 
 
+class _Scored(_Object):  # a query or a document that is more than a text
+    content: _Unread = msgspec.UNSET
+
+
 class _Typed(_Object):
     type: str
 
@@ -142,6 +137,7 @@ _OBJECTS = _List(_Object)
 _PARTS = _List(_Object, texts=True)
 _TYPED = _List(_Typed)
 _MESSAGES = _List(_Message, content=_PARTS, tool_calls=_OBJECTS)
+_DOCUMENTS = _List(_Scored, content=_PARTS)
 _BLOCKS = _List(_Block, content=_OBJECTS)
 _CHAT = {"messages": _MESSAGES, "tools": _OBJECTS}
 _ANTHROPIC = {"messages": _List(_AnthropicMessage, content=_BLOCKS), "system": _BLOCKS, "tools": _OBJECTS}
@@ -151,41 +147,53 @@ LISTS: Mapping[str, Mapping[str, _List]] = {
     "/v1/messages": _ANTHROPIC,
     "/v1/messages/count_tokens": _ANTHROPIC,
     "/v1/embeddings": {"messages": _MESSAGES, "input": _MESSAGES},
+    "/classify": {"messages": _MESSAGES},
     "/tokenize": _CHAT,
+    **{path: dict.fromkeys(names, _DOCUMENTS) for path, names in SCORED.items()},
 }
-_BOUNDS = {"tools": TOOLS, "system": PARTS}
-_NAMES = sorted({name for lists in LISTS.values() for name in lists})
+PATHS = LISTS.keys() | TEXTS.keys()
+_BOUNDS = {"tools": TOOLS, "system": PARTS, **{name: DOCUMENTS for names in SCORED.values() for name in names}}
+_NAMES = sorted({"tool_choice", *COUNTED, *(name for lists in LISTS.values() for name in lists)})
 _FIELDS = msgspec.json.Decoder(msgspec.defstruct("_Fields", [(name, _Unread, msgspec.UNSET) for name in _NAMES]))
+_tools_of = operator.attrgetter("tools", "tool_choice")
+_BRACKET = ord("[")
 _OF_OBJECTS = re.compile(rb"\[\s*\{")
 
 
-def check(path: str, body: bytes | bytearray) -> None:
-    """Check the lists of a request's body; it is neither copied nor kept.
+def check(path: str, body: bytes | bytearray) -> Mapping[str, object]:
+    """Check the lists of a request's body, and how many values it has; it is not kept.
+
+    Returns:
+        The fields to override, where the list of tools is empty; see `no_tools`.
 
     Raises:
         InvalidListError: An item is not what its list has, or there are too many; or the body is no JSON object.
+        APIError: `tool_choice` demands a call, and there are no tools.
     """
-    lists = LISTS.get(path)
-    if not lists or not body:
-        return
+    if path not in PATHS or not body:
+        return {}
     try:
         fields = _FIELDS.decode(body)
-        parts = 0
-        for name, items in lists.items():
+        check_texts(path, fields)
+        parts, counts = 0, {}
+        for name, items in LISTS.get(path, {}).items():
             raw = getattr(fields, name)
-            # `input` of embeddings may be texts and tokens as well.
-            if _is_list(raw) and (path != "/v1/embeddings" or name != "input" or _OF_OBJECTS.match(raw)):
-                parts = _check_list(items, raw, name, parts)
+            # Those of `TEXTS` may be texts, `input` of embeddings tokens as well.
+            if _is_list(raw) and (name not in TEXTS.get(path, {}) or _OF_OBJECTS.match(raw)):
+                counts[name], parts = _check_list(items, raw, name, parts)
+        check_scored(path, body, fields, counts)
+        check_values(path, body, fields, LISTS.get(path, {}))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidListError(f"The body is not one JSON object in UTF-8: {str(error)[:_SHOWN]}.") from None
+    return no_tools.overrides(path, *_tools_of(fields))
 
 
-def _check_list(items: _List, raw: msgspec.Raw, name: str, parts: int) -> int:
-    """Check a list of the body, and those within its items; return the number of parts so far."""
-    bound = _BOUNDS.get(name, ITEMS)
-    for index, item in enumerate(_decode(items, raw, name, 0, bound)):
+def _check_list(items: _List, raw: msgspec.Raw, name: str, parts: int) -> tuple[int, int]:
+    """Check a list of the body, and those within its items; return its length and the number of parts so far."""
+    found = _decode(items, raw, name, 0, _BOUNDS.get(name, ITEMS))
+    for index, item in enumerate(found):
         parts = _check_within(items, item, f"{name}[{index}]", parts)
-    return parts
+    return len(found), parts
 
 
 def _check_within(items: _List, item: _Object, place: str, parts: int) -> int:
@@ -201,20 +209,24 @@ def _check_within(items: _List, item: _Object, place: str, parts: int) -> int:
 
 def _decode(items: _List, raw: msgspec.Raw, place: str, before: int, bound: int) -> list[Any]:
     _count.seen, _count.bound = before, bound
-    param = re.split(r"[.\[]", place, maxsplit=1)[0]
     try:
         found = items.decode(raw)
     except msgspec.ValidationError as error:
         if _count.seen > bound:
-            raise _too_many(place, param, bound) from None
+            raise _too_many(place, bound) from None
         reason, _, where = str(error).rpartition(" - at `$")
-        raise InvalidListError(f"{place}{where[:-1]} is invalid: {reason[:_SHOWN]}.", param) from None
+        raise InvalidListError(f"{place}{where[:-1]} is invalid: {reason[:_SHOWN]}.", _field_of(place)) from None
     if before + len(found) > bound:
-        raise _too_many(place, param, bound)
+        raise _too_many(place, bound)
     return found
 
 
-def _too_many(place: str, param: str, bound: int) -> InvalidListError:
+def _field_of(place: str) -> str:
+    return re.split(r"[.\[]", place, maxsplit=1)[0]
+
+
+def _too_many(place: str, bound: int) -> InvalidListError:
+    param = _field_of(place)
     if place == param:
         return InvalidListError(f"{place} has over {bound} items; at most {bound} are served. Send fewer.", param)
     return InvalidListError(
@@ -223,4 +235,4 @@ def _too_many(place: str, param: str, bound: int) -> InvalidListError:
 
 
 def _is_list(raw: object) -> TypeGuard[msgspec.Raw]:
-    return isinstance(raw, msgspec.Raw) and bytes(memoryview(raw)[:1]) == b"["
+    return isinstance(raw, msgspec.Raw) and memoryview(raw)[0] == _BRACKET  # a value is never empty

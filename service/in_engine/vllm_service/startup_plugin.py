@@ -13,13 +13,27 @@ import gc
 import os
 import random
 import secrets
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from vllm_service import canary, drain, heartbeat, parent_pipe, warmup
+from vllm_service import (
+    adapters,
+    bad_requests,
+    canary,
+    client_shares,
+    constraint_hooks,
+    drain,
+    end_signals,
+    engine_errors,
+    heartbeat,
+    memory_ceiling,
+    parent_pipe,
+    request_usage,
+    traces,
+    warmup,
+)
 from vllm_service.events import Event
 from vllm_service.main import HANG_VARIABLE, HOLD_VARIABLE
 
@@ -42,19 +56,33 @@ class StartupPlugin:
             return
         if completions := getattr(state, "openai_serving_completion", None):
             completions.engine_client = RawPrompts(completions.engine_client)
+        engine_errors.watch(engine_client)
+        bad_requests.shorten_log()
         self._watch = asyncio.create_task(_exit_when_core_died(engine_client))
         try:
             await _generate_and_hold(pipe, engine_client, state)
             await _renew_randomness(engine_client)
+            self._enable(pipe, engine_client, state)
         except BaseException:
             self._watch.cancel()  # vLLM now ends its core; the failure to report is this exception
             raise
-        _drain_on_command(pipe)
+
+    def _enable(self, pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
+        """Set up what requests need, and what the parent watches and commands."""
+        client_shares.enable(engine)
+        request_usage.enable(engine)
+        traces.enable(engine, pipe.release["traces"], pipe.release["replica"])
+        constraint_hooks.enable(engine)  # not earlier: a snapshot holds no process of its own
+        _end_on_command(pipe)
+        _load_adapters_on_command(pipe, engine, state)
         poll_s, probe_s = heartbeat.intervals(float(os.environ[HANG_VARIABLE]))
         self._heartbeat = asyncio.create_task(
-            heartbeat.run_heartbeat(engine_client, lambda: pipe.emit(Event.HEARTBEAT), poll_s, probe_s)
+            heartbeat.run_heartbeat(engine, lambda: pipe.emit(Event.HEARTBEAT), poll_s, probe_s)
         )
-        pipe.emit(Event.OPENING)
+        state.max_model_len = engine.model_config.max_model_len  # the guard adds it to /health
+        memory_ceiling.limit_growth(pipe.release["growth_bytes"])
+        memory_ceiling.limit_children(pipe.release["core_growth_bytes"])
+        pipe.emit(Event.OPENING, max_model_len=state.max_model_len)
 
 
 async def _generate_and_hold(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
@@ -116,7 +144,7 @@ async def _renew_randomness(engine: Any) -> None:
     await engine.collective_rpc("renew_randomness", args=(secrets.randbits(31),))
 
 
-def _drain_on_command(pipe: parent_pipe.ParentPipe) -> None:
+def _end_on_command(pipe: parent_pipe.ParentPipe) -> None:
     loop, tasks = asyncio.get_running_loop(), set()
 
     async def end(grace_s: float, cancel_s: float) -> None:
@@ -126,6 +154,21 @@ def _drain_on_command(pipe: parent_pipe.ParentPipe) -> None:
         tasks.add(loop.create_task(end(grace_s, cancel_s)))
 
     pipe.on_drain = lambda command: loop.call_soon_threadsafe(begin, command["grace_s"], command["cancel_s"])
+    end_signals.look_at_no_ports()
+    pipe.on_terminate = lambda: loop.call_soon_threadsafe(end_signals.end)
+
+
+def _load_adapters_on_command(pipe: parent_pipe.ParentPipe, engine: Any, state: Any) -> None:
+    loop, tasks = asyncio.get_running_loop(), set()
+    models = state.openai_serving_models
+    loaded = adapters.Adapters(engine, models, models.base_model_paths[0].name)
+
+    def begin(command: parent_pipe.Command) -> None:
+        task = loop.create_task(loaded.carry_out(command, lambda **outcome: pipe.emit(Event.ADAPTER, **outcome)))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    pipe.on_adapter = lambda command: loop.call_soon_threadsafe(begin, command)
 
 
 class RawPrompts:
@@ -151,4 +194,4 @@ async def _exit_when_core_died(engine: Any) -> None:
     """End this process soon after the engine core died; vLLM's own watchdog polls every 5 s."""
     while not engine.errored:  # noqa: ASYNC110 - vLLM sets a flag and no event
         await asyncio.sleep(WATCH_S)
-    os.kill(os.getpid(), signal.SIGTERM)
+    end_signals.end()

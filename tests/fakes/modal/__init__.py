@@ -33,11 +33,12 @@ The interface for tests (all thread-safe; the plane has a thread and an event lo
     plane.tasks                  containers, oldest first: id, app, tag, parameters, gpu, state, pid, exit_code, log,
                                  root, inputs_served, restored, result, left_behind; preempt(grace_s=30), kill(),
                                  members()
-    plane.pools                  app, tag, parameters, gpu, autoscaler, queued, tasks (live ones)
+    plane.pools                  app, tag, parameters, gpu, autoscaler, queued, tasks (live ones), most_queued_cold
     plane.snapshots              enabled, freeze_s, environment (changes that appear at restore), fail_next_restore(),
                                  fail_next_gpu_restore(), before_restore (callables of the task: change volumes, …),
                                  checkpoints (task ids)
-    plane.web_endpoints          redirect_after_s (150.0), requests [(method, path, status)]; 499: the client left
+    plane.web_endpoints          redirect_after_s (150.0), requests [(method, path, status)]; 499: the client left;
+                                 faults {app: Faults}
     plane.transcript             [Call(name, caller, request, at)]; caller is "client" or a task id
     plane.calls(name)            the requests of that name; plane.unknown_calls: names answered UNIMPLEMENTED;
                                  plane.failures: errors inside the plane, for `assert plane.failures == []`

@@ -24,43 +24,72 @@ if TYPE_CHECKING:
     from .sandbox import Task
 
 
+@dataclass(frozen=True)
+class Line:
+    """Output of a container; `function_ids` are its pool's and, of a class with parameters, that of the class."""
+
+    task_id: str
+    function_ids: tuple[str, str | None]
+    text: str
+    at: float = field(default_factory=time.time)
+
+    def matches(self, request: pb.AppGetLogsRequest | pb.AppFetchLogsRequest) -> bool:
+        """Tell whether a request asks for it; an empty filter excludes nothing."""
+        return (
+            request.task_id in {"", self.task_id}
+            and request.function_id in {"", *self.function_ids}
+            and request.parametrized_function_id in {"", self.function_ids[0]}
+        )
+
+    def to_item(self) -> pb.TaskLogs:
+        return pb.TaskLogs(data=self.text, timestamp=self.at, file_descriptor=pb.FILE_DESCRIPTOR_STDOUT)
+
+
 class Log:
     """Lines of an app's containers; every reader follows from the start."""
 
     def __init__(self) -> None:
-        self._lines: list[tuple[str, str]] = []
-        self._times: list[float] = []
+        self._lines: list[Line] = []
         self._changed = asyncio.Event()
         self._closed = False
 
-    def add(self, task_id: str, text: str) -> None:
-        self._lines.append((task_id, text))
-        self._times.append(time.time())
+    def add(self, line: Line) -> None:
+        self._lines.append(line)
         self._wake()
 
     def close(self) -> None:
         self._closed = True
         self._wake()
 
-    def between(self, since: float, until: float, task_id: str = "") -> list[tuple[float, str, str]]:
-        """Return (time, task id, text) of a span, of every task or of one."""
-        stamped = [(at, *line) for at, line in zip(self._times, self._lines, strict=True)]
-        return [entry for entry in stamped if since <= entry[0] <= until and task_id in ("", entry[1])]
+    def between(self, since: float, until: float) -> list[Line]:
+        """Return the lines of a span."""
+        return [line for line in self._lines if since <= line.at <= until]
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self, start: int = 0) -> AsyncIterator[tuple[int, str, str]]:
+    async def follow(self, start: int = 0) -> AsyncIterator[tuple[int, Line]]:
         position = start
         while True:
             while position < len(self._lines):
-                task_id, text = self._lines[position]
                 position += 1
-                yield position, task_id, text
+                yield position, self._lines[position - 1]
             if self._closed:
                 return
             await self._changed.wait()
+
+
+@dataclass(frozen=True)
+class Version:
+    """One publication of an app: what it published, and the version that it went back to (0: none)."""
+
+    tag: str
+    function_ids: dict[str, str]
+    class_ids: dict[str, str]
+    functions: dict[str, pb.Function] = field(repr=False)
+    deployed_at: float
+    rollback_version: int = 0
 
 
 @dataclass(eq=False)
@@ -77,6 +106,7 @@ class App:
     functions: dict[str, pb.Function] = field(default_factory=dict)
     log: Log = field(default_factory=Log, repr=False)
     created_at: float = field(default_factory=time.time)
+    history: list[Version] = field(default_factory=list, repr=False)
 
     @property
     def app_id(self) -> str:
@@ -99,6 +129,7 @@ class Apps:
         self._by_id: dict[str, App] = {}
         self._deployed: dict[str, App] = {}
         self.stop_containers: Callable[[App], Awaitable[None]]
+        self.running: Callable[[App], int]
         self.published: Callable[[App], Awaitable[None]]
 
     def by_id(self, app_id: str) -> App:
@@ -170,14 +201,55 @@ class Apps:
         removed = set(app.function_ids.values()) - set(request.function_ids.values())
         app.function_ids, app.class_ids = dict(request.function_ids), dict(request.class_ids)
         app.state, app.tags = request.app_state, dict(request.tags)
-        app.name, app.versions = request.name or app.name, app.versions + 1
+        app.name = request.name or app.name
         self._functions.forget(removed)
-        promoted = {tag: self._functions.promote(function_id) for tag, function_id in app.function_ids.items()}
-        app.functions = {tag.removesuffix(".*"): definition for tag, definition in promoted.items()}
         if app.is_deployed:
             self._deployed[app.name] = app
-        await self.published(app)
+        await self._activate(app, request.deployment_tag)
         return pb.AppPublishResponse(url=f"http://127.0.0.1/apps/{app.name}", deployed_at=time.time())
+
+    async def _activate(self, app: App, tag: str, rollback_version: int = 0) -> None:
+        """Make the staged definitions the app's next version."""
+        promoted = {name: self._functions.promote(function_id) for name, function_id in app.function_ids.items()}
+        app.functions = {name.removesuffix(".*"): definition for name, definition in promoted.items()}
+        app.versions += 1
+        ids = dict(app.function_ids), dict(app.class_ids)
+        app.history.append(Version(tag, *ids, promoted, time.time(), rollback_version))
+        await self.published(app)
+
+    @unary("AppRollback")
+    async def rollback(self, request: pb.AppRollbackRequest, task: Task | None) -> pb.AppRollbackResponse:
+        app = self.by_id(request.app_id)
+        number = request.version if request.version > 0 else app.versions + request.version
+        if not app.is_deployed or not 1 <= number <= app.versions:
+            text = f"App '{app.name}' is not deployed, or has no version {number}"
+            raise GRPCError(Status.FAILED_PRECONDITION, text)
+        version = app.history[number - 1]
+        app.function_ids, app.class_ids = dict(version.function_ids), dict(version.class_ids)
+        for name, function_id in app.function_ids.items():
+            self._functions.by_id(function_id).staged = version.functions[name]
+        await self._activate(app, "", number)
+        return pb.AppRollbackResponse(url=f"http://127.0.0.1/apps/{app.name}", deployed_at=time.time())
+
+    @unary("AppDeploymentHistory")
+    async def deployments(
+        self, request: pb.AppDeploymentHistoryRequest, task: Task | None
+    ) -> pb.AppDeploymentHistoryResponse:
+        app = self.by_id(request.app_id)
+        entries = [
+            pb.AppDeploymentHistory(
+                app_id=app.id,
+                version=number,
+                tag=version.tag,
+                rollback_version=version.rollback_version,
+                rollback_allowed=True,
+                deployed_at=version.deployed_at,
+            )
+            for number, version in enumerate(app.history, 1)
+        ]
+        return pb.AppDeploymentHistoryResponse(
+            app_deployment_histories=reversed(entries), production_app_version=app.versions
+        )
 
     @unary("AppClientDisconnect")
     async def disconnect(self, request: pb.AppClientDisconnectRequest, task: Task | None) -> Empty:
@@ -201,23 +273,17 @@ class Apps:
     @streaming("AppGetLogs")
     async def logs(self, request: pb.AppGetLogsRequest, task: Task | None) -> AsyncIterator[pb.TaskLogsBatch]:
         start = int(request.last_entry_id.split("-")[0] or 0)
-        async for position, task_id, text in self.by_id(request.app_id).log.follow(start):
-            line = pb.TaskLogs(data=text, file_descriptor=pb.FILE_DESCRIPTOR_STDOUT)
-            yield pb.TaskLogsBatch(task_id=task_id, entry_id=f"{position}-0", items=[line])
+        async for position, line in self.by_id(request.app_id).log.follow(start):
+            if line.matches(request):
+                yield pb.TaskLogsBatch(task_id=line.task_id, entry_id=f"{position}-0", items=[line.to_item()])
         yield pb.TaskLogsBatch(app_done=True)
 
     @unary("AppFetchLogs")
     async def fetch_logs(self, request: pb.AppFetchLogsRequest, task: Task | None) -> pb.AppFetchLogsResponse:
         since, until = request.since.ToMicroseconds() / 1e6, request.until.ToMicroseconds() / 1e6
-        log = self.by_id(request.app_id).log
-        found = log.between(since, until or time.time(), request.task_id)[-(request.limit or 100) :]
-        batches = [
-            pb.TaskLogsBatch(
-                task_id=task_id,
-                items=[pb.TaskLogs(data=text, timestamp=at, file_descriptor=pb.FILE_DESCRIPTOR_STDOUT)],
-            )
-            for at, task_id, text in found
-        ]
+        lines = self.by_id(request.app_id).log.between(since, until or time.time())
+        found = [line for line in lines if line.matches(request)][-(request.limit or 100) :]
+        batches = [pb.TaskLogsBatch(task_id=line.task_id, items=[line.to_item()]) for line in found]
         return pb.AppFetchLogsResponse(batches=batches)
 
     @unary("AppList")
@@ -229,6 +295,7 @@ class Apps:
                 name=app.name,
                 state=app.state,  # type: ignore[arg-type]
                 created_at=app.created_at,
+                n_running_tasks=self.running(app),
             )
             for app in self.all()
         ]

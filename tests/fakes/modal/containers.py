@@ -51,8 +51,7 @@ class Scheduler:
 
     def submit(self, item: Input) -> None:
         pool = self.pool(item.call.function)
-        item.task = None
-        pool.queue.append(item)
+        pool.enqueue(item)
         self._wake(pool)
         self.scale(pool)
 
@@ -192,6 +191,10 @@ class Scheduler:
         """End every container of the app, its exit hooks run."""
         live = [task for task in self.tasks if task.function.app is app and task.state is not TaskState.DEAD]
         await asyncio.gather(*(task.stop_within(DRAIN_GRACE_S) for task in live))
+
+    def running(self, app: App) -> int:
+        """Return how many containers of the app are live."""
+        return sum(task.is_live for task in self.tasks if task.function.app is app)
 
     async def published(self, app: App) -> None:
         """Stop containers and drop autoscaler updates of the previous version; start those of `min_containers`."""

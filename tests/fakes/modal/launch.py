@@ -9,7 +9,7 @@ from pathlib import Path
 import grpclib.server
 from modal_proto import api_pb2 as pb
 
-from .apps import Apps
+from .apps import Apps, Line
 from .functions import Function
 from .gpus import lay_out_gpus
 from .ids import Ids
@@ -52,7 +52,7 @@ class Launcher:
             socket_directory=self.socket_directory,
             is_snapshotting=snapshots and function.definition.checkpointing_enabled,
             loop=asyncio.get_running_loop(),
-            on_line=lambda task, text: function.app.log.add(task.id, text),
+            on_line=lambda task, text: function.app.log.add(Line(task.id, (function.id, function.base_id), text)),
         )
 
     async def boot(self, task: Task) -> None:

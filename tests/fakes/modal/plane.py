@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import modal
 from google.protobuf.message import Message
+from grpclib import GRPCError
 from modal_proto import api_pb2 as pb
 
 from .apps import App, Apps
+from .billing import Billing
 from .calls import Calls
 from .containers import Scheduler
 from .dicts import Dicts
@@ -68,9 +70,9 @@ class ModalPlane:
     def _assemble(self, runtime: ContainerRuntime) -> None:
         ids = Ids()
         self.volumes = Volumes(ids, self.workdir / "volumes")
-        self._storage = Storage(ids, self.volumes)
-        self.secrets, self.images, mounts = Secrets(ids), Images(ids), Mounts(ids, self._storage)
-        self.dicts = Dicts(ids)
+        self.storage = Storage(ids, self.volumes)
+        self.secrets, self.images, mounts = Secrets(ids), Images(ids), Mounts(ids, self.storage)
+        self.dicts, self.billing = Dicts(ids), Billing()
         self.web_endpoints = WebEndpoints()
         self._functions = Functions(ids, self.volumes, self.web_endpoints)
         self._apps = self._functions.apps = Apps(ids, self._functions)
@@ -86,14 +88,16 @@ class ModalPlane:
             mounts=mounts,
             secrets=self.secrets,
             volumes=self.volumes,
-            storage=self._storage,
+            storage=self.storage,
             web_endpoints=self.web_endpoints,
             transcript=self._record,
         )
         self._scheduler = Scheduler(self._functions, calls, launcher)
         self.snapshots = Snapshots(launcher)
         self._apps.stop_containers, self._apps.published = self._scheduler.stop_app, self._scheduler.published
-        objects = (Environments(ids), self.secrets, mounts, self.images, self.volumes, self.dicts, self._storage)
+        self._apps.running = self._scheduler.running
+        account = (Environments(ids), self.billing, self.secrets)
+        objects = (*account, mounts, self.images, self.volumes, self.dicts, self.storage)
         running = (self._apps, self._functions, calls, self._scheduler, Fleet(self._scheduler, self._functions))
         self._handlers = launcher.handlers = Handlers(
             (*objects, *running, self.snapshots, self.web_endpoints.proxy_tokens)
@@ -127,15 +131,18 @@ class ModalPlane:
 
     async def _listen(self) -> None:
         self._server = Endpoint(self._handlers, self._record).server()
-        await self._storage.start()
+        await self.storage.start()
         listening = socket.create_server(("127.0.0.1", 0))
+        # asyncio sets it for a connection only where its listening socket was made with the protocol's number; without
+        # it each answer waits 40 ms for the client's acknowledgement
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._server.start(sock=listening)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
 
     async def _close(self) -> None:
         await self._scheduler.close()
         await self.web_endpoints.close()
-        await self._storage.close()
+        await self.storage.close()
         if self._server is not None:
             self._server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -198,6 +205,13 @@ class ModalPlane:
     def failures(self) -> list[str]:
         """Errors inside the plane; tests assert that it is empty."""
         return self._record.failures
+
+    def refuse(self, name: str, error: GRPCError | None) -> None:
+        """Answer every call of that name with the error from now on; None: as usual again."""
+        if error is None:
+            self._record.refused.pop(name, None)
+        else:
+            self._record.refused[name] = error
 
     def calls(self, name: str) -> list[Message]:
         """Return the requests of the call of that name, in order."""

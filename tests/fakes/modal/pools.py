@@ -13,7 +13,7 @@ from modal_proto import api_pb2 as pb
 
 from .calls import Input
 from .functions import Function, OfFunction
-from .sandbox import Task
+from .sandbox import Task, TaskState
 
 DEFAULT_SCALEDOWN_WINDOW_S = 60
 UNLIMITED = 1000
@@ -27,6 +27,7 @@ class Pool(OfFunction):
     queue: deque[Input] = field(default_factory=deque)
     tasks: list[Task] = field(default_factory=list)
     overrides: pb.AutoscalerSettings = field(default_factory=pb.AutoscalerSettings)
+    most_queued_cold: int = 0  # inputs at once while no container took any
     failed_boots: int = 0  # in a row
     skips_snapshot: bool = False  # a restore failed: the next container boots without one
 
@@ -55,6 +56,13 @@ class Pool(OfFunction):
         )
         settings.MergeFrom(self.overrides)
         return settings
+
+    def enqueue(self, item: Input) -> None:
+        """Let an input wait."""
+        item.task = None
+        self.queue.append(item)
+        if not any(task.state is TaskState.READY for task in self.tasks):
+            self.most_queued_cold = max(self.most_queued_cold, self.queued)
 
     def missing(self) -> int:
         """Return how many more containers the queue, the minimum and the buffer require."""

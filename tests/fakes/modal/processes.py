@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,22 @@ def send(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             continue  # it ended between the listing and the signal
+
+
+@contextmanager
+def frozen(pids: list[int]) -> Iterator[None]:
+    """Stop these processes within a context; those that are left go on then, or end if this process ends within it.
+
+    One that is stopped cannot see the end of its parent, and would stay for good.
+    """
+    command = ["sh", "-c", 'read -r line || kill -KILL "$@"', "sh", *map(str, pids)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as watch:
+        send(pids, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            send(pids, signal.SIGCONT)
+            watch.communicate(b"\n")
 
 
 async def stragglers(marks: Marks, grace_s: float) -> list[int]:

@@ -38,6 +38,8 @@ class ProxyTokens:
 
     def __init__(self) -> None:
         self._tokens: list[ProxyToken] = []
+        self.scoped = False  # to environments, as in a workspace with roles
+        self.allowed: list[str] = []  # ids of scoped tokens that may be used in the environment
 
     def create(self) -> ProxyToken:
         token = ProxyToken(f"wk-{secrets.token_hex(11)}", f"ws-{secrets.token_hex(11)}")
@@ -54,9 +56,24 @@ class ProxyTokens:
         token = self.create()
         return pb.TokenCreateResponse(token_id=token.key, token_secret=token.secret)
 
+    @unary("WebhookTokenDelete")
+    async def delete(self, request: pb.TokenDeleteRequest, task: Task | None) -> Empty:
+        self._tokens = [token for token in self._tokens if token.key != request.token_id]
+        return Empty()
+
     @unary("WebhookTokenList")
     async def list_for_client(self, request: Empty, task: Task | None) -> pb.WebhookTokenListResponse:
-        return pb.WebhookTokenListResponse(tokens=[pb.WebhookToken(token_id=token.key) for token in self._tokens])
+        tokens = [pb.WebhookToken(token_id=token.key, scoped=self.scoped) for token in self._tokens]
+        return pb.WebhookTokenListResponse(tokens=tokens)
+
+    @unary("WebhookTokenEnvironmentAdd")
+    async def allow(self, request: pb.WebhookTokenEnvironmentAddRequest, task: Task | None) -> Empty:
+        self.allowed.append(request.token_id)
+        return Empty()
+
+    def keys(self) -> list[str]:
+        """Return the ids of the tokens, in order of their creation."""
+        return [token.key for token in self._tokens]
 
     def admit(self, request: web.Request) -> bool:
         key, secret = request.headers.get("Modal-Key", ""), request.headers.get("Modal-Secret", "")

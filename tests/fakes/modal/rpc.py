@@ -48,11 +48,15 @@ class Call:
 
 @dataclass
 class Transcript:
-    """Every call in order of arrival, the names without a handler, and the plane's own failures."""
+    """Every call in order of arrival, the names without a handler, and the plane's own failures.
+
+    `refused` has the errors that a test wants calls answered with, by their names.
+    """
 
     calls: list[Call] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    refused: dict[str, GRPCError] = field(default_factory=dict)
 
     def note(self, name: str, task: Task | None, request: Message) -> None:
         self.calls.append(Call(name, task.id if task else "client", request, time.time()))
@@ -155,6 +159,8 @@ class Endpoint:
         return dispatch
 
     async def _answer(self, name: str, request: Message, stream: Any) -> None:
+        if refused := self._transcript.refused.get(name):
+            raise refused
         if handler := self._handlers.unary.get(name):
             await stream.send_message(await handler(request, self._task))
         elif streamer := self._handlers.streaming.get(name):

@@ -106,6 +106,7 @@ class Task(OfFunction):
     changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     died: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    stopped_at: float = 0.0  # since when it takes no inputs
     finished_at: float = 0.0
     started_at: float = field(default_factory=time.time)
     namespace: str | None = field(default=None, repr=False)
@@ -224,6 +225,7 @@ class Task(OfFunction):
         if self.host_ports is not None:
             self.host_ports.close()
         self.state, self.finished_at = TaskState.DEAD, time.time()
+        self.stopped_at = self.stopped_at or self.finished_at
         self.wake()
         self.on_death(self)
         self.died.set()
@@ -240,7 +242,7 @@ class Task(OfFunction):
         """Send the container no more inputs; it then runs its exit hooks and ends."""
         self.stopping.set()
         if self.is_live:
-            self.state = TaskState.STOPPING
+            self.state, self.stopped_at = TaskState.STOPPING, time.time()
             self.wake()
             self.on_stop(self)
 

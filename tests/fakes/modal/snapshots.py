@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,16 +64,14 @@ class Snapshots:
 
     async def _restore(self, task: Task) -> None:
         await asyncio.sleep(CONNECTIONS_CLOSE_S)
-        frozen = task.members()
-        processes.send(frozen, signal.SIGSTOP)
-        await asyncio.sleep(self.freeze_s)
-        for change in self.before_restore:
-            await asyncio.to_thread(change, task)
-        if self._is_lost(task):
-            await self._lose(task)
-            return
-        await self._move(task)
-        processes.send(frozen, signal.SIGCONT)
+        with processes.frozen(task.members()):
+            await asyncio.sleep(self.freeze_s)
+            for change in self.before_restore:
+                await asyncio.to_thread(change, task)
+            if self._is_lost(task):
+                await self._lose(task)
+            else:
+                await self._move(task)
 
     def _is_lost(self, task: Task) -> bool:
         if self._failures:

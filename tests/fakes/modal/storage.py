@@ -5,6 +5,7 @@ Owns one loopback port, which containers reach too. Blobs are in memory, files o
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import socket
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ class Storage:
         self._contents: dict[str, bytes] = {}
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._runner: web.AppRunner | None = None
+        self.uploaded: list[str] = []  # keys of the blobs and blocks that were put, in order
+        self.stalls_after: int | None = None  # so many of them: further ones get no answer
         self.port: int = self._socket.getsockname()[1]
 
     async def start(self) -> None:
@@ -57,7 +60,10 @@ class Storage:
 
     async def _put(self, request: web.Request) -> web.Response:
         key, body = request.match_info["key"], await request.read()
+        if self.stalls_after is not None and len(self.uploaded) >= self.stalls_after:
+            await asyncio.Event().wait()  # until the client leaves
         self._contents[key] = body
+        self.uploaded.append(key)
         etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
         return web.Response(text=key, headers={"ETag": f'"{etag}"'})
 
@@ -112,6 +118,7 @@ class Storage:
         for file in request.files:
             if request.disallow_overwrite_existing_files and volume.holds(file.path):
                 raise GRPCError(Status.ALREADY_EXISTS, f"{file.path}: already exists")
-            body = b"".join(self._contents[block.contents_sha256.hex()] for block in file.blocks)
+            blocks = (self._contents[block.contents_sha256.hex()] for block in file.blocks)
+            body = b"".join(block.ljust(BLOCK_BYTES, b"\0") for block in blocks)  # sent without the zeros at their ends
             volume.write(file.path.strip("/"), body[: file.size])
         return pb.VolumePutFiles2Response()

@@ -34,13 +34,13 @@ from modal_proto import api_pb2 as pb
 
 from . import websockets
 from .calls import Calls, FunctionCall
+from .faults import CALL_QUERY, Faults
 from .proxy_tokens import ProxyTokens
 from .web import Exchange, pass_on, responses, scope, send_body, send_disconnect
 
 if TYPE_CHECKING:
     from .functions import Function, Functions
 
-CALL_QUERY = "__modal_function_call_id"
 RESERVED_PORTS = 8  # Modal's free plan has this many web endpoints per workspace
 REQUEST_AHEAD_BYTES = 64 * 2**20  # read ahead of the container; beyond it a client's disconnect is not noticed
 RESPONSE_AHEAD_BYTES = 2**20
@@ -67,6 +67,7 @@ class WebEndpoints:
     def __init__(self) -> None:
         self.proxy_tokens = ProxyTokens()
         self.redirect_after_s = 150.0
+        self.faults: dict[str, Faults] = {}
         self._answered: list[tuple[str, str, int] | None] = []
         self._endpoints: dict[tuple[str, str], WebEndpoint] = {}
         self._reserved = [_bound_socket() for _ in range(RESERVED_PORTS)]
@@ -142,6 +143,8 @@ class WebEndpoints:
             return _error(404, "app for invoked web endpoint is stopped")
         if unauthorized := self._check_proxy_auth(request, function, method):
             return unauthorized
+        if (faults := self.faults.get(function.app.name)) and (faulty := await faults.answer(request)):
+            return faulty
         if waiting := request.query.get(CALL_QUERY):
             return await self._respond(exchange, self.calls.call(waiting))
         return await self._call(exchange, function, method)

@@ -195,7 +195,7 @@ def test_engine_in_random_lifecycles_killed_at_any_phase_reports_it_and_leaves_n
     def lifecycle(chance: random.Random, address: str) -> str:
         script, hold = fault(chance), chance.choice(HOLDS)
         env = {"PYTHONPATH": str(IN_ENGINE), "PATH": os.defpath, "TMPDIR": str(lifecycles.place)}
-        env["FAKE_ENGINE"] = json.dumps(script)
+        env["VLLM_CPU_FAKE_ENGINE"] = json.dumps(script)
         command = EngineCommand(("--host", address, "--port", str(PORT)), env, address, PORT)
         phase, late_s = chance.choice(EVENTS), chance.choice([0, 0, chance.random() * 0.05])
         due, deaths = threading.Event(), list[EngineError]()

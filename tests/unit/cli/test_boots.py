@@ -109,6 +109,20 @@ def test_boots_as_json_are_the_records(run: Run, kept: list[BootRecord]) -> None
     assert json.loads(done.stdout) == [one.as_object() for one in kept]
 
 
+def test_boots_with_html_are_a_page_too(run: Run, kept: list[BootRecord], tmp_path: Path) -> None:
+    """Beside the table, or the JSON; the file is checked before anything is read."""
+    file = tmp_path / "boots.html"
+    done = run("--html", str(file), "--last", "2")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert kept[-1].id in done.stdout
+    drawn = file.read_text()
+    assert [one.id in drawn for one in kept] == [False] * 4 + [True] * 2
+    wrong = run("--html", str(tmp_path / "missing" / "boots.html"))
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "No such directory" in wrong.stderr
+
+
 @pytest.mark.parametrize("count", [1, 2, 100])
 def test_boots_with_last_are_the_newest(run: Run, kept: list[BootRecord], count: int) -> None:
     """All, where there are not so many."""

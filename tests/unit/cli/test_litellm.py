@@ -58,8 +58,16 @@ def test_config_names_are_what_the_gateway_knows() -> None:
     document = config("H200", "B200+", "h100!")
     for entry in document["model_list"]:
         name = entry["model_name"]
-        assert entry["litellm_params"]["model"] == f"openai/{name}"
+        assert entry["litellm_params"]["model"] == f"hosted_vllm/{name}"
         assert name.startswith(REGISTRY.resolve(name, "tiny").spec.key) or name == "llm"
+
+
+def test_config_lists_aliases_of_a_models_file() -> None:
+    """LiteLLM's clients ask for them by name; one with a `*` is no name."""
+    registry = Registry(dict(REGISTRY.specs), {"gpt-4o": "qwen3-8b", "claude-*": "tiny"})
+    found = names(litellm.config(registry, URL, Settings()))
+    assert "gpt-4o" in found
+    assert not [name for name in found if "claude" in name]
 
 
 def test_config_further_gpus_are_listed_where_the_weights_fit() -> None:
@@ -174,7 +182,7 @@ def test_command_writes_no_key_of_the_environment(tmp_path: Path) -> None:
     [
         (["--url", "localhost:8000"], 2, "'localhost:8000' is not the URL"),
         (["--gpu", "H2000"], 2, "Unknown GPU 'H2000'.\nhint: Did you mean 'H200'?"),
-        (["--output", "/nowhere/config.yaml"], 1, "'/nowhere/config.yaml' cannot be written"),
+        (["--output", "/nowhere/config.yaml"], 2, "'/nowhere/config.yaml' cannot be written"),
     ],
 )
 def test_command_that_is_refused_prints_an_error_and_a_hint(arguments: list[str], code: int, words: str) -> None:
@@ -183,6 +191,61 @@ def test_command_that_is_refused_prints_an_error_and_a_hint(arguments: list[str]
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     check_error(done.stderr)
+
+
+def test_file_keeps_entries_of_other_servers_whatever_their_key(tmp_path: Path) -> None:
+    """One for another vLLM server may name the same variable; what an earlier run wrote for another gateway is ours."""
+    theirs = {
+        "model_name": "mine",
+        "litellm_params": {
+            "model": "hosted_vllm/mine", "api_base": "http://10.0.0.9:8000/v1", "api_key": litellm.GATEWAY_KEY
+        },
+        "model_info": {"mode": "chat"},
+    }  # fmt: skip
+    file = tmp_path / "config.yaml"
+    earlier = config(url="http://127.0.0.1:9000")["model_list"]
+    same_gateway = {"model_name": "gone", "litellm_params": {"api_base": f"{URL}/v1", "api_key": litellm.GATEWAY_KEY}}
+    file.write_text(yaml.safe_dump({"model_list": [theirs, same_gateway, *earlier]}))
+    written = yaml.safe_load(litellm.change(config(), file).after)
+    assert written["model_list"] == [*config()["model_list"], theirs]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# mine\nmodel_list: []\n", 1),
+        ("model_list: [] # mine\n", 1),
+        ("a: |  # mine\n  text\nmodel_list: []\n", 1),
+        ("a: 'it''s # none'\nb: x#none\nc: |\n  # none\nd: [\"# none\"]\n# mine\n", 6),
+        (litellm._HEADER + "model_list: []\n# mine\n", 4),
+    ],
+)
+def test_file_with_comments_is_left_alone(text: str, line: int, tmp_path: Path) -> None:
+    """They would be lost; the error says where the first one is."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    done = run("--output", str(file), "--yes")
+    assert (done.returncode, done.stdout, file.read_text()) == (1, "", text)
+    assert f"Line {line} of '{file}' has a comment, which would be lost." in done.stderr
+    check_error(done.stderr)
+
+
+def test_file_of_an_earlier_run_is_changed_whatever_has_a_number_sign(tmp_path: Path) -> None:
+    """Its header is this command's own, and a `#` within a value is no comment."""
+    file = tmp_path / "config.yaml"
+    other = {"model_name": "a # b", "litellm_params": {"model": "x#y", "api_base": "http://h/#/v1"}}
+    file.write_text(litellm.as_yaml({"model_list": [other], "note": "two\n# lines\n"}))
+    assert run("--output", str(file), "--yes").returncode == 0
+    written = yaml.safe_load(file.read_text())
+    assert (written["model_list"][-1], written["note"]) == (other, "two\n# lines\n")
+
+
+def test_file_with_comments_that_has_it_already_is_no_error(tmp_path: Path) -> None:
+    """Nothing of it would be lost."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text := litellm.as_yaml(config()) + "# mine\n")
+    assert not litellm.change(config(), file).is_needed
+    assert file.read_text() == text
 
 
 def test_example_is_what_the_command_writes() -> None:
@@ -195,7 +258,7 @@ def test_example_is_what_the_command_writes() -> None:
 
 def test_example_runs_the_version_that_the_tests_run() -> None:
     """LiteLLM tags its images `v<version>`, as its package's own `release_tag` has it."""
-    lock = (ROOT / "tests/gateway/clients.lock").read_text()
+    lock = (ROOT / "tests/clients/clients.lock").read_text()
     version = re.search(r"^litellm==(\S+)", lock, re.M)
     assert version
     assert service_of_example()["image"] == f"ghcr.io/berriai/litellm:v{version[1]}"
@@ -206,12 +269,20 @@ def test_example_gives_the_variables_that_its_file_reads() -> None:
     read = set(re.findall(r"os\.environ/(\w+)", (EXAMPLE / "config.yaml").read_text()))
     environment = service_of_example()["environment"]
     assert read <= set(environment)
-    needed = set(re.findall(r"\$\{(\w+):\?", json.dumps(environment)))
+    needed = {*re.findall(r"\$\{(\w+):\?", json.dumps(environment))}
+    assert "MODAL_WORKSPACE" in needed  # else an empty one would be a URL that begins with https://--
     template = dict(
         line.split("=", 1) for line in (EXAMPLE / ".env.example").read_text().splitlines() if line[:1].isalpha()
     )
     assert set(template) == needed
-    assert [template[name] for name in ("VLLM_API_KEY", "LITELLM_MASTER_KEY")] == ["", ""]
+    assert set(template.values()) == {""}
+
+
+def test_example_makes_the_gateways_url_of_the_workspace() -> None:
+    """As `modal deploy` names it, unless .env has another URL."""
+    base = service_of_example()["environment"]["VLLM_API_BASE"]
+    workspace = "${MODAL_WORKSPACE:?your Modal workspace, in .env}"
+    assert base == f"${{VLLM_GATEWAY_URL:-https://{workspace}--vllm-gateway-serve.modal.run}}/v1"
 
 
 def test_example_listens_on_port_4000_of_this_machine() -> None:
@@ -234,8 +305,10 @@ def test_command_is_listed() -> None:
 
 def test_locks_of_the_clients_name_no_registry() -> None:
     """Where packages come from is the machine's matter; what they are is pinned by hash."""
-    gateway = ROOT / "tests" / "gateway"
-    lock, npm = (gateway / "clients.lock").read_text(), json.loads((gateway / "npm" / "package-lock.json").read_text())
+    clients = ROOT / "tests" / "clients"
+    names = ("clients.lock", "loads.lock", "openwebui.lock", "models/smollm2.lock")
+    lock = "".join((clients / name).read_text() for name in names)
+    npm = json.loads((clients / "npm" / "package-lock.json").read_text())
     assert "http" not in re.sub(r"^[\w.-]*http[\w.-]*==", "", lock, flags=re.M)
     assert "--index" not in lock
     requirements = [line for line in lock.replace("\\\n", " ").splitlines() if line.strip()]

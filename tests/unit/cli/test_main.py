@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -39,10 +41,14 @@ def run(home: Path, port: int) -> Run:
         "UV_OFFLINE": "1", "UV_NO_CONFIG": "1", "PIP_CONFIG_FILE": os.devnull, "UV_PYTHON_DOWNLOADS": "never",
     }  # fmt: skip
 
-    def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def command(
+        *arguments: str, program: str = str(COMMAND), stdout: int | IO[str] = subprocess.PIPE, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         merged = {name: text for name, text in (env | environ).items() if text is not None}
-        line = [str(COMMAND), *arguments]
-        return subprocess.run(line, env=merged, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            [program, *arguments], env=merged, cwd=home, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
 
     return command
 
@@ -132,8 +138,8 @@ def test_up_with_what_cannot_be_a_hub_id_says_so(run: Run, home: Path, name: str
 @pytest.mark.parametrize("command", ["up", "models"])
 def test_unknown_setting_offers_the_nearest(run: Run, home: Path, command: str) -> None:
     """A typo must not be passed over."""
-    words = ("SERVICE_SCALEDOWN is not a setting", "Did you mean 'SERVICE_SCALEDOWN_WINDOW'?")
-    refused(run, home, 2, *words, arguments=(command,), SERVICE_SCALEDOWN="60")
+    words = ("SERVICE_SCALEDOWN_WIDOW is not a setting", "Did you mean 'SERVICE_SCALEDOWN_WINDOW'?")
+    refused(run, home, 2, *words, arguments=(command,), SERVICE_SCALEDOWN_WIDOW="60")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_up_over_more_gpus_than_visible_says_how_many_there_are(run: Run, home: 
 def test_up_with_weights_over_the_memory_says_both(run: Run, home: Path) -> None:
     """Before anything is built."""
     (home / "mine.toml").write_text("[models.huge]\nhub_id = 'org/huge'\nweights_gb = 1_000_000\n")
-    words = ("'huge' are 1000000 GB", "of memory")
+    words = ("'huge' are 1000000.0 GB", "of memory")
     refused(run, home, 1, *words, arguments=("up", "huge"), SERVICE_MODELS_FILE="~/mine.toml")
 
 
@@ -230,11 +236,11 @@ def test_up_with_a_directory_that_cannot_be_made_says_which(run: Run, home: Path
     assert "Traceback" not in done.stderr
 
 
-def test_module_run_by_python_is_the_same_command(run: Run, home: Path) -> None:
+def test_module_run_by_python_is_the_same_command(home: Path, port: int) -> None:
     """`python -m service.cli.main`, where no script was installed."""
     done = subprocess.run(
         [sys.executable, "-m", "service.cli.main", "up", "qwen3-8"],
-        env={"HOME": str(home), "PATH": os.defpath},
+        env={"HOME": str(home), "PATH": os.defpath, "SERVICE_PORT": str(port)},
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
@@ -244,3 +250,176 @@ def test_module_run_by_python_is_the_same_command(run: Run, home: Path) -> None:
 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: Unknown model 'qwen3-8'")
+
+
+@pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("litellm",), ("--help",)])
+def test_output_that_cannot_be_written_is_one_sentence(run: Run, home: Path, arguments: tuple[str, ...]) -> None:
+    """A full disk is told; /dev/full behaves like one."""
+    with Path("/dev/full").open("w") as full:
+        done = run(*arguments, stdout=full)
+
+    check_error(done.stderr)
+    assert "The output cannot be written: No space left on device." in done.stderr
+    assert done.returncode == 1
+
+
+def test_output_whose_reader_left_ends_quietly(run: Run) -> None:
+    """`vllm-service models --json | head -1` shows no error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run("models", "--json", stdout=writer)
+    finally:
+        os.close(writer)
+
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_stream_that_is_closed_is_no_traceback(run: Run, closed: str) -> None:
+    """Some supervisors start a process without one of them."""
+    done = run("-c", f"exec {COMMAND} models {closed}", program="/bin/sh")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_home_that_is_nowhere_is_one_sentence(home: Path) -> None:
+    """A container's user without an entry in the user database, and no HOME: the variable is named."""
+    script = "import os, pwd, sys; os.environ.pop('HOME', None); pwd.getpwuid = lambda _: {}[0]; " + (
+        "sys.argv = ['vllm-service', 'models']; from service.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=home, capture_output=True, text=True, check=False)
+
+    check_error(done.stderr)
+    assert "HOME" in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("place", ["", "relative"])
+@pytest.mark.parametrize("command", ["up", "models", "boots", "prefetch", "litellm"])
+def test_home_that_is_no_directory_is_refused_by_every_command(run: Run, home: Path, command: str, place: str) -> None:
+    """Caches would land wherever the command happens to be started."""
+    refused(run, home, 1, f"HOME='{place}'", "absolute path", arguments=(command,), HOME=place)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (("up", "tiny"), "XDG_STATE_HOME"),
+        (("up", "tiny"), "XDG_CACHE_HOME"),
+        (("up",), "HF_HOME"),
+        (("boots",), "XDG_STATE_HOME"),
+        (("prefetch", "qwen3-0.6b"), "HF_HOME"),
+        (("models",), "SERVICE_MODELS_FILE"),
+    ],
+)
+def test_directory_that_the_system_refuses_is_named(
+    run: Run, home: Path, arguments: tuple[str, ...], variable: str
+) -> None:
+    """Whatever the system refuses: a name that is too long stands for missing rights, which root does not lack."""
+    place = f"/{'x' * 300}"
+    done = run(*arguments, **{variable: place})
+
+    assert done.returncode in {1, 2}
+    assert "Traceback" not in done.stderr
+    *_, error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert place in error
+    assert hint.startswith("hint: ")
+
+
+def test_models_file_of_an_unknown_user_is_named(run: Run, home: Path) -> None:
+    """`~name` has no directory where there is no such user."""
+    refused(
+        run,
+        home,
+        2,
+        "'~nobody-4711/models.toml'",
+        arguments=("models",),
+        SERVICE_MODELS_FILE="~nobody-4711/models.toml",
+    )
+
+
+def test_terminal_without_a_size_shows_results(run: Run) -> None:
+    """Some programs give their pseudo-terminals 0 columns."""
+    assert "No boots are recorded yet" in run("boots", COLUMNS="0").stdout
+
+
+@pytest.mark.parametrize("language", ["xx_YY.UTF-8", "C", "POSIX", ""])
+def test_language_that_does_not_exist_is_no_traceback(run: Run, language: str) -> None:
+    """A LANG that was forwarded by ssh and is not installed here."""
+    done = run("models", LANG=language, LC_ALL=language)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_relative_xdg_directory_counts_as_unset(run: Run, home: Path) -> None:
+    """The specification says so; else each directory of a start would get caches of its own."""
+    assert str(home / ".local" / "state") in run("boots", XDG_STATE_HOME="state").stdout
+
+
+def test_start_in_a_directory_that_is_gone_is_no_traceback(run: Run, home: Path) -> None:
+    """Another program removed it meanwhile."""
+    gone = home / "gone"
+    gone.mkdir()
+    done = run("-c", f"cd {gone} && rmdir {gone} && exec {COMMAND} models", program="/bin/sh", PATH=os.defpath)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "given"),
+    [
+        (["MODEL=a b"], {}, "a b"),
+        (['MODEL=it\'s "x" $HOME `id`'], {}, 'it\'s "x" $HOME `id`'),
+        (["MODEL="], {}, None),
+        ([], {"MODEL": "of-another-tool"}, None),
+        ([], {}, None),
+    ],
+)
+def test_make_serve_gives_model_as_one_argument(
+    tmp_path: Path, arguments: list[str], environ: dict[str, str], given: str | None
+) -> None:
+    """MODEL counts only where make's command line has it; a shell neither splits nor expands it."""
+    root = Path(__file__).parents[3]
+    shutil.copy(root / "Makefile", tmp_path)
+    program = tmp_path / ".venv" / "bin" / "vllm-service"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nfor word in "$@"; do echo "<$word>"; done\n')
+    program.chmod(0o755)
+    (tmp_path / ".venv" / "light").touch()
+    env = {"PATH": os.environ["PATH"]} | environ
+    command = ["make", "-s", "--old-file=.venv/light", "serve", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    assert done.stdout.splitlines() == ["<up>"] + ([f"<{given}>"] if given else []), done.stderr
+
+
+LEFT_RUNNING = """
+import asyncio, sys
+from concurrent.futures import ThreadPoolExecutor
+from modal._utils.async_utils import synchronizer
+from service.cli.main import main
+
+async def work():
+    with ThreadPoolExecutor() as executor:
+        while True:
+            await asyncio.get_running_loop().run_in_executor(executor, int)
+
+@synchronizer.create_blocking
+async def begin():
+    calls.append(asyncio.ensure_future(work()))
+
+calls = []
+begin()
+sys.argv = ["vllm-service", "up", "no-such-model"]
+main()
+"""
+
+
+def test_call_of_modals_client_that_still_runs_says_nothing_after_the_hint(run: Run) -> None:
+    """A deploy that misses a secret was still at its upload: tracebacks of it followed the hint at times."""
+    done = run("-c", LEFT_RUNNING, program=sys.executable)
+    assert done.returncode == 2
+    check_error(done.stderr)

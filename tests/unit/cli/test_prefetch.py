@@ -137,7 +137,7 @@ def test_follow_of_damage_names_the_files_and_fails(capsys: pytest.CaptureFixtur
         f"mine: org/mine at {A} is damaged",
         "  a.safetensors is damaged",
         "  b.safetensors is missing",
-        f"other: org/other at {A} matches the checksums that the hub gave",
+        f"other: org/other at {A} matches its checksums",
     ]
 
 

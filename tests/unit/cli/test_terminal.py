@@ -157,3 +157,21 @@ def test_install_on_a_terminal_is_a_bar_that_is_taken_away(
     assert any("9,000/18,133 files" in line for line in drawn)
     assert drawn[-2:] == ["It is built.", ""]
     assert "\n" not in err.partition("It is built.")[0].rpartition("\x1b[2K")[2]
+
+
+def test_terminal_bounds_the_engines_output(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that complains without end fills no disk: two files at most, with the newest lines."""
+    monkeypatch.setattr("service.local.line_file.LineFile.__init__.__defaults__", (100,))
+    with Terminal(tmp_path / "x.log", verbose=False):
+        for number in range(1000):
+            OUTPUT.info("%s", f"line {number}")
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.log", "x.log.1"]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 300
+    assert (tmp_path / "x.log").read_text().endswith("line 999\n")
+
+
+def test_terminal_whose_disk_is_full_ends_without_an_error(capsys: Capture) -> None:
+    """Lines that cannot be written are dropped, at the end of the run too."""
+    with Terminal(Path("/dev/full"), verbose=False):
+        OUTPUT.info("%s", "dropped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,17 @@ def test_argv_of_gpt_oss_has_every_acceleration() -> None:
         ),
         *("--max-model-len", "32768", "--kv-cache-dtype", "fp8", "--moe-backend", "flashinfer_cutlass"),
         *("-cc.pass_config.fuse_allreduce_rms=true", "-cc.pass_config.eliminate_noops=true"),
-        *("--speculative-config", speculative),
+        *("--speculative-config", speculative, "--max-num-batched-tokens", "8192"),
     )
+
+
+def test_env_of_gpt_oss_says_for_which_gpus_its_flags_are() -> None:
+    """Chosen for an H100: the engine leaves them out on an older GPU, and MoE kernels on a newer one."""
+    bounds = json.loads(command("gpt-oss-20b").env["ENGINE_GPU_FLAGS"])
+
+    assert bounds == {"--kv-cache-dtype": [[9, 0], [99, 0]], "--moe-backend": [[9, 0], [10, 0]]}
+    assert "ENGINE_GPU_FLAGS" not in command("gpt-oss-20b", device="cpu").env
+    assert "ENGINE_GPU_FLAGS" not in command("qwen3-8b").env
 
 
 def test_argv_of_a_model_over_two_gpus_splits_its_tensors() -> None:
@@ -123,7 +133,7 @@ def test_argv_of_the_tiny_model_on_cpu_is_this() -> None:
             "qwen3",
         ),
         *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 * 1024**2)),
-        *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
+        *("--max-num-seqs", "18", "--max-num-batched-tokens", "2048"),
     )
 
 
@@ -163,6 +173,27 @@ def test_argv_of_an_entry_with_a_chat_template_names_its_file() -> None:
 
     assert template.is_absolute()
     assert template.parts[-3:] == ("service", "assets", "x.jinja")
+
+
+def test_argv_of_an_embedding_model_says_so_once() -> None:
+    """The entry's task, or its own arguments."""
+    spec = ModelSpec(key="vectors", hub_id="me/vectors", task="embed")
+    own = spec.model_copy(update={"extra_args": ("--runner", "pooling")})
+
+    for entry in (spec, own):
+        argv = engine_command(entry, Path("/weights")).argv
+        assert argv.count("--runner") == 1
+        assert argv[argv.index("--runner") + 1] == "pooling"
+    assert "--runner" not in engine_command(spec.model_copy(update={"task": "generate"}), Path("/weights")).argv
+
+
+def test_engine_takes_as_many_answers_to_a_request_as_the_gateway() -> None:
+    """VLLM's own bound is 16384."""
+    spec = ModelSpec(key="mine", hub_id="me/mine")
+
+    assert engine_command(spec, Path("/weights")).env["VLLM_MAX_N_SEQUENCES"] == "16"
+    options = EngineOptions(max_n=200)
+    assert engine_command(spec, Path("/weights"), options).env["VLLM_MAX_N_SEQUENCES"] == "200"
 
 
 def test_argv_ends_with_the_extra_arguments() -> None:
@@ -225,17 +256,38 @@ def test_command_holds_no_secret(key: str, device: str) -> None:
     assert not set(SECRETS) & set(made.env)
 
 
-def test_env_passes_on_what_is_not_ours() -> None:
-    """Proxies, paths and vLLM's own dials reach the engine; settings of the service and Python's do not."""
-    parent = {
-        "PATH": "/bin", "HOME": "/h", "VLLM_LOGGING_LEVEL": "DEBUG", "CUDA_VISIBLE_DEVICES": "1", "HF_HOME": "/hf",
-        "SERVICE_PORT": "1", "PYTHONPATH": "/mine", "PYTHONHOME": "/mine", "PYTHONSTARTUP": "/mine",
-    }  # fmt: skip
+def test_env_is_the_inherited_variables_and_the_engines_own() -> None:
+    """What the allow-list passes on, and PYTHONPATH for our modules in place of the parent's."""
+    parent = {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "1", "SERVICE_PORT": "1", "PYTHONPATH": "/mine", "PYTHONHOME": "/m"}
     env = command("tiny", parent_env=parent).env
 
-    assert {name: env[name] for name in list(parent)[:5]} == dict(list(parent.items())[:5])
-    assert env["PYTHONPATH"] == str(IN_ENGINE)
-    assert not {"SERVICE_PORT", "PYTHONHOME", "PYTHONSTARTUP"} & set(env)
+    assert (env["HOME"], env["CUDA_VISIBLE_DEVICES"], env["PYTHONPATH"]) == ("/h", "1", str(IN_ENGINE))
+    assert not {"SERVICE_PORT", "PYTHONHOME"} & set(env)
+
+
+@pytest.mark.parametrize(
+    ("key", "device", "expected"),
+    [
+        ("tiny", "cpu", {"OMP_NUM_THREADS": "1"}),
+        ("qwen3-0.6b", "cpu", {"OMP_NUM_THREADS": "5", "GOMP_SPINCOUNT": "10000"}),
+        ("tiny", "cuda", {}),
+        ("qwen3-0.6b", "cuda", {}),
+    ],
+)
+def test_threads_of_an_engine_without_a_gpu_leave_a_core(
+    key: str, device: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API server, the gateway and other engines need one; the user's own values win."""
+    monkeypatch.setattr("service.engine.cpu.os.sched_getaffinity", lambda _: range(6))
+    own = {"OMP_NUM_THREADS": "7", "GOMP_SPINCOUNT": "9"}
+
+    def openmp(env: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in env.items() if name in own}
+
+    assert openmp(command(key, device=device).env) == expected
+    assert openmp(command(key, device=device, parent_env=own).env) == own
+    monkeypatch.setattr("service.engine.cpu.os.sched_getaffinity", lambda _: range(1))
+    assert openmp(command(key, device=device).env) == expected | ({"OMP_NUM_THREADS": "1"} if expected else {})
 
 
 def test_env_keeps_the_engine_from_the_network() -> None:
@@ -243,8 +295,15 @@ def test_env_keeps_the_engine_from_the_network() -> None:
     env = command("tiny", parent_env={"HF_HUB_OFFLINE": "0", "VLLM_NO_USAGE_STATS": "0"}).env
 
     assert (env["HF_HUB_OFFLINE"], env["TRANSFORMERS_OFFLINE"], env["VLLM_NO_USAGE_STATS"]) == ("1", "1", "1")
-    assert env["VLLM_PLUGINS"] == "vllm_service"
+    assert (env["VLLM_PLUGINS"], env["VLLM_MEDIA_CONNECTOR"]) == ("vllm_service", "vllm_service")
+    assert (env["PYTHONSAFEPATH"], env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]) == ("1", "1")
     assert env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert env["VLLM_MAX_IMAGE_PIXELS"] == str(1 << 26)
+
+
+def test_env_keeps_idle_connections_for_longer_than_clients_do() -> None:
+    """VLLM's own 5 s end connections that balancers and the gateway believe in."""
+    assert command("tiny").env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "75"
 
 
 def test_env_on_cpu_asks_for_one_process() -> None:

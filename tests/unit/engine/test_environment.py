@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine import environment
+from service.engine import built_once, environment
 from service.engine.installer import Finished
 from service.errors import DiskSpaceError, EnvironmentBuildError, ServiceError, UnsupportedPlatformError
 from service.hardware import Hardware, NvidiaGpu
@@ -30,6 +30,7 @@ class Installer:
         self.calls: list[tuple[str, ...]] = []
         self.fails_at: str | None = None
         self.no_local_torch = False
+        self.torch_on_index = False
         self.before: Callable[[], object] = lambda: None
 
     def __call__(self, *arguments: str, **_: object) -> Finished:
@@ -43,6 +44,8 @@ class Installer:
         else:
             assert arguments[:2] == ("pip", "install"), f"the fake installer does not know {arguments}"
         failed = self.fails_at in arguments or ("--offline" in arguments and self.no_local_torch)
+        if "--no-deps" in arguments and not {"--offline", "--require-hashes", "--torch-backend"} & set(arguments):
+            failed = not self.torch_on_index
         return Finished(
             int(failed), ("Resolved 1 package", "error: it failed", "  cause: on purpose") if failed else ()
         )
@@ -57,8 +60,8 @@ class Installer:
 def installer(monkeypatch: pytest.MonkeyPatch) -> Installer:
     """Put the fake in uv's place, on a machine without a GPU."""
     fake = Installer()
-    monkeypatch.setattr(environment, "run_uv", fake)
-    monkeypatch.setattr(environment, "probe", lambda: Hardware((), (), 0))
+    monkeypatch.setattr(built_once, "run_uv", fake)
+    monkeypatch.setattr(environment, "probe", lambda: Hardware((), ()))
     return fake
 
 
@@ -107,22 +110,32 @@ def test_env_on_cpu_installs_the_lock_with_hashes_and_then_torch(installer: Inst
     assert "--offline" in torch
 
 
-def test_env_on_cpu_without_a_local_torch_asks_pytorchs_index(installer: Installer) -> None:
-    """Elsewhere its CPU builds are on PyTorch's own index."""
+def test_env_on_cpu_without_a_local_torch_asks_the_users_index_and_then_pytorchs(installer: Installer) -> None:
+    """A mirror may have its CPU builds; elsewhere they are on PyTorch's own index."""
     installer.no_local_torch = True
     environment.ensure()
 
-    assert installer.locks == ["engine-cpu.lock", "engine-cpu-torch.txt", "engine-cpu-torch.txt"]
-    assert installer.calls[-1][5:7] == ("--torch-backend", "cpu")
+    assert installer.locks == ["engine-cpu.lock", *["engine-cpu-torch.txt"] * 3]
+    assert [call[5] for call in installer.calls[-3:]] == ["--offline", "--no-deps", "--torch-backend"]
+
+
+def test_env_on_cpu_with_torch_on_the_users_index_is_complete(installer: Installer) -> None:
+    """Behind a mirror PyTorch's own index is out of reach."""
+    installer.no_local_torch, installer.torch_on_index = True, True
+    environment.ensure()
+
+    assert "--torch-backend" not in installer.calls[-1]
 
 
 def test_env_with_a_gpu_installs_the_cuda_lock_alone(installer: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lock makes Modal's image."""
     gpu = NvidiaGpu("NVIDIA L4", 23034, "580.95.05", "GPU-1")
-    monkeypatch.setattr(environment, "probe", lambda: Hardware((gpu,), (), 0))
+    monkeypatch.setattr(environment, "probe", lambda: Hardware((gpu,), ()))
 
     assert environment.ensure().device == "cuda"
     assert installer.locks == ["engine-cuda.lock"]
+    named = installer.calls[-1][installer.calls[-1].index("--constraint") + 1]
+    assert "torch===" in Path(named).read_text()  # not a CPU build, which `==` takes too
 
 
 @pytest.mark.parametrize("changed", ["engine-cpu.lock", "engine-cpu-torch.txt"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uv as uv_package
 
 from service.engine import installer
 from service.engine.installer import InstallProgress, run_uv
+from service.engine.pip_settings import UvSettings
+from tests.engine.running import REPOSITORY
 
 UV = Callable[[str], None]
 WAITS_S = 10
@@ -24,7 +28,7 @@ WAITS_S = 10
 @pytest.fixture
 def uv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> UV:
     """Return a function that puts a Python program in uv's place."""
-    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")  # pip's configuration is not read then
+    monkeypatch.setattr(installer, "uv_settings", lambda: UvSettings({}))
 
     def replace(program: str) -> None:
         script, wrapper = tmp_path / "uv.py", tmp_path / "python"
@@ -103,10 +107,14 @@ def test_uv_output_goes_to_the_log_and_not_to_the_terminal(
     ("printed", "kept"),
     [
         (r"Resolved 1 package\nerror: No solution\n  cause: offline\n", ["error: No solution", "  cause: offline"]),
+        (
+            r"\x1b[2K⠙ Resolving dependencies...    error: Failed to fetch\n  cause: offline\n",
+            ["error: Failed to fetch", "  cause: offline"],
+        ),
         ("".join(rf"line {number}\n" for number in range(20)), [f"line {number}" for number in range(10, 20)]),
         ("", []),
     ],
-    ids=["its error", "its last lines", "nothing"],
+    ids=["its error", "its error behind a frame", "its last lines", "nothing"],
 )
 def test_uv_that_fails_leaves_its_last_words(uv: UV, printed: str, kept: list[str]) -> None:
     """From its error on; the last ten lines where it printed none."""
@@ -130,20 +138,13 @@ def test_uv_ends_when_its_caller_is_interrupted(uv: UV) -> None:
     assert set(psutil.Process().children()) <= before
 
 
-@pytest.mark.parametrize(
-    ("environ", "handed_on"),
-    [({"UV_FIND_LINKS": "/mine", "PIP_FIND_LINKS": "/x"}, "/mine"), ({"PIP_FIND_LINKS": "/a /b"}, "/a,/b")],
-)
-def test_uv_is_told_where_pip_looks(
-    uv: UV, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], handed_on: str
-) -> None:
-    """Uv reads no pip configuration; its own variable goes before."""
-    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
-    for name, text in environ.items():
-        monkeypatch.setenv(name, text)
-    uv("print(os.environ['UV_FIND_LINKS'])\nprint('\\n')")
+def test_uv_gets_the_settings_of_pip(uv: UV, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables for every command; options for an installation alone."""
+    monkeypatch.setattr(installer, "uv_settings", lambda: UvSettings({"UV_FIND_LINKS": "/a,/b"}, ("--no-index",)))
+    uv("print(os.environ['UV_FIND_LINKS'], *sys.argv[1:], sep=' ', end='\\n')")
 
-    assert run_uv("venv").lines == [handed_on]
+    assert run_uv("venv", "x").lines == ["/a,/b -P -m uv venv x"]
+    assert run_uv("pip", "install", "x").lines == ["/a,/b -P -m uv pip install x --no-index"]
 
 
 def test_uv_of_this_environment_is_run() -> None:
@@ -152,3 +153,21 @@ def test_uv_of_this_environment_is_run() -> None:
 
     assert finished.code == 0
     assert finished.lines[0].startswith("uv ")
+
+
+def test_uv_works_in_an_environment_that_lies_in_its_cache(tmp_path: Path) -> None:
+    """As one that uvx has made: uv refuses to work in its own cache."""
+    cache = tmp_path / "cache"
+    home = cache / "environment"
+    assert run_uv("venv", "--quiet", "--python", sys.executable, str(home)).code == 0
+    program = "import sys; from service.engine.installer import run_uv; sys.exit(run_uv('venv', sys.argv[1]).code)"
+    packages = os.pathsep.join([str(REPOSITORY), str(Path(uv_package.__file__).parents[1])])
+    done = subprocess.run(
+        [home / "bin/python", "-c", program, str(tmp_path / "made")],
+        env={**os.environ, "UV_CACHE_DIR": str(cache), "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "made/bin/python").exists()

@@ -151,12 +151,92 @@ def test_exit_by_a_signal_names_it(number: signal.Signals) -> None:
     assert f"killed by {number.name} after 3.0 s" in str(EngineLog().describe_exit(-number, 3.0, None))
 
 
+def test_exit_by_an_unnamed_signal_has_its_number() -> None:
+    """Real-time signals have no names."""
+    assert "killed by signal 40 after 3.0 s" in str(EngineLog().describe_exit(-40, 3.0, None))
+
+
 def test_exit_by_sigkill_suspects_memory() -> None:
     """Usually the kernel sent it."""
     sentence = str(EngineLog().describe_exit(-signal.SIGKILL, 3.0, None))
 
     assert "killed by SIGKILL" in sentence
     assert "memory" in sentence
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("ready_after_s", [None, 5.0])
+def test_exit_by_a_signal_is_named_before_what_the_log_has(number: signal.Signals, ready_after_s: float | None) -> None:
+    """A client can have any line logged, so that of an earlier request is no cause, and is marked."""
+    log = EngineLog()
+    for line in traceback(_SERVER, "ValueError: of a request"):
+        log.add(line)
+    error = log.describe_exit(-number, 10.0, ready_after_s)
+
+    assert error.message.startswith(f"The engine was killed by {number.name} ")
+    assert error.message.endswith(" Its log has, maybe of a request: 'ValueError: of a request'.")
+    assert "Cause" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        (-9, []),
+        (-9, traceback(_SERVER, "ValueError: of a request")),
+        (
+            0,
+            [
+                _SERVER
+                + "WARNING 11-20 22:01:02 [core_client.py:817] [shutdown] MPClient: engine core exited unexpectedly"
+            ],
+        ),
+        (
+            1,
+            traceback(
+                _SERVER, "RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': -9}"
+            ),
+        ),
+    ],
+    ids=["leader", "leader after an error", "core", "core of a boot"],
+)
+@pytest.mark.parametrize("ready_after_s", [None, 5.0])
+def test_exit_for_lack_of_memory_says_so_and_what_to_do(
+    code: int, lines: list[str], ready_after_s: float | None
+) -> None:
+    """The kernel counts whom it kills; the engine core is the largest process and so the first."""
+    log = EngineLog()
+    for line in lines:
+        log.add(line)
+    error = log.describe_exit(code, 10.0, ready_after_s, out_of_memory=True)
+
+    assert ": the kernel killed a process because memory ran out." in error.message
+    assert "more memory" in error.hint
+
+
+@pytest.mark.parametrize(("code", "lines"), [(1, DEATHS["bad parser"][0]), (-11, []), (3, [])])
+def test_exit_for_another_reason_is_not_blamed_on_memory(code: int, lines: list[str]) -> None:
+    """A neighbour in the same container was killed meanwhile."""
+    log = EngineLog()
+    for line in lines:
+        log.add(line)
+
+    assert "memory" not in str(log.describe_exit(code, 10.0, None, out_of_memory=True))
+
+
+def test_exit_after_ready_names_no_error_that_is_older_than_some_seconds() -> None:
+    """A request failed an hour ago; what the engine died of is written in its last seconds."""
+    now = [0.0]
+    log = EngineLog(clock=lambda: now[0])
+    for line in traceback(_SERVER, "ValueError: of a request"):
+        log.add(line)
+    now[0] = 3000.0
+    log.add("INFO: another request")
+    assert "ValueError" not in str(log.describe_exit(1, 3060.0, 5.0))
+
+    for line in traceback(_CORE_ERROR, "RuntimeError: CUDA error"):
+        log.add(line)
+    now[0] = 3001.0
+    assert "CUDA error" in str(log.describe_exit(1, 3061.0, 5.0))
 
 
 def test_exit_after_ready_counts_from_ready() -> None:
@@ -225,12 +305,13 @@ def test_log_closed_wakes_its_waiters() -> None:
 
 
 def test_death_after_ready_is_not_blamed_on_the_boot() -> None:
-    """A traceback that a finished boot survived is no cause of what kills the engine an hour later."""
-    log = EngineLog()
+    """A traceback that a finished boot survived is no cause of what kills the engine a moment later."""
+    now = [0.0]
+    log = EngineLog(clock=lambda: now[0])
     for line in ("Traceback (most recent call last):", "ImportError: an optional kernel is missing"):
         log.add(line)
     assert "ImportError" in str(log.describe_exit(1, 5.0, None))
-    log.mark_ready()
+    now[0] = 3.0
     log.add("INFO: a request")
-    assert "ImportError" not in str(log.describe_exit(-9, 3600.0, 5.0))
-    assert "SIGKILL" in str(log.describe_exit(-9, 3600.0, 5.0))
+    assert "ImportError" not in str(log.describe_exit(-9, 7.0, 5.0))
+    assert "SIGKILL" in str(log.describe_exit(-9, 7.0, 5.0))

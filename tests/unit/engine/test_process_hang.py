@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from service.engine.shutdown import MODAL_SHUTDOWN
 from service.errors import EngineError
 from tests.unit.engines import READY_S, eventually, group
 
+ROOT = Path(__file__).parents[3]
 Start = Callable[..., EngineProcess]
 Command = Callable[..., EngineCommand]
 
@@ -79,6 +83,50 @@ def test_engine_that_the_kernel_stopped_is_noticed(start: Start, deaths: list[En
     assert engine.wait_ended(READY_S)
     assert eventually(lambda: bool(deaths))
     assert "hung" in str(deaths[0])
+
+
+PARENT = """
+import sys, threading
+from service.engine.args import EngineCommand
+from service.engine.process import EngineProcess, State
+
+python, port, hang_s, *env = sys.argv[1:]
+command = EngineCommand(("--host", "127.0.0.1", "--port", port), dict(zip(env[::2], env[1::2])), "127.0.0.1", int(port))
+engine = EngineProcess(command, python=python, hang_s=float(hang_s))
+engine.spawn()
+engine.release()
+engine.wait_for(State.READY, 20)
+print(engine.pid, flush=True)
+for line in sys.stdin:
+    print("ended" if engine.wait_ended(float(line)) else "ready", flush=True)
+engine.stop(0)
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with its engine", "alone"])
+def test_parent_that_was_paused_for_longer_than_the_limit_keeps_its_engine(
+    fake_command: Command, fake_python: str, alone: bool
+) -> None:
+    """`docker pause` stops all processes; no heartbeat could come, and it comes again when all go on."""
+    hang_s, command = 2.0, fake_command()
+    env = [word for item in command.env.items() for word in item]
+    arguments = [fake_python, str(command.port), str(hang_s), *env]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *arguments], cwd=ROOT, stdin=pipe, stdout=pipe, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        engine_pid = int(parent.stdout.readline())
+        pids = [parent.pid] if alone else [parent.pid, engine_pid]
+        for number, pause_s in ((signal.SIGSTOP, hang_s + 0.5), (signal.SIGCONT, 0.0)):
+            for pid in pids:
+                os.kill(pid, number)
+            time.sleep(pause_s)
+        parent.stdin.write(f"{hang_s}\n")
+        parent.stdin.close()
+        assert parent.stdout.read().endswith("ready\n")
+    assert parent.returncode == 0
 
 
 def test_engine_asleep_needs_no_heartbeat(start: Start, deaths: list[EngineError]) -> None:

@@ -155,6 +155,16 @@ def test_stop_without_a_grace_ends_one_that_waits(start: Start) -> None:
     assert not first.is_alive()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_engine_that_is_signalled_together_with_its_service_drains(start: Start, number: int) -> None:
+    """Systemd signals every process of a service. The request in flight gets its grace, and the engine then ends."""
+    engine = start(in_flight=True, grandchild=True)
+    os.killpg(engine.pid, number)
+
+    assert 0.5 <= stop(engine, 0.5) < 0.5 + TERMINATE_S
+    assert drains(engine) == ['drain {"grace_s": 0.5, "cancel_s": 1.0}']
+
+
 def test_stop_reports_no_phase_of_the_boot(start: Start) -> None:
     """`on_event` gets the events of the boot; only `stop` gets the end of the drain."""
     events: list[str] = []

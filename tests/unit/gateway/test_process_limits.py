@@ -8,7 +8,9 @@ import resource
 import subprocess
 import sys
 
-from service.gateway.process_limits import DESCRIPTORS, raised_process_limits
+import pytest
+
+from service.gateway.process_limits import DESCRIPTORS, connection_limit, raised_process_limits
 
 LIMITED = """
 import os, resource
@@ -39,6 +41,17 @@ def test_process_limits_of_a_shell_are_raised() -> None:
     """The shell's limit of file descriptors does not limit the number of streams."""
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "clients"), [(64, 1), (1024, 448), (DESCRIPTORS, 32_704), (resource.RLIM_INFINITY, 32_704)]
+)
+def test_connection_limit_leaves_a_descriptor_to_an_engine_for_each(
+    descriptors: int, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And some for files."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (descriptors, descriptors))
+    assert connection_limit() == clients
 
 
 def test_process_limits_are_restored() -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from service.gateway import request_fields
-from service.gateway.api_errors import APIError
-from service.gateway.request_fields import CONSTRAINT_LIMIT, N_LIMIT, NAME_LIMIT, REMOVED_FIELDS, TOOLS_LIMIT
+from service.gateway.request_fields import CONSTRAINT_LIMIT, MAX_N, REMOVED_FIELDS, TOOLS_LIMIT
+from service.in_engine.vllm_service.api_error import APIError
+from service.in_engine.vllm_service.form_data import NAME_LIMIT
+from service.in_engine.vllm_service.overrides import with_overrides
 
 ROOT = Path(__file__).parents[3]
 IMAGE = b'{"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,' + b"iVBORw0K" * 1_310_720 + b'"}}]}],'
@@ -169,21 +171,27 @@ def test_stream_that_is_no_boolean_is_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])
-@pytest.mark.parametrize("value", ["0", "-1", str(N_LIMIT + 1), "1.0", "1e1", '"2"', "true", "[2]", "9" * 100_000])
+@pytest.mark.parametrize("value", ["0", "-1", str(MAX_N + 1), "1.5", "1e3", '"2"', "true", "[2]", "9" * 100_000])
 def test_count_outside_its_bound_is_refused(name: str, value: str) -> None:
     """One request would cost as much as thousands."""
     api_error = refused(f'{{"{name}":{value}}}'.encode())
 
     assert api_error.param == name
-    assert f"1 to {N_LIMIT}" in api_error.message
+    assert f"1 to {MAX_N}" in api_error.message
     assert len(api_error.message) < 200
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])
-@pytest.mark.parametrize("value", [1, N_LIMIT])
-def test_count_at_its_bound_passes(name: str, value: int) -> None:
-    """The bound itself is allowed."""
-    assert getattr(request_fields.parse_fields(f'{{"{name}":{value}}}'.encode()), name) == value
+@pytest.mark.parametrize("value", ["1", "1.0", "1e1", str(MAX_N)])
+def test_count_at_its_bound_passes(name: str, value: str) -> None:
+    """The bound itself is allowed, and a number without a fraction is an integer however it is written."""
+    assert getattr(request_fields.parse_fields(f'{{"{name}":{value}}}'.encode()), name) == float(value)
+
+
+def test_count_above_its_bound_is_told_the_setting() -> None:
+    """What pass@k takes: 20 to 200 answers to one request."""
+    assert request_fields.parse_fields(b'{"n":200}', 200).n == 200
+    assert "raise SERVICE_MAX_N (16; at most 200)" in refused(b'{"n":20}').message
 
 
 @pytest.mark.parametrize("name", sorted(REMOVED_FIELDS))
@@ -232,10 +240,11 @@ def test_body_with_a_large_image_is_read_and_overridden_where_no_copy_fits() -> 
     program = """
 import resource
 from service.gateway import request_fields as bodies
+from service.in_engine.vllm_service.overrides import with_overrides
 from tests.unit.gateway.test_request_fields import IMAGE
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4_000_000,) * 2)
-first, second = bodies.with_overrides(IMAGE, {"model": bodies.parse_fields(IMAGE).model + "-h100"})
+first, second = with_overrides(IMAGE, {"model": bodies.parse_fields(IMAGE).model + "-h100"})
 try:
     bytearray(IMAGE)
 except MemoryError:
@@ -264,6 +273,6 @@ except MemoryError:
 def test_overridden_body_has_the_overrides_and_everything_else(body: bytes, changes: dict[str, Any]) -> None:
     """Fields that are added at the end win."""
     for buffer in (body, bytearray(body)):
-        first, second = request_fields.with_overrides(buffer, changes)
+        first, second = with_overrides(buffer, changes)
         assert json.loads(bytes(first) + second) == {**json.loads(body), **changes}
         assert first.obj is buffer

@@ -13,11 +13,12 @@ import pytest
 from service.gateway.app import create_app
 from service.gateway.clients import load_clients
 from service.gateway.metrics import Metrics
-from service.gateway.modal_pool import Tiers
 from service.gateway.router import ModelRouter
+from service.gateway.tiers import Tiers
 from service.keys import digests
 from service.registry.models import Registry
 from service.settings import Settings
+from tests.engine.routes import error_of
 
 KEYS = {"API_KEYS": "alice=sk-alice,bob=sk-bob", "API_LIMITS": '{"bob": {"models": ["qwen3-8b"]}}'}
 CHAT = "/v1/chat/completions"
@@ -41,7 +42,7 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
     registry = Registry.load(models_file)
     clients = load_clients(KEYS, digests(KEYS), registry, settings.model)
     app = create_app(ModelRouter(registry, settings.model, Tiers(settings, {}).pool), clients, Metrics(), hold_s=5)
-    headers = [(b"authorization", f"Bearer {key}".encode())]
+    headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
     sent: list[Any] = []
     incoming = [{"type": "http.request", "body": json.dumps({"model": model, **body}).encode()}]
@@ -60,18 +61,26 @@ def ask(model: str, path: str = CHAT, key: str = "sk-alice", models_file: Path |
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_request_for_a_tier_too_small_for_the_weights_is_400_and_wakes_nothing(path: str, stream: bool) -> None:
-    """The error names tiers that fit; a header tells clients not to retry."""
-    status, headers, answer = ask("gemma-3-27b-l40s", path, messages=[], stream=stream)
+    """The error names tiers that fit; no client repeats a request after 400."""
+    status, _, answer = ask("gemma-3-27b-l40s", path, messages=[], stream=stream)
 
     assert status == 400
-    assert headers[b"x-should-retry"] == b"false"
-    error = answer["error"]
-    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "model_too_large", "model")
+    error = error_of(json.dumps(answer).encode(), path)
+    assert error["type"] == "invalid_request_error"
+    assert path == "/v1/messages" or (error["code"], error["param"]) == ("model_too_large", "model")
     assert error["message"] == (
         "Model 'gemma-3-27b' does not fit on L40S: its weights are 54.9 GB, and vLLM uses 44.2 of 48 GB (92%). "
         "Use 'gemma-3-27b-a100' (A100-80GB, $2.50/h, the cheapest that fits) or 'gemma-3-27b-h100' (H100, $3.95/h, "
         "its registry entry's own)."
     )
+
+
+def test_request_for_a_gpu_without_kernels_for_the_model_is_400_and_wakes_nothing() -> None:
+    """A T4 has the memory for gpt-oss; vLLM refuses it there."""
+    status, _, answer = ask("gpt-oss-20b-t4")
+
+    assert (status, answer["error"]["code"]) == (400, "gpu_not_supported")
+    assert "from compute capability 8.0 on, and T4 has 7.5. Use 'gpt-oss-20b-l4' (L4" in answer["error"]["message"]
 
 
 def test_request_for_an_adapter_on_a_tier_too_small_is_answered_with_the_adapters_name(tmp_path: Path) -> None:
@@ -104,5 +113,5 @@ def test_request_for_an_a100_goes_to_the_tier_of_the_80_gb_card() -> None:
 
     assert pool.location == "A100-80GB"
     assert router.find("gemma-3-27b-a100-80gb").pool is pool
-    with pytest.raises(AssertionError, match="app vllm-a100 is asked for"):
+    with pytest.raises(AssertionError, match="app vllm-gemma-3-27b-a100 is asked for"):
         asyncio.run(pool.wake())

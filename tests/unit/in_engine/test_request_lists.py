@@ -8,13 +8,25 @@ from typing import Any
 
 import pytest
 
-from service.gateway import request_fields
-from service.gateway.api_errors import APIError
 from service.in_engine.vllm_service import http_contract
-from service.in_engine.vllm_service.request_lists import ITEMS, LISTS, PARTS, TOOLS, InvalidListError, check
+from service.in_engine.vllm_service.api_error import APIError
+from service.in_engine.vllm_service.request_counts import (
+    CUT_BYTES,
+    DOCUMENTS,
+    OTHER_VALUES,
+    SCORED_BYTES,
+    TEXTS,
+    VALUES,
+    InvalidListError,
+)
+from service.in_engine.vllm_service.request_lists import ITEMS, LISTS, PARTS, TOOLS, check
 
 RESPONSES, CHAT, MESSAGES, EMBEDDINGS = "/v1/responses", "/v1/chat/completions", "/v1/messages", "/v1/embeddings"
+COMPLETIONS, RERANK, SCORE, CLASSIFY = "/v1/completions", "/v1/rerank", "/v1/score", "/classify"
+PROMPTS, EMBEDDED = TEXTS[COMPLETIONS]["prompt"], TEXTS[EMBEDDINGS]["input"]
 USER = {"role": "user", "content": "hi"}
+MANY = dict.fromkeys(map(str, range(OTHER_VALUES + 1)), 1)
+FULL = {**USER, **dict.fromkeys(map(str, range(VALUES)), 1)}
 MIB = 1024 * 1024
 
 
@@ -47,10 +59,24 @@ def refused(path: str, **fields: Any) -> InvalidListError:
         (MESSAGES, {"messages": [USER], "system": [{"type": "text", "text": "x"}]}),
         (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"a": 1}]}]}]}),
         (EMBEDDINGS, {"input": [0] * 100_000}),
-        (EMBEDDINGS, {"input": [[0]] * 100_000}),
-        (EMBEDDINGS, {"input": ["a"] * 100_000}),
+        (EMBEDDINGS, {"input": [[0] * 1000] * EMBEDDED}),
+        (EMBEDDINGS, {"input": ['a, "b" \\'] * EMBEDDED}),
         (EMBEDDINGS, {"input": [USER]}),
-        ("/v1/completions", {"prompt": [[0]] * 100_000, "input": [0], "messages": [0]}),
+        (RERANK, {"query": "a", "documents": ['a, "b" [' * 100] * DOCUMENTS}),
+        (RERANK, {"query": {"content": [{"type": "text", "text": "a"}]}, "documents": [{"content": [{}]}] * DOCUMENTS}),
+        (RERANK, {"query": "a" * (SCORED_BYTES // 2), "documents": ["b"]}),
+        (RERANK, {"query": "a", "documents": "b"}),
+        (SCORE, {"queries": ["a" * 1000] * DOCUMENTS, "documents": ["b" * 900] * DOCUMENTS}),
+        (SCORE, {"text_1": "a", "text_2": ["b"]}),
+        (CLASSIFY, {"input": [[0] * 1000] * 2048}),
+        (COMPLETIONS, {"prompt": [[0]] * PROMPTS, "input": [0], "messages": [0]}),
+        (COMPLETIONS, {"prompt": [0] * 1_000_000, "n": 16}),
+        (COMPLETIONS, {"prompt": ["a"] * (PROMPTS // 16), "n": 16}),
+        (COMPLETIONS, {"prompt": "[a], " * 1_000_000}),
+        (COMPLETIONS, {"prompt": [[], []]}),
+        (RESPONSES, {"input": "hi", "instructions": "a, " * 1_000_000}),
+        (CHAT, {"messages": [{"role": "user", "content": 'a, {"b": [' * 1_000_000}]}),
+        (CHAT, {"messages": [USER], "logit_bias": {str(token): -1 for token in range(OTHER_VALUES - 100)}}),
     ],
 )  # fmt: skip
 def test_list_that_an_engine_serves_passes(path: str, fields: dict[str, Any]) -> None:
@@ -111,6 +137,48 @@ def test_too_many_items_are_refused_with_the_bound(path: str, fields: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        (COMPLETIONS, {"prompt": ["a"] * (PROMPTS + 1)}, f"prompt has over {PROMPTS} items"),
+        (COMPLETIONS, {"prompt": ['"]'] * (PROMPTS + 1)}, f"prompt has over {PROMPTS} items"),
+        (COMPLETIONS, {"prompt": [[0]] * 1_000_000}, f"prompt has over {PROMPTS} items"),
+        (COMPLETIONS, {"prompt": [[]] * 1_000_000}, f"prompt has over {PROMPTS} items"),
+        (COMPLETIONS, {"prompt": ["a"] * 65, "n": 16}, "prompt has 65 texts, and n=16 asks for 1040 answers;"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "prompt[1] is neither a text nor a list of tokens"),
+        (COMPLETIONS, {"prompt": [[[1]]]}, "prompt[0] is neither a text nor a list of tokens"),
+        (EMBEDDINGS, {"input": ["a"] * (EMBEDDED + 1)}, f"input has over {EMBEDDED} items"),
+        (EMBEDDINGS, {"input": ["a", {}]}, "input[1] is neither a text nor a list of tokens"),
+    ],
+)  # fmt: skip
+def test_too_many_texts_are_refused_with_the_bound(path: str, fields: dict[str, Any], words: str) -> None:
+    """Each text becomes a request to the engine, and `n` of them."""
+    error = refused(path, **fields)
+
+    assert str(error).startswith(words)
+    assert error.param == words.partition(" ")[0].partition("[")[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        (CHAT, {"messages": [USER], "chat_template_kwargs": MANY}, "values"),
+        (CHAT, {"messages": [USER], "x": [{}] * OTHER_VALUES}, "values outside of messages, tools"),
+        (CHAT, {"messages": [USER], **MANY}, "values outside"),
+        (CHAT, {"messages": [FULL]}, f"messages has over {VALUES} values"),
+        (MESSAGES, {"messages": [USER], "metadata": {"a": [1] * OTHER_VALUES}}, "outside of messages, system, tools"),
+        (COMPLETIONS, {"prompt": "a", "stop_token_ids": [1] * (OTHER_VALUES + 2)}, "values outside of prompt"),
+    ],
+    ids=["names", "objects", "unknown", "message", "metadata", "tokens"],
+)  # fmt: skip
+def test_too_many_values_are_refused_with_the_bound(path: str, fields: dict[str, Any], words: str) -> None:
+    """What the engine reads value by value is bounded wherever it stands."""
+    message = str(refused(path, **fields))
+
+    assert words in message
+    assert "Send fewer" in message
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b'{"inp\\u0075t":[{}]}',
@@ -152,18 +220,37 @@ def test_value_of_the_client_is_shown_in_part() -> None:
 def test_gateway_refuses_a_bad_list_with_its_field() -> None:
     """The gateway's own error, before a pool is asked."""
     with pytest.raises(APIError) as refusal:
-        request_fields.check_lists(RESPONSES, b'{"input":[0]}')
+        check(RESPONSES, b'{"input":[0]}')
 
     assert (refusal.value.status, refusal.value.param) == (400, "input")
-    assert json.loads(refusal.value.body("/v1/messages"))["type"] == "error"
-    assert set(json.loads(refusal.value.body(RESPONSES))) == {"error"}
+    assert json.loads(refusal.value.body("/v1/messages", "an-id"))["type"] == "error"
+    assert set(json.loads(refusal.value.body(RESPONSES, "an-id"))) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (RERANK, {"query": "a" * 2500, "documents": ["b"] * 900}),
+        (RERANK, {"query": "a", "documents": ["b"] * 900, "instruction": "a" * 2500}),
+        (RERANK, {"query": {"content": [{"text": "a" * 2500}]}, "documents": [{"content": []}] * 900}),
+        (RERANK, {"query": "a", "documents": "b" * SCORED_BYTES}),
+        (SCORE, {"queries": ["a" * 2500], "documents": ["b"] * 900}),
+        (SCORE, {"data_1": ["a" * 2500] * 500, "data_2": ["b" * 2500] * 500}),
+    ],
+)
+def test_texts_to_score_are_bounded_with_what_goes_with_each_of_them(path: str, fields: dict[str, Any]) -> None:
+    """A query of 2.5 KB and 900 documents of one letter are 2.3 MB to tokenize; to cut them takes longer."""
+    assert f"at most {SCORED_BYTES} are scored at once. " in refused(path, **fields).message
+    sent(RERANK, query="a", documents=["a" * (CUT_BYTES // 2)])
+    error = refused(RERANK, query="a", documents=["a" * CUT_BYTES], max_tokens_per_doc=10)
+    assert f"at most {CUT_BYTES} are scored at once with max_tokens_per_doc. " in error.message
 
 
 def test_lists_of_every_route_with_a_body_are_bounded() -> None:
     """A route that is added says which lists its body has; these two have texts and tokens alone."""
     routes = (route for listed in http_contract.ROUTES.values() for route in listed.values())
 
-    assert {route.path for route in routes if route.model_from == "body"} == LISTS.keys() | {
+    assert {route.path for route in routes if route.model_from == "body" and not route.is_form} == LISTS.keys() | {
         "/v1/completions",
         "/detokenize",
     }

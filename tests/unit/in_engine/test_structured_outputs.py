@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm_service import structured_outputs
-from vllm_service.structured_outputs import place_of
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "uniqueItems": {"type": "boolean"},
-        "tags": {"type": "array", "uniqueItems": True},
-        "a/b": {"anyOf": [{"type": "null"}, {"type": "string", "format": "ipv4network"}]},
-        "word": {"type": "string", "pattern": r"\bfoo\b"},
-    },
-}
 
 
 class Manager:
@@ -32,6 +22,7 @@ class Manager:
             model_config=SimpleNamespace(get_vocab_size=lambda: 100),
         )
         self.compiled: list[str | None] = []
+        self.executor: Any = ThreadPoolExecutor(8)
 
     def grammar_init(self, request: Any) -> None:
         """Compile with the backend that there is, and build it if there is none."""
@@ -99,23 +90,3 @@ def test_white_space_is_switched_off_only_where_the_command_line_cannot(
     manager.grammar_init(request("xgrammar"))
 
     assert manager.vllm_config.structured_outputs_config.disable_any_whitespace is is_switched
-
-
-@pytest.mark.parametrize(
-    ("error", "place"),
-    [
-        ('Grammar error: Unimplemented keys: ["uniqueItems"]', "#/properties/tags/uniqueItems"),
-        ("Grammar error: Unknown format: ipv4network", "#/properties/a~1b/anyOf/1/format"),
-        (r"Grammar error: lookarounds not supported yet; WordUnicode in regex /\bfoo\b/", "#/properties/word/pattern"),
-        ("Grammar error: out of memory", ""),
-    ],
-)
-def test_place_of_a_fault_is_the_keyword_that_the_error_names(error: str, place: str) -> None:
-    """A property of the keyword's name is none."""
-    assert place_of(error, SCHEMA) == place
-
-
-@pytest.mark.parametrize("schema", ["{", True, '{"a":' * 10_000 + "1" + "}" * 10_000])
-def test_place_of_a_fault_in_something_odd_is_nowhere(schema: Any) -> None:
-    """It raises nothing: the error itself must reach the client."""
-    assert place_of("Unknown format: x", schema) == ""

@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service import memory
 from service.engine import environment
 from service.engine.installer import InstallProgress
 from service.errors import (
     EngineError,
     GpuCountError,
+    HubUnreachableError,
     MemoryTooSmallError,
     PortInUseError,
     ServiceError,
@@ -30,6 +32,8 @@ from service.registry.models import Registry
 from service.settings import Settings
 from service.weights import store
 from service.weights.huggingface import HuggingFace
+from service.weights.reach import Unreachable
+from tests.fakes.hub import Hub
 
 REGISTRY = Registry.load()
 
@@ -76,7 +80,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, fake_python: str) -> Iterator[None]:
 
 def hub(monkeypatch: pytest.MonkeyPatch, *, in_reach: bool, cached: bool = False) -> None:
     """Decide what the hub and the cache have."""
-    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: in_reach)
+    offline = Unreachable("no answer within 3 s", is_offline=True)
+    monkeypatch.setattr(HuggingFace, "why_unreachable", lambda _: None if in_reach else offline)
     monkeypatch.setattr(store, "find", lambda _: store.Weights(Path("/cached")) if cached else None)
 
 
@@ -100,6 +105,17 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
     assert planner.resolve_model(None, REGISTRY).key == key
     assert len(caplog.messages) == lines
     assert all("No model hub is in reach" in line and "'tiny'" in line for line in caplog.messages)
+    assert all("https://huggingface.co: no answer within 3 s" in line for line in caplog.messages)
+
+
+def test_model_unnamed_behind_a_proxy_that_is_set_up_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in model in its place would hide what is wrong."""
+    wrong = Unreachable("the proxy ALL_PROXY=http://proxy:3128 refuses (403 Forbidden)", "Correct ALL_PROXY.")
+    monkeypatch.setattr(HuggingFace, "why_unreachable", lambda _: wrong)
+    monkeypatch.setattr(store, "find", lambda _: None)
+
+    with pytest.raises(HubUnreachableError, match=r"'qwen3-0\.6b'.*the proxy ALL_PROXY.*'tiny' needs no hub"):
+        planner.resolve_model(None, REGISTRY)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,7 @@ def test_model_unnamed_is_the_default_or_else_the_tiny_one(
 )  # fmt: skip
 def test_model_named_is_looked_up_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
     """Key, hub id in any case, `llm`, a name with a GPU, and a hub id that is in no registry."""
-    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(HuggingFace, "why_unreachable", lambda _: pytest.fail("the hub was asked"))
 
     assert planner.resolve_model(name, REGISTRY).key == key
 
@@ -178,6 +194,21 @@ def test_weights_over_the_memory_are_refused_before_anything_is_built(
     assert built == []
 
 
+@pytest.mark.usefixtures("cache")
+def test_weights_of_unknown_size_over_the_memory_are_refused_before_they_are_fetched(
+    reporter: Reporter, built: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    """A hub id that is in no registry: the hub tells the size, and nothing is downloaded."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(memory, "_room", lambda: memory.Room(3, "the control group x is limited to 0.0 GB"))
+    monkeypatch.setattr(memory, "_held_by_children", lambda: 0)
+
+    refuse(MemoryTooSmallError, reporter, "'mine'.*control group", model="org/mine", settings=Settings(port=port))
+    assert built == []
+    assert hub.requests
+    assert not [request for request in hub.requests if "/resolve/" in request]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_until_a_signal_drains_and_returns(
     reporter: Reporter, engine: None, port: int, number: signal.Signals
@@ -207,7 +238,7 @@ def test_serve_interrupted_before_ready_raises_and_leaves_nothing(reporter: Repo
             os.kill(os.getpid(), signal.SIGINT)
 
     reporter.phase = phase  # type: ignore[method-assign, assignment]
-    hanging = {"FAKE_ENGINE": '{"hang_at": "imported"}'}  # ready before the signal is taken would be a drain
+    hanging = {"VLLM_CPU_FAKE_ENGINE": '{"hang_at": "imported"}'}  # ready before the signal is taken would be a drain
     with pytest.raises(KeyboardInterrupt):
         serve.serve("tiny", Settings(port=port), "127.0.0.1", reporter, lambda _: None, environ=hanging)
 

@@ -17,6 +17,7 @@ from service.registry.models import ModelSpec
 from service.settings import Settings
 from service.weights import revisions
 from service.weights.huggingface import HuggingFace
+from service.weights.reach import Unreachable
 
 A, B = "a" * 40, "b" * 40
 MODELS = '[models.mine]\nhub_id = "org/mine"\n[models.fixed]\nhub_id = "org/fixed"\nrevision = "' + B + '"\n'
@@ -50,7 +51,7 @@ def hub_with(monkeypatch: pytest.MonkeyPatch, commits: dict[str, str] | None) ->
             raise WeightsError(f"no {hub_id}")
         return commits[hub_id]
 
-    monkeypatch.setattr(HuggingFace, "is_reachable", lambda _: commits is not None)
+    monkeypatch.setattr(HuggingFace, "why_unreachable", lambda _: None if commits is not None else Unreachable("x"))
     monkeypatch.setattr(HuggingFace, "resolve", resolve)
     return asked
 

@@ -123,6 +123,9 @@ def test_selftest_with_a_proxy_token_streams_over_the_web(
     """The answer is streamed from the public URL, with the token in Modal's headers and nowhere in the output."""
     monkeypatch.setenv("MODAL_KEY", "wk-t0p")
     monkeypatch.setenv("MODAL_SECRET", "ws-t0p")
+    with pytest.raises(ServiceError, match="418"):  # the pool of another model is in the query
+        selftest.run(Service(), web[0], "x", False, model="qwen3-8b")
+    assert web[1].pop()[1] == "/v1/chat/completions?model=qwen3-8b"
     selftest.run(Service(), web[0], "x", False)
 
     method, path, headers, body = web[1][0]

@@ -9,6 +9,7 @@ import pytest
 
 from service.engine.args import engine_command
 from service.errors import RegistryError
+from service.registry.entries import Adapter, with_adapter
 from service.registry.models import ModelSpec, Registry
 
 GOOD = '[models.mine]\nhub_id = "org/mine"\n'
@@ -59,11 +60,16 @@ def test_repositories_of_an_entry_are_model_draft_and_adapters() -> None:
             "hub_id": "a/b",
             "revision": A,
             "speculative": {"method": "eagle3", "num_speculative_tokens": 2, "hub_id": "c/d"},
-            "adapters": ({"name": "one", "hub_id": "e/f"}, {"name": "two", "path": "x"}),
+            "adapters": (
+                {"name": "one", "hub_id": "e/f"},
+                {"name": "two", "path": "x"},
+                {"name": "three", "volume": "bot"},
+            ),
         }
     )
 
-    assert spec.repositories == (("a/b", A), ("c/d", None), ("e/f", None))
+    assert spec.repositories == (("a/b", A), ("c/d", None), ("e/f", None), ("volume:bot", None))
+    assert ModelSpec(key="m", volume="n", revision=A).repositories == (("volume:n", A),)
     assert Registry.load().specs["tiny"].repositories == ()
 
 
@@ -79,6 +85,8 @@ def test_repositories_of_an_entry_are_model_draft_and_adapters() -> None:
         ('name = "one"\nhub_id = "a/b"\nrevision = "main"', "field 'adapters.0.revision' is 'main'"),
         ('name = "one"', "adapter 'one': give exactly one of hub_id"),
         ('name = "one"\nhub_id = "a/b"\npath = "x"', "adapter 'one': give exactly one of hub_id"),
+        ('name = "one"\nvolume = "bot"\npath = "x"', "adapter 'one': give exactly one of hub_id"),
+        ('name = "one"\nvolume = "Bot"', "field 'adapters.0.volume' is 'Bot'"),
         ('name = "one"\npath = "x"\nrank = 8', "unknown field 'adapters.0.rank'."),
         ('nam = "one"\nname = "one"\npath = "x"', "Did you mean 'name'?"),
     ],
@@ -113,7 +121,19 @@ def test_adapter_with_a_name_of_its_own_entry_is_refused(file: Path, name: str) 
     assert "mine" in refusal(file, text + f'[[models.mine.adapters]]\nname = "{name}"\npath = "p"\n')
 
 
-@pytest.mark.parametrize(("name", "owner"), [("tiny", "model 'tiny'"), ("llm", "the default model")])
+def test_entry_with_the_name_of_an_adapter_without_its_gpu_is_refused(file: Path) -> None:
+    """It comes after the adapter, and would take no request for that GPU."""
+    text = adapter('name = "bot-h100"\npath = "x"') + '[models.bot]\nhub_id = "org/bot"\n'
+
+    assert "'bot-h100' of model 'mine' is already a name of model 'bot'" in refusal(file, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [("tiny", "model 'tiny'"), ("llm", "the default model"), ("Tiny-H100", "model 'tiny'"),
+     ("qwen3-4b-a100-80gb", "model 'qwen3-4b'"), ("llm-l4", "the default model"), ("tiny-local", "model 'tiny'"),
+     ("llm-h100-local", "the default model")],
+)  # fmt: skip
 def test_adapter_with_a_name_of_another_model_names_both(file: Path, name: str, owner: str) -> None:
     """A request must not reach another model than the one it names."""
     sentence = refusal(file, adapter(f'name = "{name}"\npath = "x"'))
@@ -123,23 +143,58 @@ def test_adapter_with_a_name_of_another_model_names_both(file: Path, name: str, 
 
 def test_argv_of_adapters_serves_each_under_its_name() -> None:
     """As JSON: a path may have any character; the model is told as their parent."""
-    spec = ModelSpec(key="mine", hub_id="org/mine", max_lora_rank=16)
+    spec = ModelSpec(key="mine", hub_id="org/mine", max_lora_rank=16, max_cpu_loras=2)
     argv = engine_command(spec, Path("/w"), adapters={"one": Path("/a/one, v=1"), "two": Path("/a/two")}).argv
     begin = argv.index("--enable-lora")
 
-    assert argv[begin : begin + 6] == ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-modules")
-    assert [json.loads(module) for module in argv[begin + 6 : begin + 8]] == [
+    limits = ("--max-lora-rank", "16", "--max-loras", "2", "--max-cpu-loras", "2")
+    assert argv[begin : begin + 8] == ("--enable-lora", *limits, "--lora-modules")
+    assert [json.loads(module) for module in argv[begin + 8 : begin + 10]] == [
         {"name": "one", "path": "/a/one, v=1", "base_model_name": "mine"},
         {"name": "two", "path": "/a/two", "base_model_name": "mine"},
     ]
 
 
-def test_argv_of_many_adapters_sets_memory_aside_for_four_at_once() -> None:
-    """More take turns."""
-    adapters = {f"a{i}": Path("/a") for i in range(9)}
-    argv = engine_command(ModelSpec(key="mine", hub_id="org/mine"), Path("/w"), adapters=adapters, device="cpu").argv
+@pytest.mark.parametrize(
+    ("fields", "room", "at_once"),
+    [
+        ({"adapters": 1}, 8, 4),
+        ({"adapters": 9}, 9, 4),
+        ({"adapters": 1, "max_cpu_loras": 1}, 1, 1),
+        ({"max_cpu_loras": 64}, 64, 4),
+    ],
+)
+def test_argv_of_adapters_sets_room_aside_for_four_at_once(fields: dict[str, int], room: int, at_once: int) -> None:
+    """More take turns; there is room for those that are loaded while the engine serves, in an entry without any too."""
+    parts = tuple(Adapter(name=f"a{i}", path="/a") for i in range(fields.pop("adapters", 0)))
+    spec = ModelSpec.model_validate({"key": "mine", "hub_id": "org/mine", "adapters": parts, **fields})
+    adapters = {part.name: Path("/a") for part in parts}
+    argv = engine_command(spec, Path("/w"), adapters=adapters, device="cpu").argv
 
-    assert argv[argv.index("--max-loras") + 1] == "4"
+    assert (argv[argv.index("--max-cpu-loras") + 1], argv[argv.index("--max-loras") + 1]) == (str(room), str(at_once))
+    assert spec.adapter_room == room
+
+
+def test_entry_with_more_adapters_than_its_room_is_refused(file: Path) -> None:
+    """With both numbers."""
+    text = '[models.mine]\nhub_id = "org/mine"\nmax_cpu_loras = 1\n' + "".join(
+        f'[[models.mine.adapters]]\nname = "{name}"\npath = "p"\n' for name in "xy"
+    )
+    assert "it has 2 adapters, and max_cpu_loras = 1. Raise max_cpu_loras (at most 64)" in refusal(file, text)
+
+
+def test_adapter_is_added_to_an_entry_that_has_room_for_it() -> None:
+    """Else the error says what to write into the entry."""
+    spec = ModelSpec(key="mine", hub_id="org/mine")
+    one = Adapter(name="one", hub_id="org/one", revision=A)
+    with pytest.raises(RegistryError, match=r"Model 'mine' takes no adapters.* Write max_cpu_loras = 8 into its entry"):
+        with_adapter(spec, one)
+    roomy = with_adapter(spec.model_copy(update={"max_cpu_loras": 1}), one)
+    assert roomy.adapters == (one,)
+    with pytest.raises(RegistryError, match="Model 'mine' has 1 adapters, which is all that its engine has room for"):
+        with_adapter(roomy, one.model_copy(update={"name": "two"}))
+    with pytest.raises(RegistryError, match="adapter 'ONE' has a name that the entry uses already"):
+        with_adapter(roomy.model_copy(update={"max_cpu_loras": 2}), one.model_copy(update={"name": "ONE"}))
 
 
 def test_argv_without_adapters_has_no_lora_arguments() -> None:

@@ -46,7 +46,7 @@ def test_models_file_replaces_an_entry_by_its_key(file: Path) -> None:
     """Nothing of the replaced entry is kept."""
     registry = loaded(file, '[models.qwen3-8b]\nhub_id = "org/other"\n')
 
-    assert registry.specs["qwen3-8b"] == ModelSpec(key="qwen3-8b", hub_id="org/other")
+    assert registry.specs["qwen3-8b"] == ModelSpec(key="qwen3-8b", hub_id="org/other", task="generate")
 
 
 def test_models_file_may_use_every_field(file: Path) -> None:
@@ -61,8 +61,11 @@ aliases = ["my-model", "Also.Mine"]
 gated = true
 gpu = "h200"
 n_gpu = 2
+max_containers = 3
 weights_gb = 100
+min_compute_capability = 8
 max_model_len = 4096
+cpu_max_model_len = 2048
 modalities = ["text", "image"]
 tool_call_parser = "hermes"
 reasoning_parser = "qwen3"
@@ -73,9 +76,13 @@ async_scheduling = false
 fusion_passes = ["eliminate_noops"]
 limit_mm_per_prompt = { image = 4 }
 ignore_patterns = ["original/*"]
+fallback = ["tiny"]
+fallback_default = "allow"
+price = { input = 0.1, cached = 0.02, output = 0.4 }
 extra_args = ["--seed", "1"]
 speculative = { method = "mtp", num_speculative_tokens = 3 }
 max_lora_rank = 32
+max_cpu_loras = 4
 [[models.mine.adapters]]
 name = "bot"
 hub_id = "org/bot"
@@ -86,7 +93,8 @@ hub_id = "org/bot"
     )
 
     assert (spec.gpu, spec.weights_gb, spec.modalities) == ("H200", 100.0, ("text", "image"))
-    assert {name for name in ModelSpec.model_fields if name not in spec.model_fields_set} == {"path"}
+    assert spec.min_compute_capability == 8.0
+    assert {name for name in ModelSpec.model_fields if name not in spec.model_fields_set} == {"path", "volume"}
 
 
 def test_models_file_path_is_relative_to_the_file(file: Path) -> None:
@@ -94,6 +102,26 @@ def test_models_file_path_is_relative_to_the_file(file: Path) -> None:
     spec = loaded(file, '[models.mine]\npath = "weights/mine"\n').specs["mine"]
 
     assert spec.directory == file.parent / "weights" / "mine"
+
+
+def test_models_file_chat_template_beside_the_file_is_taken(file: Path) -> None:
+    """Any other is one of the package's."""
+    (file.parent / "mine.jinja").write_text("{{ messages }}")
+    registry = loaded(
+        file, f'{GOOD}chat_template = "mine.jinja"\n[models.b]\npath = "b"\nchat_template = "x/y.jinja"\n'
+    )
+
+    assert registry.specs["mine"].chat_template_file == (file.parent / "mine.jinja").resolve()
+    assert registry.specs["b"].chat_template == "x/y.jinja"
+
+
+def test_models_file_context_is_for_a_machine_without_a_gpu_too(file: Path) -> None:
+    """A built-in entry's is what fits on its GPU; a field of its own tells the two apart."""
+    registry = loaded(file, f"{GOOD}max_model_len = 49152\n[models.b]\npath = 'b'\ncpu_max_model_len = 16384\n")
+
+    assert registry.specs["mine"].cpu_max_model_len == 49152
+    assert (registry.specs["b"].cpu_max_model_len, registry.specs["b"].max_model_len) == (16384, None)
+    assert registry.specs["qwen3-8b"].cpu_max_model_len is None
 
 
 def test_models_file_two_entries_may_serve_one_repository(file: Path) -> None:
@@ -300,3 +328,91 @@ def test_models_file_with_a_taken_alias_names_the_file(file: Path) -> None:
 def test_models_file_with_the_key_llm_is_refused(file: Path) -> None:
     """`llm` is the default model and cannot be an entry."""
     assert "'llm'" in refusal(file, "[models.llm]\nhub_id = 'a/b'\n")
+
+
+def test_aliases_give_models_further_names(file: Path) -> None:
+    """An alias names any model, `llm` or a GPU too; one that ends in `*` is for requests alone."""
+    registry = loaded(
+        file, '[aliases]\n"gpt-4o" = "qwen3-8b"\n"Mine.Fast" = "qwen3-0.6b-l40s"\n"o1" = "llm"\n"claude-*" = "tiny"\n'
+    )
+
+    assert registry.resolve("GPT-4o").spec.key == "qwen3-8b"
+    fast = registry.resolve("mine.fast")
+    assert (fast.spec.key, fast.gpu and fast.gpu.name) == ("qwen3-0.6b", "L40S")
+    assert registry.resolve("o1", "gemma-3-12b").spec.key == "gemma-3-12b"
+    assert registry.find("claude-haiku-4-5") is None
+    assert "tiny" in registry.specs
+
+
+def test_alias_with_the_longest_pattern_counts(file: Path) -> None:
+    """A family has one model, one of its names another."""
+    registry = loaded(file, '[aliases]\n"claude-*" = "qwen3-8b"\n"claude-haiku-*" = "tiny"\n')
+
+    assert registry.find_pattern("Claude-Haiku-4-5-20251001").spec.key == "tiny"  # type: ignore[union-attr]
+    assert registry.find_pattern("claude-opus-4-5").spec.key == "qwen3-8b"  # type: ignore[union-attr]
+    assert registry.find_pattern("gpt-4o") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('"gpt-4o" = "qwen3-8"', "Alias 'gpt-4o' means 'qwen3-8', which is no model. Did you mean 'qwen3-8b'?"),
+        ('"a" = "b"\n"b" = "tiny"', "Alias 'a' means 'b', which is no model"),
+        ('"tiny" = "qwen3-8b"', "Alias 'tiny' is already a name of a model"),
+        ('"llm" = "qwen3-8b"', "Alias 'llm' is already a name of a model"),
+        ('"tiny-h100" = "qwen3-8b"', "Alias 'tiny-h100' is already a name of a model"),
+        ('"*-mini" = "tiny"', "Alias '*-mini': '*' may only be its last character"),
+        ('"gpt-4o" = 5', "[aliases] is not a table of names"),
+    ],
+)
+def test_alias_that_is_wrong_is_refused_by_name(file: Path, line: str, said: str) -> None:
+    """The error names the file and the alias."""
+    sentence = refusal(file, f"[aliases]\n{line}\n")
+
+    assert f"'{file}'" in sentence
+    assert said in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fallback = ['tinny']", "Model 'mine' has the fallback 'tinny', which is no model. Did you mean 'tiny'?"),
+        ("fallback = ['mine']", "The fallbacks of model 'mine' lead back to it: mine -> mine"),
+        ("fallback = ['org/mine']", "lead back to it: mine -> mine"),
+        (
+            "fallback = ['tiny', 'b']\n[models.b]\npath = 'b'\nfallback = ['mine-h200']",
+            "lead back to it: mine -> b -> mine",
+        ),
+        ("fallback = ['tiny']\ntask = 'embed'", "has the fallback 'tiny' of another task: generate, not embed"),
+        ("fallback = 'tiny'", "field 'fallback' is 'tiny'"),
+        ("fallback_default = 'yes'", "field 'fallback_default' is 'yes'"),
+    ],
+)
+def test_fallback_that_is_wrong_is_refused(file: Path, text: str, said: str) -> None:
+    """An unknown name, itself, a circle."""
+    assert said in refusal(file, f"{GOOD}{text}\n")
+
+
+def test_fallback_may_be_any_name_of_another_model(file: Path) -> None:
+    """A hub id, an alias, one on a GPU; two models may share one."""
+    names = ["Qwen/Qwen3-0.6B", "fast", "qwen3-4b-h100"]
+    text = f"{GOOD}fallback = {names}\n[models.b]\npath = 'b'\nfallback = ['mine', 'tiny']\n[aliases]\nfast = 'tiny'\n"
+    assert loaded(file, text).specs["mine"].fallback == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "task"),
+    [
+        ("", "generate"),
+        ('extra_args = ["--runner", "pooling"]\n', "embed"),
+        ('extra_args = ["--runner", "pooling", "--convert", "classify"]\n', "classify"),
+        ('task = "embed"\n', "embed"),
+        ('task = "transcription"\n', "transcription"),
+    ],
+)
+def test_models_file_entry_has_a_task(file: Path, fields: str, task: str) -> None:
+    """The gateway refuses routes for another one before a wake; most models generate."""
+    registry = loaded(file, f'[models.mine]\nhub_id = "me/mine"\n{fields}')
+
+    assert registry.specs["mine"].task == task
+    assert registry.specs["qwen3-8b"].task == "generate"

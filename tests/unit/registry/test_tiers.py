@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.errors import GpuMemoryError, UnknownGpuError
+from service.errors import ComputeCapabilityError, GpuMemoryError, UnknownGpuError
 from service.registry.gpus import GPUS, find_gpu
 from service.registry.models import ModelSpec, Registry
-from service.registry.tiers import Tier, check_weights, tier_of
+from service.registry.tiers import Tier, check_fit, parse_tier, tier_of, tier_of_app
 
 SPECS = Registry.load().specs
 
@@ -27,6 +27,29 @@ def test_tier_is_named_after_gpu_and_count(gpu: str, n_gpu: int, names: tuple[st
     tier = Tier(find_gpu(gpu), n_gpu)
 
     assert (tier.app_name, tier.request, tier.label, tier.settings) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "gpu", "n_gpu"),
+    [("h100", "H100", None), ("H200:2", "H200", 2), ("h200x2", "H200", 2), ("a100", "A100-80GB", None)],
+)
+def test_tier_is_parsed_as_gpu_and_count(text: str, gpu: str, n_gpu: int | None) -> None:
+    """In Modal's spelling and in that of the apps."""
+    assert parse_tier(text) == (GPUS[gpu], n_gpu)
+
+
+@pytest.mark.parametrize("text", ["h1000", "H100:x", "A10:5", "h100x9", ":2"])
+def test_tier_that_modal_does_not_offer_is_refused(text: str) -> None:
+    """Each with the reason."""
+    with pytest.raises(UnknownGpuError):
+        parse_tier(text)
+
+
+def test_tier_is_found_by_the_name_of_its_app() -> None:
+    """Each app that a tier is named after, and no other."""
+    for tier in (Tier(gpu, count) for gpu in GPUS.values() for count in (1, 2)):
+        assert tier_of_app(tier.app_name) == tier
+    assert [tier_of_app(name) for name in ("vllm-gateway", "vllm-h100x9", "other")] == [None] * 3
 
 
 def test_tier_of_more_gpus_than_a_container_has_is_refused() -> None:
@@ -82,11 +105,31 @@ def test_tier_holds_weights_below_what_vllm_uses(weights_gb: float | None, fits:
 def test_tier_too_small_for_the_weights_is_refused_with_tiers_that_fit(key: str, gpu: str, ways: str) -> None:
     """The cheapest, and the one that the entry was written for, spelled as a request spells them."""
     with pytest.raises(GpuMemoryError) as caught:
-        check_weights(SPECS[key], tier_of(SPECS[key], find_gpu(gpu)), lambda tier: f"{tier.gpu.name}:{tier.n_gpu}")
+        check_fit(SPECS[key], tier_of(SPECS[key], find_gpu(gpu)), lambda tier: f"{tier.gpu.name}:{tier.n_gpu}")
 
     sentence = str(caught.value)
     assert sentence.startswith(f"Model '{key}' does not fit on {gpu}: its weights are {SPECS[key].weights_gb} GB")
     assert sentence.endswith(ways)
+
+
+@pytest.mark.parametrize(("gpu", "least", "runs"), [("T4", 8.0, False), ("T4", 7.5, True), ("B300", 10.3, True)])
+def test_tier_below_the_compute_capability_of_a_model_is_refused(gpu: str, least: float, runs: bool) -> None:
+    """However much memory it has."""
+    spec = ModelSpec(key="mine", hub_id="me/mine", weights_gb=1, min_compute_capability=least)
+
+    assert Tier(GPUS[gpu], 8).holds(spec) is runs
+
+
+def test_tier_without_kernels_for_the_model_is_refused_with_tiers_that_have_them() -> None:
+    """MXFP4 needs 8.0; the cheapest that has it and the memory is offered."""
+    with pytest.raises(ComputeCapabilityError) as caught:
+        check_fit(SPECS["gpt-oss-20b"], Tier(GPUS["T4"], 2), lambda tier: tier.settings)
+
+    assert str(caught.value) == (
+        "Model 'gpt-oss-20b' does not run on 2 x T4: vLLM has kernels for it from compute capability 8.0 on, and T4 "
+        "has 7.5. Use SERVICE_GPU=L4 (L4, $0.80/h, the cheapest that fits) or SERVICE_GPU=H100 (H100, $3.95/h, its "
+        "registry entry's own)."
+    )
 
 
 def test_tier_too_small_where_no_other_fits_leads_to_the_entrys_count() -> None:
@@ -94,4 +137,4 @@ def test_tier_too_small_where_no_other_fits_leads_to_the_entrys_count() -> None:
     spec = ModelSpec(key="mine", hub_id="me/mine", weights_gb=700)
 
     with pytest.raises(GpuMemoryError, match="No single GPU holds it: set n_gpu in its registry entry"):
-        check_weights(spec, tier_of(spec), lambda tier: tier.settings)
+        check_fit(spec, tier_of(spec), lambda tier: tier.settings)

@@ -32,4 +32,4 @@ def test_settings_that_reach_a_plan_by_their_name_are_these() -> None:
     """A new setting whose name is by chance that of a fact, such as `host`, is noticed here."""
     shared = {field.name for field in dataclasses.fields(Plan)} & Settings.model_fields.keys()
 
-    assert shared == {"fast_boot", "hang_s", "n_gpu", "port", "snapshot", "startup_timeout_s"}
+    assert shared == {"fast_boot", "hang_s", "max_n", "n_gpu", "port", "snapshot", "startup_timeout_s"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from service import hardware
+from service import memory
 from service.replica import page_cache, readahead
 from service.replica.readahead import PIECE, STRETCH, THREADS, Readahead, weight_files
 
@@ -345,7 +345,7 @@ def test_readahead_without_meminfo_reads_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch, failures: Callable[[], dict[str, str]]
 ) -> None:
     """Whatever is wrong, it stays with the readahead."""
-    monkeypatch.setattr(hardware, "_MEMINFO", model / "nothing")
+    monkeypatch.setattr(memory, "_PROC", model / "nothing")
     ahead = done(model)
 
     assert ahead.bytes_read == 0

@@ -108,6 +108,21 @@ def test_download_child_ends_with_an_interrupt(hub: Hub) -> None:
     assert not children()
 
 
+def test_download_child_that_is_signalled_with_its_parent_goes_on(hub: Hub) -> None:
+    """Systemd signals every process of a service; the parent alone decides when this one ends."""
+
+    def signal_child() -> None:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            children()[0].send_signal(number)
+        hub.may_send_files.set()
+
+    with hub.holding_files():
+        signaller = when_files_are_asked_for(hub, signal_child)
+        path = download_in_child(REPOSITORY)
+        signaller.join()
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
+
+
 def test_download_child_dies_with_its_parent(hub: Hub) -> None:
     """`kill -9` of the parent leaves no download behind."""
     imports = "from service.weights import download_process as parent"

@@ -30,9 +30,8 @@ class MemoryHub:
         self.files = dict(FILES)
         self.downloaded: list[str] = []
 
-    def is_reachable(self) -> bool:
-        """Always."""
-        return True
+    def why_unreachable(self) -> None:
+        """Answer always."""
 
     def resolve(self, hub_id: str) -> str:
         """Return the only commit."""

@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from service.errors import DiskSpaceError, GatedModelError, WeightsError
 from service.registry.models import ModelSpec
 from service.weights import download, download_process, store
-from service.weights import hub as hub_module
 from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
@@ -160,23 +159,3 @@ def test_weights_of_a_name_that_the_client_refuses_are_refused() -> None:
     """The hub's client has its own rules for names; its error becomes one of the service."""
     with pytest.raises(WeightsError, match="a/b--c"):
         store.ensure(ModelSpec(key="mine", hub_id="a/b--c"))
-
-
-def test_hub_is_reachable_tells_whether_it_answers(hub: Hub) -> None:
-    """Any answer counts, an error too."""
-    assert hub_module.DEFAULT.is_reachable()
-    hub.fails_with = 503
-    assert hub_module.DEFAULT.is_reachable()
-
-
-def test_hub_is_reachable_without_a_hub_is_false() -> None:
-    """No server listens there."""
-    assert not hub_module.DEFAULT.is_reachable()
-
-
-def test_hub_is_reachable_is_false_when_the_user_went_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `HF_HUB_OFFLINE=1` the client would download nothing."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    assert not hub_module.DEFAULT.is_reachable()
-    assert hub.requests == []

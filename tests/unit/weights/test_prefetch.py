@@ -59,6 +59,7 @@ def test_request_of_a_hub_id_of_no_registry_is_for_this_machine_only() -> None:
 
     assert [spec.hub_id for spec in request.specs] == ["some/model"]
     assert request.recorded_in is None
+    assert requested("some/mine").recorded_in is None, "an entry has its key, and is another model"
     with pytest.raises(UnknownModelError):
         requested("some/model", on_modal=True)
     with pytest.raises(UnknownModelError, match="Did you mean 'mine'"):

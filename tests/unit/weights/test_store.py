@@ -14,6 +14,7 @@ import pytest
 from service.errors import WeightsError
 from service.registry.models import ModelSpec, Registry
 from service.weights import store
+from tests.fakes.hub import Hub
 from tests.unit.hub_client import COMMIT, FILES, SHARDS, SPEC, filled
 
 pytestmark = pytest.mark.usefixtures("cache", "slept")
@@ -96,6 +97,30 @@ def test_weights_directory_without_a_configuration_is_named(tmp_path: Path) -> N
     """The error has the directory, the model and what to give instead."""
     with pytest.raises(WeightsError, match=f"'{tmp_path}' of model 'here' has no config.json"):
         store.find(ModelSpec(key="here", path=str(tmp_path)))
+
+
+def test_size_of_weights_in_the_cache_is_that_of_the_files_that_the_engine_reads(cache: Path, no_network: None) -> None:
+    """Without a connection; what only people look at counts nothing."""
+    filled(cache, FILES | {"README.md": b"x" * 1000})
+
+    assert store.size_gb(SPEC) == sum(map(len, FILES.values())) / 1e9
+
+
+def test_size_of_weights_in_a_directory_leaves_out_what_lies_deeper(tmp_path: Path) -> None:
+    """A training run keeps its checkpoints there, which the engine does not read."""
+    (tmp_path / "checkpoint-500").mkdir()
+    for name, size in {"config.json": 2, "model.safetensors": 5, "checkpoint-500/model.safetensors": 5}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+
+    assert store.size_gb(ModelSpec(key="mine", path=str(tmp_path))) == 7 / 1e9
+
+
+def test_size_of_weights_that_are_missing_is_what_the_hub_lists(hub: Hub, cache: Path) -> None:
+    """Nothing is downloaded for it."""
+    hub.repositories["org/mine"].files |= {"pytorch_model.bin": b"x" * 1000, "original/a.safetensors": b"x" * 1000}
+
+    assert store.size_gb(SPEC) == sum(map(len, FILES.values())) / 1e9
+    assert not list(cache.rglob("*.safetensors"))
 
 
 def test_weights_in_hf_home_are_found_by_a_new_process(tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""`vllm-service keys`: makes, lists, ends and limits the keys of API clients. Parse and call, no more."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from service.cli import cloud, completion
+
+app = typer.Typer(
+    help="Make, list, end and limit the keys of API clients.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key: a person, a team, a program.")]
+Modal = Annotated[bool, typer.Option("--modal", help="Of the deployed service (admin key in VLLM_API_KEY).")]
+Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Of this gateway, likewise.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="M", help="May use it; repeatable. 'all': all.", autocompletion=completion.models),
+]
+Requests = Annotated[int | None, typer.Option("--requests-per-minute", min=0, metavar="N", help="0: no limit.")]
+MinuteTokens = Annotated[int | None, typer.Option("--tokens-per-minute", min=0, metavar="N", help="Prompt and answer.")]
+DayTokens = Annotated[int | None, typer.Option("--tokens-per-day", min=0, metavar="N", help="Of a day in UTC.")]
+Dollars = Annotated[float | None, typer.Option("--dollars-per-month", min=0, metavar="X", help="Of a month in UTC.")]
+Concurrency = Annotated[int | None, typer.Option("--concurrency", min=0, metavar="N", help="Requests at once.")]
+Expires = Annotated[str | None, typer.Option("--expires", metavar="WHEN", help="A date, or such as 30d. 'never'.")]
+Admin = Annotated[bool | None, typer.Option("--admin/--no-admin", help="May change keys and see all usage.")]
+
+
+@app.command(
+    "limit",
+    help="Change limits of a name; those that are not given stay.",
+    epilog="Example: vllm-service keys limit alice --tokens-per-day 1000000 --modal",
+)
+@app.command(
+    "new",
+    help="Make a key, and print it this once: only its digest is kept.",
+    epilog="Example: vllm-service keys new alice --requests-per-minute 60 --modal",
+)
+def new_or_limit(  # noqa: PLR0917 - every one is an option with a name
+    context: typer.Context,
+    name: Name,
+    models: Models = None,
+    requests_per_minute: Requests = None,
+    tokens_per_minute: MinuteTokens = None,
+    tokens_per_day: DayTokens = None,
+    dollars_per_month: Dollars = None,
+    concurrency: Concurrency = None,
+    expires: Expires = None,
+    admin: Admin = None,
+    modal: Modal = False,
+    url: Url = None,
+    as_json: cloud.Json = False,
+    env: cloud.Env = None,
+) -> None:
+    """Make a key with limits, or change the limits of a name: two words with the same options."""
+    from service.errors import UsageError
+
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+        "dollars_per_month": dollars_per_month,
+        "concurrency": concurrency,
+    }
+    word, limits = str(context.info_name), _limits(given, models, expires, admin)
+    if word == "limit" and not limits:
+        raise UsageError("No limit was given.", hint="'vllm-service keys limit --help' lists them; 0 lifts one.")
+    _change(word, name, limits, modal, url, env, as_json)
+
+
+@app.command("list", epilog="Example: vllm-service keys list --modal --json")
+def list_keys(modal: Modal = False, url: Url = None, as_json: cloud.Json = False, env: cloud.Env = None) -> None:
+    """List all keys by name, with their limits; never a key itself."""
+    from service.cli.terminal import print_json, print_table
+
+    with cloud.modal_word(env):
+        records = _place(modal, url).records()
+    if as_json:
+        print_json({"keys": records})
+        return
+    if not records:
+        typer.echo("No key has been made here. Make one: vllm-service keys new NAME", err=True)
+        return
+    rows = [(one["name"], one["state"], str(len(one["keys"])), _limits_text(one["limits"])) for one in records]
+    print_table(("name", "state", "keys", "limits"), rows, right=("keys",))
+
+
+@app.command(epilog="Example: vllm-service keys revoke alice --modal")
+def revoke(
+    name: Name, modal: Modal = False, url: Url = None, as_json: cloud.Json = False, env: cloud.Env = None
+) -> None:
+    """End all keys of a name, within seconds."""
+    _change("revoke", name, {}, modal, url, env, as_json)
+
+
+@app.command(epilog="Example: vllm-service keys rotate alice --grace 7d --modal")
+def rotate(  # noqa: PLR0917 - every one is an option with a name
+    name: Name,
+    grace: Annotated[str, typer.Option(metavar="SPAN", help="How long the old key stays valid.")] = "24h",
+    modal: Modal = False,
+    url: Url = None,
+    as_json: cloud.Json = False,
+    env: cloud.Env = None,
+) -> None:
+    """Make another key of a name; the old one stays valid for a while."""
+    from service.usage.limits import parse_span
+
+    _change("rotate", name, {"grace_s": parse_span(grace)}, modal, url, env, as_json)
+
+
+def _limits(
+    given: dict[str, Any], models: list[str] | None, expires: str | None, admin: bool | None
+) -> dict[str, object]:
+    """Return the limits that were given, as the routes for operators take them; None lifts one."""
+    found: dict[str, object] = {name: value or None for name, value in given.items() if value is not None}
+    if models:
+        found["models"] = None if models == ["all"] else models
+    if expires:
+        found["expires"] = None if expires == "never" else _time(expires)
+    if admin is not None:
+        found["admin"] = admin
+    return found
+
+
+def _time(text: str) -> str:
+    import time
+
+    from service.errors import UsageError
+    from service.usage.limits import parse_span, parse_time, utc_text
+
+    try:
+        return utc_text(time.time() + parse_span(text))
+    except UsageError:
+        parse_time(text)
+        return text
+
+
+def _change(  # noqa: PLR0917 - the options that all words have
+    word: str, name: str, fields: dict[str, object], modal: bool, url: str | None, env: str | None, as_json: bool
+) -> None:
+    from service.cli.terminal import print_json
+
+    with cloud.modal_word(env):
+        record = _place(modal, url).change(word, name, fields)
+    if as_json:
+        print_json(record)
+    elif key := record.get("key"):
+        typer.echo(key)
+        typer.echo(f"The key of '{name}': it is shown this once, since only its digest is kept.", err=True)
+        if ending := [one["ends"] for one in record["keys"] if one["ends"]]:
+            typer.echo(f"The one before it is valid until {max(ending)}.", err=True)
+    elif word == "revoke":
+        typer.echo(f"The keys of '{name}' are revoked; a service refuses them within seconds.", err=True)
+    else:
+        typer.echo(f"{name}: {_limits_text(record['limits']) or 'no limits'}", err=True)
+
+
+class _LocalKeys:
+    """The keys of this machine, or of the database that SERVICE_DATABASE_URL names, as a gateway's routes have them."""
+
+    def __init__(self) -> None:
+        from service.keys import digests
+        from service.settings import database_url
+        from service.usage.key_records import database_keys
+        from service.usage.keys import Keys
+
+        names = {*digests(os.environ).values()}
+        self._keys = Keys(database_keys(database_url(os.environ)), lambda: names)
+
+    def records(self) -> list[dict[str, Any]]:
+        import time
+
+        return [record.to_fields(time.time()) for record in self._keys.records()]
+
+    def change(self, word: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        import time
+
+        keys, more = self._keys, {}
+        match word:
+            case "new":
+                record, more["key"] = keys.new(name, fields)
+            case "rotate":
+                record, more["key"] = keys.rotate(name, **fields)
+            case "revoke":
+                record = keys.revoke(name)
+            case _:
+                record = keys.limit(name, fields)
+        return {**record.to_fields(time.time()), **more}
+
+
+def _place(modal: bool, url: str | None) -> Any:
+    """Return whose keys are meant: those of this machine, of the deployed service, or of a gateway elsewhere."""
+    from service.errors import UsageError
+
+    if modal and url:
+        raise UsageError("--modal and --url are two different gateways.", hint="Give one of them.")
+    if not (modal or url):
+        return _LocalKeys()
+    from service.modal_app.gateway_access import api_key
+    from service.usage.remote_keys import RemoteKeys
+
+    return RemoteKeys(url or cloud.deployed_gateway(), api_key())
+
+
+def _limits_text(limits: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in limits.items()
+    )

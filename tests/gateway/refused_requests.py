@@ -1,0 +1,48 @@
+"""Requests that are ambiguous or no HTTP: the gateway's server and the attacks on whole services both get them."""
+
+from __future__ import annotations
+
+from tests.gateway.wire import POST
+
+REFUSED = {
+    "no host": b"GET /a HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /a HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+    "two hosts of 1.0": b"GET /a HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n",
+    "host with a path": b"GET /a HTTP/1.1\r\nHost: x/y\r\n\r\n",
+    "host with a space": b"GET /a HTTP/1.1\r\nHost: x y\r\n\r\n",
+    "length and chunked": POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked and length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    "two equal lengths": POST + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+    "list of lengths": POST + b"Content-Length: 3, 3\r\n\r\nabc",
+    "signed length": POST + b"Content-Length: +3\r\n\r\nabc",
+    "negative length": POST + b"Content-Length: -3\r\n\r\nabc",
+    "hexadecimal length": POST + b"Content-Length: 0x3\r\n\r\nabc",
+    "no length": POST + b"Content-Length: \r\n\r\nabc",
+    "length of 64 bits": POST + b"Content-Length: 18446744073709551616\r\n\r\nabc",
+    "length of 5,000 digits": POST + b"Content-Length: " + b"0" * 5000 + b"9\r\n\r\nabc",
+    "coding before chunked": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "coding after chunked": POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+    "two codings": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "unknown coding": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "identity": POST + b"Transfer-Encoding: identity\r\n\r\n",
+    "quoted chunked": POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n',
+    "vertical tab": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "space before colon": POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    "chunked of 1.0": b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "folded header": b"GET /a HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n",
+    "space before the first header": b"GET /a HTTP/1.1\r\n Host: x\r\n\r\n",
+    "bare line feeds": b"GET /a HTTP/1.1\nHost: x\n\n",
+    "bare carriage return": b"GET /a HTTP/1.1\r\nHost: x\rA: b\r\n\r\n",
+    "zero byte": b"GET /a HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n",
+    "header without a name": b"GET /a HTTP/1.1\r\nHost: x\r\n: b\r\n\r\n",
+    "header without a colon": b"GET /a HTTP/1.1\r\nHost: x\r\nab\r\n\r\n",
+    "bytes beyond ASCII in a path": "GET /é HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+    "fragment": b"GET /a#b HTTP/1.1\r\nHost: x\r\n\r\n",
+    "star": b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+    "relative target": b"GET a HTTP/1.1\r\nHost: x\r\n\r\n",
+    "other scheme": b"GET ftp://x/a HTTP/1.1\r\nHost: x\r\n\r\n",
+    "lower case method": b"get /a HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}

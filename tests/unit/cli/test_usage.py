@@ -1,0 +1,85 @@
+"""`vllm-service usage` and `vllm-service keys` on this machine, from the command line to the database and back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from service.cli import main
+from service.keys import digest
+from service.usage.database import local_file, open_database
+from service.usage.ledger import insertion
+from service.usage.records import UsageRecord
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the state directory of this machine, which is the test's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("SERVICE_DATABASE_URL", raising=False)
+    return tmp_path
+
+
+def say(*words: str) -> str:
+    """Run the command, and return what it prints on stdout."""
+    done = CliRunner().invoke(main.app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def recorded(*changes: dict[str, Any]) -> None:
+    """Record requests."""
+    facts: dict[str, Any] = {"at": time.time(), "key": "alice", "model": "tiny", "seconds": 2.0, "status": 200}
+    database = open_database(file=local_file())
+    database.write(*insertion("w", {number: UsageRecord(**(facts | one)) for number, one in enumerate(changes)}))
+    database.close()
+
+
+def test_usage_is_shown_by_key_model_and_day_as_table_json_and_csv() -> None:
+    """`--since` leaves out what was before; the table ends with the sum."""
+    used = {"tokens_in": 10, "tokens_cached": 4, "tokens_out": 5, "cost": 0.5, "dollars": 0.5}
+    recorded(used, {**used, "key": "bob", "model": "other"}, {**used, "at": time.time() - 3 * DAY_S})
+
+    rows = json.loads(say("usage", "--json"))["rows"]
+    assert [(row["name"], row["requests"], row["tokens_cached"]) for row in rows] == [("alice", 2, 8), ("bob", 1, 4)]
+    rows = json.loads(say("usage", "--by", "model", "--since", "1d", "--json"))["rows"]
+    assert {row["name"]: row["dollars"] for row in rows} == {"tiny": 0.5, "other": 0.5}
+    days = list(csv.DictReader(io.StringIO(say("usage", "--by", "day", "--csv"))))
+    assert [day["requests"] for day in days] == ["1", "2"]
+    assert days[0]["day"] < days[1]["day"]
+    assert say("usage").splitlines()[-1].split()[:2] == ["total", "3"]
+
+
+def test_usage_without_requests_says_so() -> None:
+    """It is no error."""
+    assert "No requests are recorded yet." in say("usage")
+
+
+def test_key_is_printed_once_and_its_changes_are_shown() -> None:
+    """The list and the database never have it."""
+    key = say("keys", "new", "carol", "--requests-per-minute", "60", "--model", "tiny").strip()
+    (made,) = json.loads(say("keys", "list", "--json"))["keys"]
+    assert (made["name"], made["limits"]) == ("carol", {"requests_per_minute": 60, "models": ["tiny"]})
+    say("keys", "limit", "carol", "--requests-per-minute", "0", "--tokens-per-day", "1000")
+    second = say("keys", "rotate", "carol", "--grace", "1h").strip()
+    (changed,) = json.loads(say("keys", "list", "--json"))["keys"]
+    assert (len(changed["keys"]), changed["limits"]) == (2, {"tokens_per_day": 1000, "models": ["tiny"]})
+    say("keys", "revoke", "carol")
+
+    shown = say("keys", "list")
+    assert "revoked" in shown
+    content = b"".join(file.read_bytes() for file in local_file().parent.iterdir())
+    assert digest(key.encode()).encode() in content
+    for one in (key, second):
+        assert one.startswith("sk-")
+        assert one not in shown
+        assert one.encode() not in content
