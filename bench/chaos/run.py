@@ -17,7 +17,7 @@ import aiohttp
 from bench.chaos.kinds import KINDS, Kind
 from bench.chaos.load import Load, Outcome
 from bench.chaos.requests import KEYS
-from bench.chaos.site import MODELS, Site, Stopwatch
+from bench.chaos.site import MODELS, Site, Stopwatch, polled
 
 _BEFORE_S, _AFTER_S = (0.1, 0.4), 0.3  # of load, around a fault
 _SLACK_S = 5.0  # beside a boot
@@ -115,7 +115,8 @@ async def run(site: Site, fault: Fault) -> Episode:
     if kind.ends is None:
         episode.violations += [f"{model}: its engine was replaced" for model in _replaced(site, kind, engines)]
     if kind.ends is None and "disk" not in kind.name:
-        episode.violations += log.faults_of(episode.outcomes)
+        # a line is written after the last byte of its answer, which its client may have first
+        episode.violations += await asyncio.to_thread(polled, lambda: log.faults_of(episode.outcomes))
     episode.violations += await _still_running(site)
     episode.violations += await asyncio.to_thread(site.left)
     return episode

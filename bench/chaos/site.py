@@ -257,11 +257,11 @@ class Site:
 
     def left_of_all(self) -> list[str]:
         """Return which processes have outlived the command, after a while."""
-        return _polled(lambda: [f"left: {_shown(process)}" for process in self._marked()])
+        return polled(lambda: [f"left: {_shown(process)}" for process in self._marked()])
 
     def left(self) -> list[str]:
         """Return what is there that should not be, after a while for what is ending."""
-        return _polled(self._left)
+        return polled(self._left)
 
     def _left(self) -> list[str]:
         service = self.process
@@ -294,7 +294,8 @@ class Site:
                     yield psutil.Process(int(directory.name))
 
 
-def _polled(look: Callable[[], list[str]]) -> list[str]:
+def polled(look: Callable[[], list[str]]) -> list[str]:
+    """Return what is still wrong after a while in which it may settle."""
     deadline = time.monotonic() + _SETTLE_S
     while (left := look()) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
