@@ -91,13 +91,12 @@ class Gateway:
             await self._origins.answer_preflight(scope, send)
         else:
             scope["path"] = http_contract.canonical_path(scope["path"])
-            await self._answer(scope, receive, self._origins.with_headers(scope, send))
-
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
-        if http_contract.is_open(http_contract.routes_at(scope["path"])):
-            await self._answer_without_key(scope, receive, send)
-        else:
-            await self._answer_and_count(scope, receive, send)
+            send = self._origins.with_headers(scope, send)
+            if http_contract.is_open(http_contract.routes_at(scope["path"])):
+                await self._answer_without_key(scope, receive, send)
+            else:
+                log = _new_log(scope)
+                await self._count(send, log, self._authenticate_and_answer(scope, receive, send, log))
 
     async def _answer_without_key(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
@@ -117,10 +116,6 @@ class Gateway:
         log.is_batch = True
         await self._count(send, log, self._answer_client(client, scope, receive, send, log))
         return log
-
-    async def _answer_and_count(self, scope: Message, receive: Receive, send: Send) -> None:
-        log = _new_log(scope)
-        await self._count(send, log, self._authenticate_and_answer(scope, receive, send, log))
 
     async def _count(self, send: Send, log: RequestLog, answering: Coroutine[Any, Any, None]) -> None:
         self._metrics.begin(log)

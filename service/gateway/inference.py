@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from urllib.parse import parse_qsl
 
 from service.gateway import constraints, request_fields
@@ -76,25 +78,28 @@ class Inference:
                 wanted, others = await self._targets(api_route, scope, body, client, running, log)
                 del body
 
-                async def forward(pool: Pool, request: UpstreamRequest, send: Send) -> None:
-                    await ProxiedRequest(
-                        scope["state"]["http"],
-                        pool,
-                        request,
-                        log,
-                        send,
-                        held=self._held,
-                        own_headers=partial(client.rate_headers, scope["path"]),
-                        hold_s=self._hold_s,
-                        comment_interval_s=self._comment_interval_s,
-                        write_now=scope.get("extensions", {}).get(WRITE_NOW),
-                    ).run()
-
+                forward = partial(self._forward, scope, client, log)
                 if others:
                     await Fallback(wanted, others, forward, send, log=log, on_release=upload.release).run()
                 else:
                     wanted.request.on_release = upload.release
                     await forward(wanted.pool, wanted.request, send)
+
+    def _forward(  # noqa: PLR0917 - the last three are the forwarding's
+        self, scope: Message, client: ApiClient, log: RequestLog, pool: Pool, request: UpstreamRequest, send: Send
+    ) -> Coroutine[Any, Any, None]:
+        return ProxiedRequest(
+            scope["state"]["http"],
+            pool,
+            request,
+            log,
+            send,
+            held=self._held,
+            own_headers=partial(client.rate_headers, scope["path"]),
+            hold_s=self._hold_s,
+            comment_interval_s=self._comment_interval_s,
+            write_now=scope.get("extensions", {}).get(WRITE_NOW),
+        ).run()
 
     async def _targets(  # noqa: PLR0917 - every one is another part of the request
         self,

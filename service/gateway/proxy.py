@@ -69,7 +69,7 @@ def _quoted(name: str) -> bytes:
 def _headers_of(answer: Answer, own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers of an engine's answer for the client, and our own instead of those of the same names."""
     dropped = _ANSWER_HEADERS_DROPPED | {name for name, _ in own} if own else _ANSWER_HEADERS_DROPPED
-    return [*((name, value) for name, value in answer.headers if name not in dropped), *own]
+    return [header for header in answer.headers if header[0] not in dropped] + own
 
 
 class ProxiedRequest:
@@ -272,14 +272,14 @@ class ProxiedRequest:
             headers += [(_COST_ANSWER, b"%.8f" % log.dollars)] if log.dollars is not None else []
         if comments and not self._started:
             await self._start(answer.status, headers, send)
-        reports_cost = comments is not None and any(name == COST_HEADER for name, _ in self._request.headers)
+        ends_with_cost = comments is not None and reports_cost
         try:
-            has_ended = await self._pass_body(answer, headers, comments, ends=not reports_cost)
+            has_ended = await self._pass_body(answer, headers, comments, ends=not ends_with_cost)
         except EngineConnectionError as error:
             raise await self._broken_off(comments) from error
         if not self._started:  # it has no body
             await self._start(answer.status, headers, send)
-        if comments and comments.ends_event and reports_cost:
+        if comments and comments.ends_event and ends_with_cost:
             self._count_cost()
             if log.dollars is not None:
                 text = comment(self._request.path, f"cost {log.dollars:.8f} USD")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from service.errors import RegistryError
 
@@ -77,6 +78,7 @@ def trusts_code(extra_args: tuple[str, ...]) -> bool:
     return any(flag == TRUST for flag, _ in _flags(extra_args))
 
 
+@lru_cache
 def media_hosts(extra_args: tuple[str, ...]) -> tuple[str, ...]:
     """Return the hosts from which the engine fetches media that a request names by URL; none by default."""
     return _values_of(extra_args, _HOSTS)

@@ -81,7 +81,7 @@ class Answer:
             EngineConnectionError: It does not come.
         """
         while not self.status:
-            await self._wait()
+            await self._next()
 
     async def read(self, pass_on: PassOn | None = None) -> bytes:
         """Return what has arrived of the body, as soon as there is something; nothing at its end.
@@ -98,7 +98,7 @@ class Answer:
                 return b""
             self._pass_on = pass_on
             try:
-                await self._wait()
+                await self._next()
             finally:
                 self._pass_on = None
         pieces, self._pieces, self._buffered = self._pieces, [], 0
@@ -128,12 +128,13 @@ class Answer:
         if connection:
             connection.transport.abort()
 
-    async def _wait(self) -> None:
+    def _next(self) -> asyncio.Future[None]:
+        """Return what ends once more has arrived."""
         if self._failure:
             message, has_answered = self._failure
             raise EngineConnectionError(message, has_answered=has_answered)
         self._waiter = self._loop.create_future()
-        await self._waiter
+        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -44,6 +44,7 @@ class RequestParser:
         self._parser = httptools.HttpRequestParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._offers: list[tuple[bytes, bytes]] = []
+        self._text_bytes = 0  # of the target, and of the names and values of the headers
         self._ended = False
         self._head_bytes = 0  # of the head or the trailers so far, and of what came before in the same read
         self._read_bytes = 0  # of this read, unless a part of a body came first
@@ -102,18 +103,20 @@ class RequestParser:
         if self._ended:
             raise invalid("This connection takes no further request.")
         self.in_head = True
-        self.url, self._headers = b"", []
+        self.url, self._headers, self._text_bytes = b"", [], 0
         self._head_bytes, self._read_bytes = self._read_bytes, 0
         self._held = self._no_body
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the target."""
         self.url += url
+        self._text_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; what comes after a chunked body is none."""
         if self.in_head:
             self._headers.append((name.lower(), value))
+            self._text_bytes += len(name) + len(value)
 
     def on_headers_complete(self) -> None:
         """Pass the head on, unless it will be parsed again."""
@@ -144,4 +147,4 @@ class RequestParser:
             self._ended = not self._handler.end_body()
 
     def _size(self, separators: int = 4) -> int:
-        return len(self.url) + sum(len(name) + len(value) + separators for name, value in self._headers)
+        return self._text_bytes + separators * len(self._headers)

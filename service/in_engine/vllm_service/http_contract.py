@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -241,7 +241,8 @@ _HOST = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
 
 def header_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
     """Return a header's value; those of several of this name joined with commas, empty when there is none."""
-    return ", ".join(value.decode("latin-1") for given, value in headers if given == name)
+    found = [value for given, value in headers if given == name]
+    return b", ".join(found).decode("latin-1") if found else ""
 
 
 def is_open(routes: Mapping[str, ApiRoute]) -> bool:
@@ -286,7 +287,7 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return value.decode()
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 class Protocol(Enum):
