@@ -15,7 +15,7 @@ from pathlib import Path
 from service.batch import deadline
 from service.batch.commit_log import INTERVAL_S, CommitLog, nothing
 from service.batch.lines import MAX_LINES, Line, count_lines, read_lines
-from service.batch.store import Batch, BatchError, ClientStore, End, Store, StoredFile, size_of
+from service.batch.store import QUOTA, Batch, BatchError, ClientStore, End, Store, StoredFile, size_of
 from service.batch.worker import Progress, Send, drive, ignore_progress
 from service.errors import one_line
 from service.gateway.threads import in_thread
@@ -29,7 +29,10 @@ _LOOK_S = 2.0  # how often batches of other gateways on the same directory are l
 _SWEEP_S = 3600.0
 _RATE_S = 10.0  # a rate that was measured for less is not kept
 _ENDS: dict[str, End] = {"done": "completed", "stopped": "cancelled", "expired": "expired"}
-_FULL = "The files of this key have more than 10 GiB, which is the limit. Delete some, and send what is left again."
+_FULL = (
+    f"The files of this key have more than {QUOTA // 1024**3} GiB, which is the limit. Delete some, and send what is "
+    "left again."
+)
 _log = logging.getLogger(__name__)
 
 
