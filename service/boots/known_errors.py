@@ -89,8 +89,8 @@ KNOWN = (
             r"|error code: 401|\b401\b.{0,20}unauthorized|\" 401\b|status\W{1,4}401\b"
         ),
         "The service does not know the key of the request.",
-        "Send 'Authorization: Bearer <key>' with a key that the first deploy or 'vllm-service keys new' has printed. A new "
-        "one: vllm-service keys new NAME, of a deployed service with --modal and an admin key in VLLM_API_KEY.",
+        "Send 'Authorization: Bearer <key>' with a key that the first deploy or 'vllm-service keys new' has printed. A "
+        "new one: vllm-service keys new NAME, of a deployed service with --modal and an admin key in VLLM_API_KEY.",
     ),
     KnownError(
         "cold start",

@@ -32,7 +32,8 @@ def from_environ(environ: Mapping[str, str]) -> Tracing | None:
     except ImportError as error:
         _log.warning(
             "The gateway exports no traces, because the package of '%s' is missing. Install it: "
-            "pip install opentelemetry-exporter-otlp-proto-http, or in a clone .venv/bin/pip install --no-deps -r service/pins/%s.",
+            "pip install opentelemetry-exporter-otlp-proto-http, or in a clone "
+            ".venv/bin/pip install --no-deps -r service/pins/%s.",
             error.name,
             otel.LOCK,
         )
