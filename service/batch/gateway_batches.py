@@ -40,7 +40,8 @@ class GatewayBatches:
         interval_s: Between two commits.
         commit: Makes what was written outlive the machine. Blocks.
         on_create: Called with each batch that is created.
-        driving: Keeps gateways of other machines from driving batches while the block lasts.
+        driving: Keeps gateways of other machines from driving batches while the block lasts. Where it can do so no
+            longer it ends the block, and is entered again.
     """
 
     def __init__(
@@ -63,15 +64,16 @@ class GatewayBatches:
 
     async def run(self, requests: OwnRequests) -> None:
         """Drive batches until it is cancelled; while another gateway drives those of the same directory, wait."""
-        async with self._driving():
-            lock = driver_lock(self._store)
-            try:
-                while not _is_held(lock):  # noqa: ASYNC110 - another process holds it
-                    await asyncio.sleep(_LOCK_S)
-                await self._drive(requests)
-            finally:
-                self._runner = None
-                lock.release()
+        while True:
+            async with self._driving():
+                lock = driver_lock(self._store)
+                try:
+                    while not _is_held(lock):  # noqa: ASYNC110 - another process holds it
+                        await asyncio.sleep(_LOCK_S)
+                    await self._drive(requests)
+                finally:
+                    self._runner = None
+                    lock.release()
 
     async def _drive(self, requests: OwnRequests) -> None:
         self._runner = BatchRunner(

@@ -121,9 +121,9 @@ def _gateway(names: Names, found: list[DeployedApp]) -> Finding:
             "gateway",
             "failed",
             "The gateway does not know the key in VLLM_API_KEY (401).",
-            "Set it to the key that the first deploy has shown, or to one of 'vllm-service keys new NAME --modal'. Where both "
-            f"are lost: modal secret create --force {names.settings.keys_secret} API_KEYS=admin=<new key>, then "
-            "modal deploy -m service.gateway_app.",
+            "Set it to the key that the first deploy has shown, or to one of 'vllm-service keys new NAME --modal'. "
+            f"Where all are lost: modal secret create --force {names.settings.keys_secret} API_KEYS=admin=<new key>, "
+            "then modal deploy -m service.gateway_app.",
         )
     if answer.status_code != 200:
         return Finding(

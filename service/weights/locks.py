@@ -4,9 +4,9 @@
 
 On Modal each container sees a volume as it was at its start or last `reload`, and others see its files after its
 `commit`; files are named by content and manifests written last, so two replicas of one cold model that both download
-are correct, and each pays the whole download, minutes of GPU time for a large model. The lease saves exactly that and
-nothing else depends on it: a holder that was suspended and wakes up beside its successor only downloads what the
-successor downloads too.
+are correct, and each pays the whole download, minutes of GPU time for a large model. The lease saves exactly that: a
+holder that was suspended and wakes up beside its successor only downloads what the successor downloads too. Whoever
+must not work beside a successor asks `Tenure.is_certain` as long as it works.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _POLL_S = 0.5  # a poll is a round trip to Modal, and what is waited for takes m
 class Lock(Protocol):
     """Keeps others from working on the same repository."""
 
-    def held(self, name: str) -> AbstractContextManager[None]:
+    def held(self, name: str) -> AbstractContextManager[object]:
         """Wait for the lock of that name, usually a hub id, and hold it while the block lasts; log when waiting."""
 
 
@@ -83,6 +83,32 @@ class LeaseStore(Protocol):
         """Remove and return a value."""
 
 
+class Tenure:
+    """How long a holder can be certain that it still holds its lease.
+
+    Args:
+        expiry_s: After how long without a renewal others may replace it.
+    """
+
+    def __init__(self, expiry_s: float) -> None:
+        self._sure_s = expiry_s * 5 / 6  # others measure from when they saw the last renewal, which is later
+        self._renewed_at = time.monotonic()
+        self._is_over = False
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether nobody can have replaced it."""
+        return not self._is_over and time.monotonic() - self._renewed_at < self._sure_s
+
+    def renewed(self, at: float) -> None:
+        """Take note of a renewal that was begun at this time."""
+        self._renewed_at = at
+
+    def end(self) -> None:
+        """Take note that another holder was seen."""
+        self._is_over = True
+
+
 class Lease:
     """A lock with a holder and an expiry, in a store that all containers see.
 
@@ -110,16 +136,18 @@ class Lease:
         self._expiry_s, self._poll_s = expiry_s, poll_s
 
     @contextmanager
-    def held(self, name: str) -> Iterator[None]:
+    def held(self, name: str) -> Iterator[Tenure]:
         """Wait until no other container holds the lease of that name, and hold it while the block lasts."""
         store, holder, released = self._open(), uuid.uuid4().hex, threading.Event()
-        renewals = threading.Thread(target=self._renew, args=(store, name, holder, released), daemon=True)
+        renewals = None
         try:
             self._acquire(store, name, holder)  # an interrupt may come when the store has it already
+            tenure = Tenure(self._expiry_s)
+            renewals = threading.Thread(target=self._renew, args=(store, name, holder, released, tenure), daemon=True)
             renewals.start()
             self._on_acquired()
             try:
-                yield
+                yield tenure
             except BaseException:
                 with suppress(Exception):  # the block's own error is the one to report
                     self._before_release()
@@ -127,7 +155,7 @@ class Lease:
             self._before_release()
         finally:
             released.set()
-            if renewals.ident:
+            if renewals and renewals.ident:
                 renewals.join()
             if _holder(store.get(name)) == holder:
                 store.pop(name, None)
@@ -160,14 +188,16 @@ class Lease:
         finally:
             store.pop(replacing, None)
 
-    def _renew(self, store: LeaseStore, name: str, holder: str, released: threading.Event) -> None:
+    def _renew(self, store: LeaseStore, name: str, holder: str, released: threading.Event, tenure: Tenure) -> None:
         renewals = 0
         while not released.wait(self._expiry_s / 6):
-            renewals += 1
+            renewals, began = renewals + 1, time.monotonic()
             with suppress(Exception):  # the client has tried again already; the next renewal makes up for it
                 if _holder(store.get(name)) != holder:  # it expired and was replaced
+                    tenure.end()
                     return
                 store.put(name, (holder, renewals))
+                tenure.renewed(began)
 
 
 def _holder(lease: LeaseValue | None) -> str | None:
