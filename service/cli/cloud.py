@@ -73,7 +73,7 @@ def deploy(  # noqa: PLR0917 - every one is an option with a name
 
         request = DeployRequest(tuple(names or ()), gpu, all_gpus, per_model)
         if rollback:
-            cli_deploy.rolled_back(deploying.roll_back(request, settings), as_json)
+            cli_deploy.rolled_back(deploying.roll_back(request, settings, say), as_json)
             return
         cli_deploy.run(request, settings, yes=yes, dry_run=dry_run, retry=retry, check=check, as_json=as_json)
 

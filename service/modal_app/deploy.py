@@ -190,7 +190,7 @@ def deploy(prepared: Prepared, settings: Settings, reporter: Reporter, made: Mad
                 publish(app, app.digest.of_run(run).tag(), on_line)
             made.published.append(app.name)
             failures.clear([app.name], settings.volume_prefix)
-            _scale(app)
+            _scale(app, reporter.say)
             reporter.say(f"{app.name} is published")
     return prepared
 
@@ -212,8 +212,25 @@ def _make_secrets(prepared: Prepared, made: Made) -> None:
     made.secrets += prepared.missing.names
 
 
-def _scale(app: PlannedApp) -> None:
-    """Apply what Modal ignores of a class with parameters, and what an entry says of its own pool."""
+def _scale(app: PlannedApp, say: Callable[[str], None]) -> None:
+    """Apply what Modal ignores of a class with parameters, and what an entry says of its own pool.
+
+    Where it breaks off it says how to do the rest: the next deploy finds a version that has not changed.
+    """
+    left = [*_scalings(app)]
+    try:
+        while left:
+            key, changes = left[0]
+            account.set_autoscaler(app.name, key, **changes)
+            del left[0]
+    except BaseException:
+        commands = "; ".join(_scale_command(app, *one) for one in left)
+        say(f"{app.name} is published, but not scaled as its settings say. What is left: {commands}")
+        raise
+
+
+def _scalings(app: PlannedApp) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield what to set, by model."""
     least, buffer = app.settings.min_containers, app.settings.buffer_containers
     for spec in app.entries:
         most = app.settings.most_replicas(spec.max_containers)
@@ -221,10 +238,16 @@ def _scale(app: PlannedApp) -> None:
         if spec in app.models and (least or buffer):
             changes |= {"min_containers": least, "buffer_containers": buffer}
         if changes:
-            account.set_autoscaler(app.name, spec.key, **changes)
+            yield spec.key, changes
 
 
-def roll_back(request: DeployRequest, settings: Settings) -> list[tuple[str, int, int]]:
+def _scale_command(app: PlannedApp, key: str, changes: dict[str, int]) -> str:
+    options = " ".join(f"--{name.removesuffix('_containers')} {number}" for name, number in changes.items())
+    gpu = f" --gpu {app.tier.request}" if app.tier else ""
+    return f"vllm-service scale {key}{gpu} {options}"
+
+
+def roll_back(request: DeployRequest, settings: Settings, say: Callable[[str], None]) -> list[tuple[str, int, int]]:
     """Deploy the versions again that the newest deploy replaced; return app, number before and number now of each.
 
     The apps of the request are asked which deploy made them; those of the newest go back.
@@ -250,7 +273,7 @@ def roll_back(request: DeployRequest, settings: Settings) -> list[tuple[str, int
     done, planned = [], {app.name: app for app in plan.apps}
     for app, version in back:
         account.roll_back(app, int(version.before or 0))
-        _scale(planned[app.name])
+        _scale(planned[app.name], say)
         done.append((app.name, version.number, int(version.before or 0)))
     return done
 
