@@ -123,14 +123,14 @@ def sender(requests: OwnRequests, store: ClientStore) -> Send:
         try:
             answer = await requests.post(owner, identity, line.url, line.body)
         except APIError as error:
-            return Answer(error.status, error.body(line.url, ""), code=error.code)
+            retry_after_s = _seconds(error.headers.get("Retry-After", ""))
+            return Answer(error.status, error.body(line.url, ""), retry_after_s=retry_after_s, code=error.code)
         log, tokens = answer.log, answer.log.tokens() or (0, 0)
-        retry_after = answer.headers.get(b"retry-after", b"")
         return Answer(
             answer.status,
             answer.body,
             log.id,
-            retry_after_s=float(retry_after) if retry_after.isdigit() else None,
+            retry_after_s=_seconds(answer.headers.get(b"retry-after", b"")),
             code=log.code,
             tokens_in=tokens[0],
             tokens_out=tokens[1],
@@ -138,3 +138,7 @@ def sender(requests: OwnRequests, store: ClientStore) -> Send:
         )
 
     return send
+
+
+def _seconds(retry_after: str | bytes) -> float | None:
+    return float(retry_after) if retry_after.isdigit() else None

@@ -142,7 +142,7 @@ class Gateway:
         self._check_origin(scope)
         client = self._clients.authenticate(scope["headers"])
         if client is None:
-            raise api_error.unauthorized()
+            raise self._clients.unknown()
         await self._answer_client(client, scope, receive, send, log)
 
     async def _answer_client(
@@ -212,7 +212,7 @@ def create_app(
         try:
             async with open_connections() as http:
                 if extension:
-                    requests = OwnRequests(gateway.answer_own, clients.named, {"http": http})
+                    requests = OwnRequests(gateway.answer_own, clients, {"http": http})
                     beside.append(asyncio.create_task(extension.run(requests), name="batches"))
                 try:
                     yield {"http": http}

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from service.gateway.api_client import ApiClient
 from service.gateway.key_set import KeySet, KeySource
-from service.in_engine.vllm_service import http_contract
+from service.in_engine.vllm_service import api_error, http_contract
+from service.in_engine.vllm_service.api_error import APIError
 from service.keys import ANONYMOUS, digest
 from service.registry.models import Registry
 from service.usage.limits import NO_LIMITS, KeyLimits
+
+_UNREAD_RETRY_S = 2.0  # keys that cannot be read are tried again this often
 
 
 class ClientRegistry:
@@ -65,7 +68,7 @@ class ClientRegistry:
             client.identity = keys.identities.get(name, "")
         found = {one: (clients[name], ends_at) for one, (name, ends_at) in keys.stored.items()}
         found |= {one: (clients[name], None) for one, name in keys.digests.items()}
-        self._clients, self._by_digest = clients, found
+        self._clients, self._by_digest, self._is_complete = clients, found, keys.is_complete
         if found:
             self._anonymous = None
 
@@ -86,6 +89,14 @@ class ClientRegistry:
     def named(self, name: str) -> ApiClient | None:
         """Return the client of a name; None: no key has it."""
         return self._anonymous if name == ANONYMOUS else self._clients.get(name)
+
+    def unknown(self) -> APIError:
+        """Return the error of a request whose client is not known: 401, or 503 until the keys could first be read."""
+        if self._is_complete:
+            return api_error.unauthorized()
+        message = "The service cannot read its keys now, and this may be one of them."
+        message += f" Send the request again in {_UNREAD_RETRY_S:.0f} s."
+        return APIError(503, message, code="keys_unavailable", retry_after_s=_UNREAD_RETRY_S)
 
     def _new_client(self, name: str) -> ApiClient:
         return ApiClient(name, clock=self._clock, wall_clock=self._wall_clock)

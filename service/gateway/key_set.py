@@ -29,6 +29,7 @@ class KeySet:
         models: Keys of the models that a client may use, by name; those that are missing may use all.
         stored: Likewise as `digests`, of the keys that `vllm-service keys` made, with the time at which each ends.
         identities: By name, of these clients: another one for a name that was revoked and made again.
+        is_complete: Whether the stored ones could be read; else a key that is not here may be valid all the same.
     """
 
     digests: Mapping[str, str]
@@ -36,6 +37,7 @@ class KeySet:
     models: Mapping[str, frozenset[str]] = field(default_factory=dict)
     stored: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     identities: Mapping[str, str] = field(default_factory=dict)
+    is_complete: bool = True
 
     @property
     def names(self) -> set[str]:
@@ -85,7 +87,7 @@ class KeySource:
                 limits[record.name] = record.limits
                 if record.limits.models is not None:
                     models[record.name] = self._known(record.name, record.limits.models, registry)
-        return KeySet(self.digests, limits, models, stored, identities)
+        return KeySet(self.digests, limits, models, stored, identities, is_complete=with_store)
 
     def load_at_start(self, registry: Registry) -> KeySet:
         """Return what there is; a store that cannot be read stops a service only where no key is in the environment.
@@ -99,7 +101,7 @@ class KeySource:
             if not self.digests:
                 raise
             found = self.load(registry, with_store=False)
-            _log.warning("The keys that 'vllm-service keys' made are not valid until they can be read: %s", error)
+            _log.warning("The keys that 'vllm-service keys' made are 503 until they can be read: %s", error)
             return found
 
     def check_models(self, limits: KeyLimits, registry: Registry) -> None:

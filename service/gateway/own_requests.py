@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from service.gateway.api_client import ApiClient
+from service.gateway.clients import ClientRegistry
 from service.gateway.http_server.exchange import ON_LEAVE
 from service.gateway.metrics import RequestLog
-from service.in_engine.vllm_service import api_error
 from service.in_engine.vllm_service.api_error import Message, Receive, Send
 from service.in_engine.vllm_service.http_contract import JSON
 
@@ -40,24 +40,25 @@ class OwnRequests:
 
     Args:
         answer: Answers a request of a client.
-        find_client: Returns the client of a name; None: its key was revoked.
+        clients: All clients.
         state: What the lifespan gave the application.
     """
 
     answer: Answer
-    find_client: Callable[[str], ApiClient | None]
+    clients: ClientRegistry
     state: dict[str, object] = field(default_factory=dict)
 
     async def post(self, client_name: str, identity: str, path: str, body: bytes) -> OwnAnswer:
         """Make a request, and return its answer whatever its status.
 
         Raises:
-            APIError: 401: the client has no key any more, and maybe another one has its name.
+            APIError: 401: the client has no key any more, and maybe another one has its name; 503: keys are not
+                read yet.
             ConnectionError: The answer broke off.
         """
-        client = self.find_client(client_name)
+        client = self.clients.named(client_name)
         if client is None or client.identity != identity:
-            raise api_error.unauthorized()
+            raise self.clients.unknown()
         await _leave_room(client)
         headers = [(b"content-type", JSON.encode())]
         scope: Message = {

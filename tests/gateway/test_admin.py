@@ -373,6 +373,23 @@ def test_start_with_keys_of_the_environment_alone_while_the_database_is_gone() -
         KeySource({}, {}, store, "tiny").load_at_start(Registry(SPECS))
 
 
+def test_key_is_503_until_the_keys_could_first_be_read() -> None:
+    """Clients send the request again; 401 would tell them that the key was revoked."""
+    store: Any = BrokenStore(KeyRecord("carol", revoked_at=0.0))
+    _, key = Keys(store).new("carol", {})
+    store.is_gone = True
+
+    async def run() -> None:
+        async with Engine(answers).serving() as engine, admin_gateway(store, url=engine.url) as gateway:
+            assert await status(gateway, "a-key") == 200
+            assert await status(gateway, key) == 503
+            store.is_gone = False
+            await until(gateway, key, 200)
+            assert await status(gateway, "wrong") == 401
+
+    asyncio.run(run())
+
+
 def test_command_changes_keys_of_a_gateway_elsewhere(store: DatabaseKeys) -> None:
     """Through its routes for operators; what the gateway refuses is told in its words."""
 

@@ -202,6 +202,31 @@ def test_key_that_is_made_again_for_another_person_finds_nothing_of_the_first_on
     run(work)
 
 
+def test_lines_wait_until_the_keys_could_first_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a gateway starts before its database: the key is unknown, and was not revoked."""
+    monkeypatch.setattr("service.gateway.clients._UNREAD_RETRY_S", 1)
+    keys = KeySet({}, stored={digest(b"first"): ("alice", None)}, identities={"alice": "1"})
+    unread = KeySet({digest(b"b-key"): "bob"}, is_complete=False)
+
+    async def waits(_: Request, __: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async def work() -> None:
+        async with serve_batches(tmp_path, waits, clients=ClientRegistry.of(keys)) as (gateway, engine):
+            batch = await created(client_of(gateway, "first"), b"".join(map(line, "abcdefgh")))
+            while not engine.requests:  # noqa: ASYNC110 - the engine's own count
+                await asyncio.sleep(0.01)
+        clients = ClientRegistry.of(unread)
+        async with serve_batches(tmp_path, clients=clients) as (gateway, engine):
+            await asyncio.sleep(0.5)
+            assert not engine.requests
+            clients.replace(keys)
+            batch = await ended(client_of(gateway, "first"), batch)
+            assert batch.request_counts.model_dump() == {"total": 8, "completed": 8, "failed": 0}
+
+    run(work)
+
+
 def test_lists_are_pages_newest_first(tmp_path: Path) -> None:
     """OpenAI's client walks through all of them."""
 

@@ -302,6 +302,7 @@ ELSEWHERE = {
     *("body_too_slow", "client_left", "too_many_bytes", "headers_too_slow", "headers_too_large", "http_version"),
     *("invalid_http", "too_many_connections", "rate_limit_exceeded", "ledger_unavailable"),
     *("insufficient_quota", "no_key_store", "reload_refused", "adapter_refused"),  # test_limits, test_admin
+    "keys_unavailable",  # test_admin
     "pool_is_waking",  # test_pool_status
 }
 # Those of pools and engines: a wake was asked for, or an engine answered.
