@@ -17,7 +17,7 @@ import modal
 from service import keys
 from service.batch.gateway_batches import GatewayBatches
 from service.batch.store import Batch, ClientStore, Store
-from service.errors import SettingsError, UsageError
+from service.errors import SettingsError, UsageError, one_line
 from service.gateway import tracing
 from service.gateway.app import Gateway, create_app
 from service.gateway.boot_volume import BootVolume
@@ -109,8 +109,8 @@ def _batches(settings: Settings) -> GatewayBatches:
     def commit() -> None:
         try:
             publish()
-        except (modal.exception.Error, RuntimeError, OSError) as error:  # the next commit has it too
-            _log.warning("The volume of batches was not committed: %s", type(error).__name__)
+        except OSError as error:  # the next commit has it too
+            _log.warning("Batches: %s", one_line(error))
 
     async def on_create(store: ClientStore, batch: Batch) -> None:
         try:

@@ -11,6 +11,7 @@ import modal
 
 from service.boots.failures import file_name
 from service.boots.records import DIRECTORY
+from service.errors import one_line
 from service.replica import compile_caches as replica_compile_caches
 from service.usage import writer_files as usage
 
@@ -70,13 +71,13 @@ def commit_with_open_files(volume: modal.Volume) -> None:
     Modal's client reloads a volume once it is committed, and that alone fails where files are open.
 
     Raises:
-        RuntimeError: It was not committed.
+        OSError: It was not committed, whatever Modal's client raised: its own errors, grpclib's, a bare RuntimeError.
     """
     try:
         volume.commit()
-    except RuntimeError as error:
-        if "open files" not in str(error):
-            raise
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) and "open files" in str(error)):
+            raise OSError(f"Modal's volume was not committed: {one_line(error)}") from error
 
 
 def batches_directory(app: str) -> Path:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ _FULL = (
     f"The files of this key have more than {QUOTA // 1024**3} GiB, which is the limit. Delete some, and send what is "
     "left again."
 )
+_GIVEN_UP = ("batch_failed", "The batch was given up before the request was answered.")
 _log = logging.getLogger(__name__)
 
 
@@ -212,7 +213,8 @@ async def run_batch(
         on_progress: Called after each commit.
 
     Raises:
-        OSError: Nothing can be written or read now: the batch is as it was, and may go on later.
+        OSError: Nothing can be written or read now: the batch is as it was, and may go on later; one whose lines all
+            have a record does, also after its window.
     """
     batch = await in_thread(lambda: store.batch(name))
     if batch is None or batch.is_final:
@@ -221,11 +223,11 @@ async def run_batch(
     try:
         await driven.run(send)
     except Exception as error:
-        if isinstance(error, OSError) and time.time() < batch.expires_at:
+        if isinstance(error, OSError) and (batch.end or time.time() < batch.expires_at):
             raise
         _log.exception("Batch %s failed.", name)
         await driven.give_up(error)
-    await in_thread(store.publish)
+    await in_thread(commit)
 
 
 class _Batch:
@@ -268,7 +270,7 @@ class _Batch:
                     deadline_s=batch.expires_at - time.time(),
                 )
             if progress.end != "done":
-                await in_thread(partial(self._record_rest, log, is_expired=progress.end == "expired"))
+                await in_thread(partial(self._record_rest, log, *self._why_left(progress.end)))
             await log.commit()
             counts.completed, counts.failed = log.completed, log.failed
         finally:
@@ -278,14 +280,21 @@ class _Batch:
         await self._finish("failed" if is_cut else _ENDS[progress.end or "done"])
 
     async def give_up(self, error: Exception) -> None:
-        """End the batch as failed; the answers that it has are kept.
+        """End the batch as failed; the answers that it has are kept, and the other lines get an error.
 
         Raises:
             OSError: That cannot be written either.
         """
         batch, counts = self._batch, self._batch.request_counts
         message = f"The batch was given up: {one_line(error)}. What was answered is in its files."
-        batch.errors = [BatchError(code="batch_failed", message=message)]
+        batch.errors = [BatchError(code=_GIVEN_UP[0], message=message)]
+        if counts.total:
+            try:
+                with closing(await in_thread(self._open_log)) as log:
+                    await in_thread(partial(self._record_rest, log, *_GIVEN_UP))
+                    await log.commit()
+            except Exception:  # noqa: BLE001 - what the batch failed of may be in the way here too
+                _log.exception("Not every line of batch %s has a record.", batch.id)
         counts.completed = await in_thread(lambda: _lines_of(self._store.content(batch.output_id)))
         counts.failed = await in_thread(lambda: _lines_of(self._store.content(batch.error_id)))
         await self._finish("failed")
@@ -354,15 +363,16 @@ class _Batch:
             self._stop.set()
         await self._save()
 
-    def _record_rest(self, log: CommitLog, *, is_expired: bool) -> None:
+    def _why_left(self, end: str | None) -> tuple[str, str]:
+        """Return code and message of the lines that are left at such an end."""
+        if end == "expired":
+            return "batch_expired", "The request was not answered before the completion window ended."
+        if self._is_full:
+            return "quota_exceeded", _FULL
+        return "batch_cancelled", "The batch was cancelled before the request was answered."
+
+    def _record_rest(self, log: CommitLog, code: str, why: str) -> None:
         """Record of every line without an answer why it has none."""
-        code, why = (
-            ("batch_expired", "The request was not answered before the completion window ended.")
-            if is_expired
-            else ("quota_exceeded", _FULL)
-            if self._is_full
-            else ("batch_cancelled", "The batch was cancelled before the request was answered.")
-        )
         with self._input.open("rb") as file:
             for line in read_lines(file, self._batch.endpoint):
                 if line.number not in log.done:
@@ -392,6 +402,7 @@ class _Batch:
         batch = self._batch
         batch.output_file_id = self._publish_file(batch.output_id, "output")
         batch.error_file_id = self._publish_file(batch.error_id, "error")
+        self._store.publish()  # what the last status promises is there for good
 
     def _publish_file(self, name: str, kind: str) -> str | None:
         size, now = size_of(self._store.content(name)), int(time.time())

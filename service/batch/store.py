@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from service.boots.records import new_id, state_directory
+from service.errors import one_line
 from service.files import atomic_write
 from service.in_engine.vllm_service.http_contract import MIB
 
@@ -31,6 +33,7 @@ _PREFIX, _UPLOAD = "key-", ".upload-"
 _IDENTITY = "="  # is never in a quoted name
 _CANCEL, _CHANGED = "cancel", "changed"
 _FINAL = frozenset(("completed", "failed", "expired", "cancelled"))
+_log = logging.getLogger(__name__)
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 End = Literal["completed", "failed", "expired", "cancelled"]
@@ -137,7 +140,7 @@ class ClientStore:
 
     Args:
         directory: Where they are.
-        publish: Makes what was written visible elsewhere. Blocks.
+        publish: Makes what was written visible elsewhere, or raises an OSError. Blocks.
     """
 
     def __init__(self, directory: Path, publish: Callable[[], None]) -> None:
@@ -203,9 +206,12 @@ class ClientStore:
         _sync(self.directory / "files")
 
     def delete(self, name: str) -> None:
-        """Remove a file."""
+        """Remove a file; where that cannot be published now, the next publication has it too."""
         shutil.rmtree(self.directory / "files" / name, ignore_errors=True)
-        self.publish()
+        try:
+            self.publish()
+        except OSError as error:
+            _log.warning("The removal of '%s' was not published: %s", name, one_line(error))
 
     def used_bytes(self, besides: Collection[str] = ()) -> int:
         """Return the size of all files, of those too that are being written, besides some directories."""
@@ -285,7 +291,7 @@ class Store:
 
     Args:
         root: Its directory.
-        publish: Makes what was written visible elsewhere. Blocks.
+        publish: Makes what was written visible elsewhere, or raises an OSError. Blocks.
     """
 
     def __init__(self, root: Path, publish: Callable[[], None] = lambda: None) -> None:

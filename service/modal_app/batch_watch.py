@@ -49,7 +49,7 @@ def watch(
         clock: Seconds since 1970.
     """
     while True:
-        with suppress(OSError, RuntimeError):  # a volume that cannot be reloaded now is reloaded next time
+        with suppress(Exception):  # a volume that cannot be reloaded now is reloaded next time
             reload()
         batch = store.of(owner, identity).batch(name)
         if batch is None:

@@ -147,7 +147,7 @@ def test_batch_that_met_a_full_disk_goes_on_and_keeps_its_answers(
 
 
 def test_batch_that_is_given_up_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its output is a file of the client, and its counts are those of the files."""
+    """Its output is a file of the client, and every other line says that it was given up."""
     store = Store(tmp_path)
     alice = store.of("alice")
     batch = batch_of(alice, lines=20)
@@ -163,9 +163,52 @@ def test_batch_that_is_given_up_keeps_its_answers(tmp_path: Path, monkeypatch: p
     drive(store, send, lambda: status(alice, batch) == "failed")
     found = alice.batch(batch.id)
     assert found
-    assert (found.output_file_id, found.request_counts.completed) == (batch.output_id, 2)
+    assert (found.output_file_id, found.request_counts) == (batch.output_id, Counts(20, 2, 18))
     assert [error.code for error in found.errors] == ["batch_failed"]
     assert alice.file(batch.output_id)
+    errors = [json.loads(record)["error"] for record in alice.content(batch.error_id).read_bytes().splitlines()]
+    assert {error["code"] for error in errors} == {"batch_failed"}
+    assert sorted(error["line"] for error in errors) == [*range(3, 21)]
+
+
+def test_batch_is_given_up_after_its_window_also_where_its_input_is_gone(tmp_path: Path) -> None:
+    """Its lines are not known then."""
+    store = Store(tmp_path)
+    alice = store.of("alice")
+    batch = batch_of(alice, window_s=-1, status="in_progress", request_counts=Counts(3, 0, 0))
+    alice.content(batch.input_file_id).unlink()
+    drive(store, answers, lambda: status(alice, batch) == "failed")
+
+
+@pytest.mark.parametrize(("window_s", "end"), [(3600, "completed"), (-1, "expired")])
+def test_batch_whose_end_cannot_be_published_ends_later_and_as_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_s: int, end: str
+) -> None:
+    """As where a volume cannot be committed: no line is sent again, also after the window."""
+    failing = False
+    failures: list[str] = []
+    sent: list[int] = []
+
+    def publish() -> None:
+        if failing and len(failures) < 5:
+            failures.append(status(alice, batch))
+            raise OSError("The volume was not committed")
+
+    async def send(line: Line) -> Answer:
+        sent.append(line.number)
+        return OK
+
+    store = Store(tmp_path, publish)
+    alice = store.of("alice")
+    batch = batch_of(alice, window_s=window_s)
+    failing = True
+    monkeypatch.setattr(runner, "_PAUSE_S", 0.01)
+    drive(store, send, lambda: status(alice, batch) in {"completed", "expired", "failed"})
+    found = alice.batch(batch.id)
+    assert found
+    assert (found.status, found.errors) == (end, [])
+    assert failures == ["finalizing"] * 5
+    assert sorted(sent) == ([1, 2, 3] if end == "completed" else [])
 
 
 def test_batch_that_was_finalizing_never_goes_back(tmp_path: Path) -> None:

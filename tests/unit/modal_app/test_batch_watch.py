@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from grpclib.exceptions import StreamTerminatedError
 
 from service.batch.store import Batch, ClientStore, Status, Store
 from service.modal_app import batch_watch
@@ -45,8 +46,8 @@ def test_gateway_is_asked_until_the_batch_has_ended(tmp_path: Path, monkeypatch:
 
     def reload() -> None:
         reloads.append(1)
-        if len(reloads) == 1:
-            raise OSError("open files")
+        if len(reloads) < 3:
+            raise [OSError("open files"), StreamTerminatedError("Connection lost")][len(reloads) - 1]
 
     monkeypatch.setattr(batch_watch.httpx2, "get", get)
     pauses: list[float] = []
