@@ -113,10 +113,8 @@ def _batches(settings: Settings) -> GatewayBatches:
             _log.warning("Batches: %s", one_line(error))
 
     async def on_create(store: ClientStore, batch: Batch) -> None:
-        try:
-            await watch_batch.spawn.aio(store.owner, store.identity, batch.id)
-        except modal.exception.Error as error:  # requests keep the gateway up too, and its next start goes on
-            _log.warning("Nothing keeps the gateway up for %s: %s", batch.id, type(error).__name__)
+        # where this fails, requests keep the gateway up all the same, and its next start goes on
+        await watch_batch.spawn.aio(store.owner, store.identity, batch.id)
 
     store = Store(batches_directory(DEPLOYMENT.app_name), publish)
     interval_s = batch_watch.COMMIT_INTERVAL_S

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from service.batch import deadline
 from service.batch.files_api import found_file, page, seconds_kept, store_of
 from service.batch.lines import URLS
+from service.batch.room import storing
 from service.batch.store import KEPT_S, MOST_BATCHES, Batch, ClientStore, Store
 from service.boots.records import new_id
 from service.gateway.request_body import read_object
@@ -58,8 +59,9 @@ class BatchesApi:
         fields = await read_object(request, self._uploads)
         if fields is None:
             raise APIError(400, "The body is no JSON object. Send input_file_id and endpoint.", code="invalid_json")
-        batch = await in_thread(lambda: self._new(store, fields))
-        await self._begin(store, batch)
+        with storing():
+            batch = await in_thread(lambda: self._new(store, fields))
+        await self._begin(store, batch)  # raises nothing: the batch is there
         return _json(batch.to_fields())
 
     def _new(self, store: ClientStore, fields: dict[str, Any]) -> Batch:
@@ -90,9 +92,7 @@ class BatchesApi:
         )
         rate = deadline.last_rate(self._store, batch, store.content(file.id))
         batch.errors = deadline.warnings(batch, file.lines, rate, now)
-        store.save_batch(batch)
-        store.tell()
-        store.publish()
+        store.add_batch(batch)
         return batch
 
     async def _list(self, request: Request) -> Response:
@@ -115,7 +115,8 @@ class BatchesApi:
             store.ask_to_cancel(batch)
             return _found(store, batch.id)
 
-        batch = await in_thread(cancel)
+        with storing():
+            batch = await in_thread(cancel)
         self._wake()
         return _json(batch.to_fields())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import time
@@ -14,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from service.batch.room import ArrivingUpload, Rooms, check_disk, disk_full
+from service.batch.room import ArrivingUpload, Rooms, check_disk, storing
 from service.batch.store import KEPT_S, ClientStore, Store, StoredFile, files_of
 from service.batch.upload_form import UploadForm
 from service.boots.records import new_id
@@ -60,16 +59,12 @@ class FilesApi:
             )
         async with self._rooms.upload(store) as upload:
             arriving = _ArrivingFile(header_of(headers, b"content-type"), upload)
-            try:
+            with storing():
                 file = await in_thread(lambda: store.open_upload(upload.directory))
                 with self._uploads.track(request.state.client.name) as tracked, file:
                     await arriving.read(request, tracked, file)
                 stored = arriving.stored()
                 await in_thread(lambda: store.add(stored, upload.directory))
-            except OSError as error:
-                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                    raise disk_full() from error
-                raise
             upload.is_whole = True
         return _json(stored.to_fields())
 

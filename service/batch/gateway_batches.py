@@ -39,7 +39,7 @@ class GatewayBatches:
         store: Default: this machine's.
         interval_s: Between two commits.
         commit: Makes what was written outlive the machine. Blocks.
-        on_create: Called with each batch that is created.
+        on_create: Called with each batch that is created; where it fails, that is logged.
         driving: Keeps gateways of other machines from driving batches while the block lasts. Where it can do so no
             longer it ends the block, and is entered again.
     """
@@ -85,7 +85,10 @@ class GatewayBatches:
         await self._runner.run()
 
     async def _begin(self, store: ClientStore, batch: Batch) -> None:
-        await self._on_create(store, batch)
+        try:
+            await self._on_create(store, batch)
+        except Exception as error:  # noqa: BLE001 - the batch is there: a client that repeats its request makes another
+            _log.warning("What follows the creation of %s failed: %s", batch.id, one_line(error))
         self._wake()
 
     def _wake(self) -> None:

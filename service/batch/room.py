@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from service.batch import store as batch_store
 from service.batch.store import MOST_FILES, ClientStore
+from service.errors import one_line
 from service.gateway.threads import in_thread
 from service.in_engine.vllm_service.api_error import APIError
 from service.in_engine.vllm_service.http_contract import MIB
@@ -18,6 +21,7 @@ from service.in_engine.vllm_service.http_contract import MIB
 AT_ONCE = 4  # uploads of a key
 _FREE = 1024 * MIB  # bytes of the disk that uploads leave free: answers of batches need some
 _RETRY_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,11 +100,27 @@ def check_disk(directory: Path) -> None:
         APIError: 507.
     """
     if 0 < shutil.disk_usage(directory).free < _FREE:  # 0: some network file systems do not tell; ENOSPC does
-        raise disk_full()
+        raise _disk_full()
 
 
-def disk_full() -> APIError:
-    """Return the error of a disk that has no room."""
+@contextmanager
+def storing() -> Iterator[None]:
+    """Answer a request whose file or batch cannot be kept.
+
+    Raises:
+        APIError: 507: the disk is full; 503: it or a volume fails now.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise _disk_full() from error
+        _log.warning("A file or batch was not kept: %s", one_line(error))
+        message = f"The service cannot write to its storage now. Send the request again in {_RETRY_S:.0f} s."
+        raise APIError(503, message, code="storage_unavailable", retry_after_s=_RETRY_S) from error
+
+
+def _disk_full() -> APIError:
     message = "The service's disk is full, and takes no file now. Its operator must make room."
     return APIError(507, message, code="disk_full")
 

@@ -120,7 +120,7 @@ class BatchRunner:
     def _unfinished(self) -> list[tuple[ClientStore, Batch]]:
         """Return the unfinished batches of all clients, the oldest first."""
         found = [(store, batch) for store in self._store.clients() for batch in store.batches() if not batch.is_final]
-        return sorted(found, key=lambda one: one[1].id)
+        return sorted((one for one in found if one[1].id not in one[0].unpublished), key=lambda one: one[1].id)
 
     def _may_start(self, store: ClientStore, batch: Batch) -> bool:
         running = self._running.values()

@@ -141,10 +141,11 @@ class ClientStore:
     Args:
         directory: Where they are.
         publish: Makes what was written visible elsewhere, or raises an OSError. Blocks.
+        unpublished: Ids of the batches that are being added, which nothing may drive yet.
     """
 
-    def __init__(self, directory: Path, publish: Callable[[], None]) -> None:
-        self.directory, self.publish = directory, publish
+    def __init__(self, directory: Path, publish: Callable[[], None], unpublished: set[str]) -> None:
+        self.directory, self.publish, self.unpublished = directory, publish, unpublished
 
     @property
     def owner(self) -> str:
@@ -193,12 +194,20 @@ class ClientStore:
         return os.fdopen(os.open(directory / "content", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb")
 
     def add(self, file: StoredFile, upload: Path) -> None:
-        """Take a file that has arrived whole."""
+        """Take a file that has arrived whole.
+
+        Raises:
+            OSError: It cannot be kept or published, and is not there.
+        """
         _sync(upload / "content")
         _write(upload / "record.json", file)
-        upload.rename(upload.with_name(file.id))
-        _sync(upload.parent)
-        self.publish()
+        added = upload.rename(upload.with_name(file.id))
+        try:
+            _sync(upload.parent)
+            self.publish()
+        except BaseException:
+            shutil.rmtree(added, ignore_errors=True)
+            raise
 
     def save_file(self, file: StoredFile) -> None:
         """Write the record of a file whose content is there."""
@@ -231,6 +240,23 @@ class ClientStore:
         """Return a batch; None: there is none."""
         batch = self._record("batches", name, Batch)
         return batch and self._as_asked(batch)
+
+    def add_batch(self, batch: Batch) -> None:
+        """Take a new batch, which is driven once it is published.
+
+        Raises:
+            OSError: It cannot be kept or published, and is not there.
+        """
+        self.unpublished.add(batch.id)
+        try:
+            self.save_batch(batch)
+            self.publish()
+            self.tell()
+        except BaseException:
+            shutil.rmtree(self.directory / "batches" / batch.id, ignore_errors=True)
+            raise
+        finally:
+            self.unpublished.discard(batch.id)
 
     def save_batch(self, batch: Batch) -> None:
         """Write a batch, so that it outlives a loss of power."""
@@ -296,17 +322,18 @@ class Store:
 
     def __init__(self, root: Path, publish: Callable[[], None] = lambda: None) -> None:
         self.root, self._publish = root, publish
+        self._unpublished: set[str] = set()
 
     def of(self, owner: str, identity: str = "") -> ClientStore:
         """Return the files and batches of a client; another one that has its name later has a directory of its own."""
         name = quote(owner, safe="") + (f"{_IDENTITY}{identity}" if identity else "")
-        return ClientStore(self.root / f"{_PREFIX}{name}", self._publish)
+        return ClientStore(self.root / f"{_PREFIX}{name}", self._publish, self._unpublished)
 
     def clients(self) -> Iterator[ClientStore]:
         """Yield all clients that have a directory."""
         for entry in _entries(self.root):
             if entry.name.startswith(_PREFIX):
-                yield ClientStore(Path(entry.path), self._publish)
+                yield ClientStore(Path(entry.path), self._publish, self._unpublished)
 
     def changes(self) -> int:
         """Return a number that is another one after each `tell`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from grpclib.exceptions import StreamTerminatedError
 
 from service.batch import gateway_batches, room
 from service.batch import store as batch_store
@@ -52,10 +53,11 @@ async def serve_batches(
     behaviour: Behaviour = answers,
     limits: dict[str, KeyLimits] | None = None,
     clients: ClientRegistry | None = None,
+    batches: GatewayBatches | None = None,
     **options: Any,
 ) -> AsyncIterator[tuple[RunningGateway, Engine]]:
     """Serve a gateway with files and batches in a directory, and an engine behind it."""
-    extension = GatewayBatches(Store(directory / "batches"))
+    extension = batches or GatewayBatches(Store(directory / "batches"))
     clients = clients or ClientRegistry(KEYS, limits)
     async with (
         Engine(behaviour).serving() as engine,
@@ -634,6 +636,57 @@ def test_upload_to_a_full_disk_is_507_and_leaves_nothing(tmp_path: Path, monkeyp
             assert not there(tmp_path)
 
     run(work)
+
+
+def test_file_or_batch_that_cannot_be_published_is_503_and_leaves_nothing(tmp_path: Path) -> None:
+    """OpenAI's clients send it again by themselves, and so make one of it."""
+    failures: list[OSError] = []
+
+    def publish() -> None:
+        if failures:
+            raise failures.pop()
+
+    async def refused(work: Awaitable[object]) -> None:
+        failures.append(OSError("The volume was not committed"))
+        with pytest.raises(openai.InternalServerError) as error:
+            await work
+        assert (error.value.status_code, error.value.code) == (503, "storage_unavailable")
+        assert error.value.response.headers["retry-after"] == "5"
+
+    async def work() -> None:
+        store = Store(tmp_path / "batches", publish)
+        async with serve_batches(tmp_path, batches=GatewayBatches(store)) as (gateway, engine):
+            client = client_of(gateway)
+            await refused(client.files.create(file=("in.jsonl", line("a")), purpose="batch"))
+            assert not there(tmp_path)
+            file = await client.files.create(file=("in.jsonl", line("a")), purpose="batch")
+            create: Any = client.batches.create
+            options = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
+            await refused(create(**options))
+            assert not (await client.batches.list()).data
+            assert (await ended(client, await create(**options))).status == "completed"
+            failures.append(OSError("The volume was not committed"))
+            assert (await client.files.delete(file.id)).deleted
+            assert not failures
+            assert len(engine.requests) == 1
+
+    run(work)
+
+
+def test_batch_that_was_created_is_answered_whatever_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An error would have the client create it twice."""
+
+    async def fails(*_: object) -> None:
+        raise StreamTerminatedError("Connection lost")
+
+    async def work() -> None:
+        batches = GatewayBatches(Store(tmp_path / "batches"), on_create=fails)
+        async with serve_batches(tmp_path, batches=batches) as (gateway, _):
+            client = client_of(gateway)
+            assert (await ended(client, await created(client, line("a")))).status == "completed"
+
+    run(work)
+    assert "Connection lost" in caplog.text
 
 
 def test_file_whose_content_is_gone_is_404(tmp_path: Path) -> None:

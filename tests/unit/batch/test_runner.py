@@ -211,6 +211,22 @@ def test_batch_whose_end_cannot_be_published_ends_later_and_as_it_should(
     assert sorted(sent) == ([1, 2, 3] if end == "completed" else [])
 
 
+def test_batch_is_not_driven_before_it_is_published(tmp_path: Path) -> None:
+    """One that cannot be published is removed, and no line of it may have been sent."""
+    seen: list[list[str]] = []
+
+    def unfinished() -> list[str]:
+        return [found.id for _, found in BatchRunner(store, lambda _: answers)._unfinished()]
+
+    store = Store(tmp_path, lambda: seen.append(unfinished()))
+    alice = store.of("alice")
+    batch = batch_of(alice)
+    batch.id = "batch_new"
+    alice.add_batch(batch)
+    assert seen[-1] == ["batch_0"]
+    assert unfinished() == ["batch_0", "batch_new"]
+
+
 def test_batch_that_was_finalizing_never_goes_back(tmp_path: Path) -> None:
     """The next process publishes its files, also where one was removed before, and sends nothing."""
     store = Store(tmp_path)
