@@ -323,7 +323,7 @@ class _Batch:
         name = self._batch.input_file_id
         try:
             with self._input.open("rb") as file:
-                count = count_lines(file)
+                count = count_lines(file, MAX_LINES)
         except FileNotFoundError:
             message = f"The input file '{name}' is there no more."
             return [BatchError(code="file_not_found", message=message, param="input_file_id")]
@@ -336,7 +336,8 @@ class _Batch:
         if not count:
             return [BatchError(code="empty_file", message="The input file has no line.", param="input_file_id")]
         if count > MAX_LINES:
-            message = f"The input file has {count} lines; the limit is {MAX_LINES}. Make several batches of it."
+            most = f"{MAX_LINES} lines, or {2 * MAX_LINES} with empty ones"
+            message = f"The input file has more than {most}, which is the limit. Make several batches of it."
             return [BatchError(code="too_many_lines", message=message, param="input_file_id")]
         self._batch.request_counts.total = count
         return []

@@ -457,7 +457,10 @@ def test_deadline_that_the_last_rate_cannot_keep_is_told_at_once(tmp_path: Path)
     run(work)
 
 
-@pytest.mark.parametrize(("content", "code"), [(b"\n \n", "empty_file"), (b"{}\n" * 11, "too_many_lines")])
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"\n \n", "empty_file"), (b"{}\n" * 11, "too_many_lines"), (b"{}\n" + b"\n" * 20, "too_many_lines")],
+)
 def test_file_that_can_be_no_batch_fails_it_with_the_reason(
     tmp_path: Path, content: bytes, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

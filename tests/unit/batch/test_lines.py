@@ -103,3 +103,13 @@ def test_line_that_is_too_long_is_an_error_and_those_behind_it_are_read(monkeypa
 def test_count_is_that_of_lines_that_are_not_empty() -> None:
     """The last line needs no end."""
     assert count_lines(io.BytesIO(b"a\n\n  \nb")) == 2
+
+
+@pytest.mark.parametrize("text", [b"a\n" * 4, b"\n" * 7, b"a\n\n" * 3 + b"\n"])
+def test_counting_ends_at_the_limit(text: bytes) -> None:
+    """Also among empty lines, of which a file of 2 GiB may have two thousand million."""
+    file = io.BytesIO(text + b"\n" * 1000)
+
+    assert count_lines(file, 3) == 4
+    assert file.tell() <= len(text)
+    assert count_lines(io.BytesIO(b"a\n\n" * 3), 3) == 3
