@@ -112,8 +112,9 @@ class BatchRunner:
         ends = [batch.expires_at - now for _, batch in unfinished if batch.id not in self._running]
         until = time.monotonic() + min([_SCAN_S, *(end for end in ends if end > 0)])
         while (left := until - time.monotonic()) > 0 and not self._changed.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left, _LOOK_S))
+            with suppress(TimeoutError):  # wait_for of Python 3.11 hides a cancellation that comes with the sign
+                async with asyncio.timeout(min(left, _LOOK_S)):
+                    await self._changed.wait()
             if await in_thread(self._store.changes) != changes:
                 return
 

@@ -227,6 +227,24 @@ def test_batch_is_not_driven_before_it_is_published(tmp_path: Path) -> None:
     assert unfinished() == ["batch_0", "batch_new"]
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_driver_that_is_cancelled_as_a_batch_ends_has_ended(tmp_path: Path, turns: int) -> None:
+    """The sign of the batch's end does not hide the cancellation, for which the gateway's shutdown waits."""
+
+    async def work() -> None:
+        driver = BatchRunner(Store(tmp_path), lambda _: answers)
+        task = asyncio.create_task(driver.run())
+        await asyncio.sleep(0.2)
+        driver.wake()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+        assert task.cancelled()
+
+    asyncio.run(work())
+
+
 def test_batch_that_was_finalizing_never_goes_back(tmp_path: Path) -> None:
     """The next process publishes its files, also where one was removed before, and sends nothing."""
     store = Store(tmp_path)
