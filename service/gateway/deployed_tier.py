@@ -56,7 +56,7 @@ class DeployedTier:
         try:
             url: str | None = await modal.Cls.from_name(self.app, "Server")().serve.get_web_url.aio()
         except modal.exception.NotFoundError as error:
-            self._missing_at = time.monotonic()
+            self.mark_missing()
             raise self._not_deployed(command) from error
         except (modal.exception.Error, OSError) as error:
             raise WakeError(
@@ -70,6 +70,10 @@ class DeployedTier:
     def forget(self) -> None:
         """Look its URL up again next time: the app may have been stopped, or deployed elsewhere."""
         self._url = None
+
+    def mark_missing(self) -> None:
+        """Record that it is not deployed, maybe not any more."""
+        self._url, self._missing_at = None, time.monotonic()
 
     def _not_deployed(self, command: str) -> APIError:
         return APIError(

@@ -10,8 +10,8 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, closing, suppress
 from typing import Any
 
 import modal
@@ -259,14 +259,29 @@ class ModalPool(Pool):
 
     async def _containers(self) -> State:
         try:
-            await self._locate()
+            return "ready" if await self._runners() else "cold"
         except APIError:
             return "not_deployed"
-        return "ready" if await self._runners() else "cold"
 
     async def _runners(self) -> int:
-        await self._tier.calls.wait()
-        return int((await self._function().get_current_stats.aio()).num_total_runners)
+        stats = await self._at_modal(lambda function: function.get_current_stats.aio())
+        return int(stats.num_total_runners)
+
+    async def _at_modal(self, call: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Call Modal with the handle of the pool, and return the answer; an app that was stopped is looked up again.
+
+        Raises:
+            APIError: 503: it is not deployed, maybe not any more.
+            WakeError: Modal did not answer.
+        """
+        while True:
+            await self._locate()
+            app = self._app
+            await self._tier.calls.wait()
+            try:
+                return await call(self._function())
+            except modal.exception.NotFoundError:
+                app.mark_missing()
 
     def _function(self) -> Any:
         """Return Modal's handle of the pool."""
@@ -287,12 +302,11 @@ class ModalPool(Pool):
             self._is_stopping = False
 
     async def _stop(self) -> None:
-        await self._locate()
         self._before_stop = await self.scale_to_zero()
         try:
             self._endpoint = None
             async with asyncio.timeout(_STOP_S):
-                while await self._runners():  # noqa: ASYNC110 - Modal reports no event
+                while await self.count_replicas():  # noqa: ASYNC110 - Modal reports no event
                     await asyncio.sleep(_STOP_POLL_S)
         except TimeoutError:
             _log.warning("%s still has replicas %d s after it was stopped: they have requests.", self.name, _STOP_S)
@@ -331,30 +345,37 @@ class ModalPool(Pool):
     async def count_replicas(self) -> int:
         """Return how many replicas it has; none where it is not deployed."""
         try:
-            await self._locate()
+            return await self._runners()
         except APIError:
             return 0
-        return await self._runners()
 
     async def scale_to_zero(self) -> dict[str, int]:
         """Let its idle replicas end now, and return the autoscaler's settings until then.
 
         Those from before a stop that runs go to the caller, who gives them back in its stead.
+
+        Raises:
+            APIError: 503: it is not deployed.
         """
         if (before_stop := self._before_stop) is not None:
             self._before_stop = None
             return before_stop
-        autoscaler = self._function().autoscaler
-        before = await autoscaler.settings.aio()
-        await autoscaler.update.aio(min_containers=0, buffer_containers=0, scaledown_window=_SHORTEST_WINDOW_S)
+        before = await self._at_modal(_lower)
         names = ("min_containers", "buffer_containers", "scaledown_window")
         return {name: value for name in names if (value := getattr(before, name)) is not None}
 
     async def restore(self, settings: dict[str, int]) -> None:
-        """Give the autoscaler its settings back."""
+        """Give the autoscaler its settings back; one whose app is gone has none, and the next deploy brings its own."""
         self._before_stop = None
-        await self._locate()
-        await self._function().autoscaler.update.aio(**settings)
+        with suppress(APIError):
+            await self._at_modal(lambda function: function.autoscaler.update.aio(**settings))
+
+
+async def _lower(function: Any) -> Any:
+    """Let a pool's idle replicas end now, and return the autoscaler's settings until then."""
+    before = await function.autoscaler.settings.aio()
+    await function.autoscaler.update.aio(min_containers=0, buffer_containers=0, scaledown_window=_SHORTEST_WINDOW_S)
+    return before
 
 
 def _fault(status: int) -> EngineConnectionError:

@@ -51,7 +51,7 @@ class SpendingPool(Protocol):
         """Let its idle replicas end now, and return the autoscaler's settings until then."""
 
     async def restore(self, settings: dict[str, int]) -> None:
-        """Give the autoscaler its settings back."""
+        """Give the autoscaler its settings back; do nothing where it is not deployed any more."""
 
 
 class SpendStore(Protocol):
@@ -225,9 +225,8 @@ class SpendGuard:
         if not day.woken:
             day.woken = True
             self._notify("first_wake", f"First wake on {day.day}: {pool.name}, ${price:.2f}/h.", {"pool": pool.name})
+        await self._apply(pool)
         await self._save()
-        if settings := day.lowered.pop(pool.name, None):
-            await pool.restore(settings)
 
     async def _update(self, pools: list[SpendingPool], *, all_of_them: bool = True) -> dict[str, int]:
         """Count the replicas of pools, and what all have cost until now."""
@@ -245,7 +244,8 @@ class SpendGuard:
                 )
         self._stop_at_limit()
         if all_of_them:
-            await self._apply(pools)
+            for pool in pools:
+                await self._apply(pool)
             await self._save()
         return counts
 
@@ -276,16 +276,21 @@ class SpendGuard:
         _log.warning("%s", text)
         self._notify("daily_stop", text, {"dollars": round(day.dollars, 2), "until": until})
 
-    async def _apply(self, pools: list[SpendingPool]) -> None:
-        """Scale what runs to zero after the stop; give the autoscalers their settings back on the next day."""
+    async def _apply(self, pool: SpendingPool) -> None:
+        """Scale a pool that runs to zero after the stop; give its autoscaler the settings back on the next day.
+
+        Where Modal does not take that now, the next round tries again: no pool keeps others from being scaled.
+        """
         day = self._today()
-        for pool in pools:
+        try:
             if day.stopped and pool.name in day.running:
                 settings = await pool.scale_to_zero()
                 day.lowered.setdefault(pool.name, settings)
             elif not day.stopped and (lowered := day.lowered.get(pool.name)):
                 await pool.restore(lowered)
                 del day.lowered[pool.name]
+        except Exception as error:  # noqa: BLE001 - Modal's client raises many
+            _log.warning("The autoscaler of %s was not changed: %s", pool.name, type(error).__name__)
 
     async def _count(self, pools: list[SpendingPool]) -> dict[str, int]:
         """Return the replicas of pools; what Modal does not tell now is as it was."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
 from types import SimpleNamespace
 
+import modal
 import pytest
 
 from service.gateway import modal_pool
@@ -239,3 +241,75 @@ def test_modal_pool_that_is_stopped_ends_its_replicas_and_gives_the_autoscaler_i
     monkeypatch.setattr(modal_pool, "_STOP_S", 0.01)
     asyncio.run(one.stop())
     assert done[2:] == ["scaled to zero", {"min_containers": 1}]
+
+
+class Apps:
+    """The apps that are deployed at Modal, each with one pool of some replicas.
+
+    Attributes:
+        replicas: By the app's name.
+    """
+
+    def __init__(self, **replicas: int) -> None:
+        self.replicas = {name.replace("_", "-"): number for name, number in replicas.items()}
+        self.updates: list[str] = []
+
+    def handle(self, app: str, _: str) -> Callable[..., SimpleNamespace]:
+        """Return what `modal.Cls.from_name` does: that an app is not there shows at the first call."""
+
+        def replicas() -> int:
+            if app not in self.replicas:
+                raise modal.exception.NotFoundError(f"App '{app}' not found.")
+            return self.replicas[app]
+
+        async def url() -> str:
+            return f"https://{app}.modal.run" if replicas() >= 0 else ""
+
+        async def stats() -> SimpleNamespace:
+            return SimpleNamespace(num_total_runners=replicas())
+
+        async def settings() -> SimpleNamespace:
+            return SimpleNamespace(min_containers=replicas(), buffer_containers=0, scaledown_window=900)
+
+        async def update(**_: int) -> None:
+            self.updates.append(f"{app}: {replicas()}")
+
+        serve = SimpleNamespace(
+            get_web_url=SimpleNamespace(aio=url),
+            get_current_stats=SimpleNamespace(aio=stats),
+            autoscaler=SimpleNamespace(settings=SimpleNamespace(aio=settings), update=SimpleNamespace(aio=update)),
+        )
+        return lambda **_: SimpleNamespace(serve=serve)
+
+
+def test_modal_pool_of_an_app_that_was_stopped_has_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although its URL was looked up before; nothing is to be scaled there, and no settings are to be given back."""
+    apps, one = Apps(vllm_h100=2), pool()
+    monkeypatch.setattr(modal.Cls, "from_name", apps.handle)
+
+    async def run() -> None:
+        assert (await one.count_replicas(), await one.probe()) == (2, "ready")
+        del apps.replicas["vllm-h100"]
+        one._probed_at -= 10
+        assert (await one.count_replicas(), await one.probe()) == (0, "not_deployed")
+        with pytest.raises(APIError, match="No app 'vllm-h100' is deployed"):
+            await one.scale_to_zero()
+        await one.restore({"min_containers": 1})
+        assert apps.updates == []
+
+    asyncio.run(run())
+
+
+def test_modal_pool_whose_own_app_was_stopped_is_that_of_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: the replicas of both are never counted as none."""
+    apps, one = Apps(vllm_qwen3_8b_h100=1, vllm_h100=3), pool()
+    monkeypatch.setattr(modal.Cls, "from_name", apps.handle)
+
+    async def run() -> None:
+        assert await one.count_replicas() == 1
+        del apps.replicas["vllm-qwen3-8b-h100"]
+        assert await one.count_replicas() == 3
+        await one.scale_to_zero()
+        assert apps.updates == ["vllm-h100: 3"]
+
+    asyncio.run(run())

@@ -36,6 +36,7 @@ class OnePool:
     asked: int = 0
     settings: dict[str, int] = field(default_factory=lambda: {"min_containers": 1, "scaledown_window": 900})
     fails: bool = False
+    refuses: bool = False
 
     async def count_replicas(self) -> int:
         """Return them, or fail."""
@@ -45,12 +46,16 @@ class OnePool:
         return self.replicas
 
     async def scale_to_zero(self) -> dict[str, int]:
-        """Do so at once."""
+        """Do so at once, or fail."""
+        if self.refuses:
+            raise OSError("gone")
         before, self.settings, self.replicas = self.settings, {"min_containers": 0, "scaledown_window": 2}, 0
         return before
 
     async def restore(self, settings: dict[str, int]) -> None:
-        """Take them."""
+        """Take them, or fail."""
+        if self.refuses:
+            raise OSError("gone")
         self.settings = settings
 
 
@@ -276,6 +281,48 @@ def test_day_above_its_dollars_stops_all_pools_until_midnight() -> None:
         assert pool.settings == {"min_containers": 1, "scaledown_window": 900}
         await guard.admit(pool)
         assert [event for event, _, _ in service.told] == ["first_wake", "daily_stop", "first_wake"]
+
+    asyncio.run(run())
+
+
+def test_pool_that_modal_does_not_scale_keeps_no_other_up_after_the_stop() -> None:
+    """The stop is recorded all the same, and each round tries again."""
+
+    async def run() -> None:
+        service = Service([OnePool("a on H100", 1), OnePool("b on L40S", 1)])
+        guard, (stuck, other) = service.guard(max_dollars_per_day=4), service.pools
+        await tick(guard)
+        stuck.refuses = True
+        service.now += HOUR
+        await tick(guard)
+        assert (stuck.replicas, other.replicas) == (1, 0)
+        assert service.record
+        assert (service.record["stopped"], [*service.record["lowered"]]) == (True, [other.name])
+        stuck.refuses = False
+        await tick(guard)
+        assert stuck.replicas == 0
+
+    asyncio.run(run())
+
+
+def test_settings_that_modal_does_not_take_are_given_back_later() -> None:
+    """A wake goes on without them, and the next round tries again."""
+
+    async def run() -> None:
+        service = Service([OnePool("a on H100", 1)])
+        guard, (pool,) = service.guard(max_dollars_per_day=4), service.pools
+        before = pool.settings
+        await tick(guard)
+        service.now += HOUR
+        await tick(guard)
+        service.now += DAY
+        pool.refuses = True
+        await guard.admit(pool)
+        assert service.record
+        assert service.record["lowered"] == {pool.name: before}
+        pool.refuses = False
+        await tick(guard)
+        assert (pool.settings, service.record["lowered"]) == (before, {})
 
     asyncio.run(run())
 
