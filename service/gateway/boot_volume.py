@@ -65,6 +65,16 @@ class BootVolume:
             _log.warning("Whether '%s' failed before is not known: %s", model, error)
             return None
 
+    async def is_deployed_since(self, at: float, app: str, calls: CallRate) -> bool:
+        """Tell whether an app was deployed after a moment, in seconds since 1970; false where Modal does not tell."""
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                await calls.wait()
+                return bool(await _deployed_at.aio(app) > at)
+        except _ERRORS as error:
+            _log.warning("When app '%s' was deployed is not known: %s", app, error)
+            return False
+
     async def boots(self, calls: CallRate) -> list[BootRecord]:
         """Return the newest boot records of all models, oldest first; new ones are looked for every five seconds.
 

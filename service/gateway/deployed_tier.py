@@ -80,4 +80,5 @@ class DeployedTier:
             503,
             f"No app '{self.app}' is deployed for {self.tier.label}. Deploy it: {command}.",
             code="tier_not_deployed",
+            headers={"Retry-After": f"{self._lookup_interval_s:.0f}"},
         )

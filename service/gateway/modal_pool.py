@@ -22,7 +22,7 @@ from service.gateway.boot_volume import BootVolume
 from service.gateway.deployed_tier import DeployedTier
 from service.gateway.http_client.answer import Answer, ConnectError, EngineConnectionError
 from service.gateway.http_client.connections import Connections
-from service.gateway.pool import Endpoint, OnWake, Pool, State, WakeError, unfit
+from service.gateway.pool import FAILED_FOR_S, Endpoint, OnWake, Pool, State, WakeError, unfit
 from service.gateway.redirects import CrashLoopError, RedirectError, Redirects
 from service.gateway.spending import SpendGuard
 from service.gateway.upstream import open_connections, retry_after
@@ -90,6 +90,7 @@ class ModalPool(Pool):
         self._answer_s, self._volume = answer_s, volume
         self._endpoint: Endpoint | None = None
         self._probed_at, self._known = -_PROBE_INTERVAL_S, "cold"
+        self._deploys_read_at = -FAILED_FOR_S
         self._before_stop: dict[str, int] | None = None  # the autoscaler's settings, while a stop has lowered them
         self._is_stopping = False
 
@@ -148,7 +149,16 @@ class ModalPool(Pool):
         if self._volume and (
             failure := await self._volume.failure(self._app.app, self.spec.key, tier.gpu, self._app.calls)
         ):
-            raise WakeError(failure.sentence)
+            raise WakeError(failure.sentence, lasts_s=FAILED_FOR_S)  # no boot was begun
+
+    async def _is_deployed_anew(self) -> bool:
+        """Tell whether its app was deployed after the last wake began; Modal is asked every few seconds."""
+        now = time.monotonic()
+        if not self._volume or now - self._deploys_read_at < FAILED_FOR_S:
+            return False
+        self._deploys_read_at = now
+        began = time.time() - (now - self._woken_at)
+        return await self._volume.is_deployed_since(began, self._app.app, self._app.calls)
 
     async def _wake_at(self, base: str) -> Endpoint:
         endpoint = Endpoint(

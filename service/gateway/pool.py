@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ State = Literal["cold", "waking", "ready", "not_deployed", "does_not_fit"]
 OnWake = Callable[[str, bool], None]  # takes a model's key and whether its pool is ready
 _log = logging.getLogger(__name__)
 FAILED_FOR_S = 5.0  # a request this soon after a failed wake gets that failure again: each wake costs a boot
+_LONGEST_S, _LONGEST_TRANSIENT_S = 300.0, 30.0  # to which that time doubles with each wake in a row that fails
 
 
 def ignore_wake(_key: str, _is_ready: bool) -> None:
@@ -41,12 +43,13 @@ class WakeError(Exception):
     Args:
         message: Why.
         is_transient: The next wake may succeed, without anybody's doing.
-        lasts_s: How long a request gets this failure again without a wake, which costs a boot.
+        lasts_s: How long requests get this failure again without a wake, where that is known; None: longer with each
+            wake in a row that fails.
     """
 
     def __init__(self, message: str, *, is_transient: bool = False, lasts_s: float | None = None) -> None:
         super().__init__(message)
-        self.is_transient, self.lasts_s = is_transient, FAILED_FOR_S if lasts_s is None else lasts_s
+        self.is_transient, self.lasts_s = is_transient, lasts_s
 
 
 def shutting_down() -> APIError:
@@ -142,7 +145,8 @@ class Pool(ABC):
         self._waking: asyncio.Task[Endpoint] | None = None
         self._woken_at = 0.0
         self.woken_phases: tuple[Span, ...] = ()  # of the last wake, in CLOCK_MONOTONIC, where they could be seen
-        self._failure: tuple[float, WakeError] | None = None
+        self._failure: WakeError | None = None
+        self._failed_until = self._back_off_s = 0.0
 
     @property
     def state(self) -> State:
@@ -256,11 +260,13 @@ class Pool(ABC):
         Cancelling this call does not cancel the wake.
 
         Raises:
-            APIError: 503, with the reason why it did not wake, and when to retry where that may help.
+            APIError: 503, with the reason why it did not wake, and when the next wake may begin.
         """
         self._check_spending()
         if endpoint := self.endpoint():
             return endpoint
+        if not self._waking:
+            await self._check_failure()
         waking = self._waking or self._start_wake()
         try:
             return await asyncio.shield(waking)
@@ -284,7 +290,11 @@ class Pool(ABC):
     @property
     def failure(self) -> str | None:
         """Why the last wake failed; None: it did not, or another one runs."""
-        return str(self._failure[1]) if self._failure and self.state == "cold" else None
+        return str(self._failure) if self._failure and self.state == "cold" else None
+
+    def forget_failure(self) -> None:
+        """Have the next request wake it at once: what failed before may have been mended."""
+        self._failure, self._back_off_s = None, 0.0
 
     @property
     def retry_after_s(self) -> int:
@@ -316,7 +326,7 @@ class Pool(ABC):
             _log.warning("The records of the boots of '%s' cannot be read: %s", self.spec.key, error)
 
     def _start_wake(self) -> asyncio.Task[Endpoint]:
-        self._check_failure()
+        self._failure = None
         self._woken_at = time.monotonic()
         self._waking = asyncio.create_task(self.wake(), name=f"wake {self.spec.key}")
         self._waking.add_done_callback(self._on_wake_end)
@@ -334,23 +344,50 @@ class Pool(ABC):
         error = task.exception()
         if error is None:
             self.wake_s = time.monotonic() - self._woken_at
+            self.forget_failure()
         elif isinstance(error, WakeError):
-            self._failure = (time.monotonic(), error)
+            self._remember(error)
         elif isinstance(error, APIError) and error.status == 503:  # refused before it began
             return
         self._on_wake(self.spec.key, error is None)
 
-    def _check_failure(self) -> None:
-        if self._failure and time.monotonic() - self._failure[0] < self._failure[1].lasts_s:
-            raise self._api_error(self._failure[1])
-        self._failure = None
+    def _remember(self, error: WakeError) -> None:
+        """Have requests get a failure again for a while, and longer with each wake in a row that fails."""
+        lasts_s = error.lasts_s
+        if lasts_s is None:
+            longest_s = _LONGEST_TRANSIENT_S if error.is_transient else _LONGEST_S
+            lasts_s = self._back_off_s = min(max(FAILED_FOR_S, 2 * self._back_off_s), longest_s)
+        self._failure, self._failed_until = error, time.monotonic() + lasts_s
+
+    async def _check_failure(self) -> None:
+        """Give a request the last wake's failure again, unless its time is over or a deploy may have mended it."""
+        failure = self._failure
+        if failure is None or time.monotonic() >= self._failed_until:
+            return
+        if not await self._is_deployed_anew():
+            raise self._api_error(failure)
+        self.forget_failure()
+
+    async def _is_deployed_anew(self) -> bool:
+        """Tell whether it was deployed after the last wake began."""
+        return False
 
     def _api_error(self, error: WakeError) -> APIError:
+        """Return the answer to a request; it has the time of the next wake, unless a wake is known not to help.
+
+        Whoever repeats requests for long, such as a batch, waits for that time; OpenAI's and Anthropic's clients repeat
+        them at once, and do so only where the next wake may succeed without anybody's doing.
+        """
+        failed = f"Model '{self.spec.key}' on {self.location} did not start"
+        if error.lasts_s is not None:
+            return APIError(503, f"{failed}. {error}", code="model_failed")
+        left_s = max(1, math.ceil(self._failed_until - time.monotonic()))
         return APIError(
             503,
-            f"Model '{self.spec.key}' on {self.location} did not start. {error}",
+            f"{failed}; a request in {left_s} s tries again. {error}",
             code="model_failed",
-            retry_after_s=FAILED_FOR_S if error.is_transient else None,
+            retry_after_s=left_s if error.is_transient else None,
+            headers={"Retry-After": str(left_s)},
         )
 
     async def close(self) -> None:

@@ -132,6 +132,7 @@ class PoolStatus:
     async def _wake(self, request: Request) -> Response:
         route = await self._requested(request)
         route.pool.check(route.name)
+        route.pool.forget_failure()
         await self._begin(route.pool.ready(), f"wake {route.pool.spec.key}")
         return _json({"model": route.pool.spec.key, "state": route.pool.state}, 202)
 

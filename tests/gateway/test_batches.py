@@ -14,10 +14,11 @@ import openai
 import pytest
 from grpclib.exceptions import StreamTerminatedError
 
-from service.batch import gateway_batches, room
+from service.batch import gateway_batches, room, worker
 from service.batch import store as batch_store
 from service.batch.gateway_batches import GatewayBatches
 from service.batch.store import Store
+from service.gateway import pool
 from service.gateway.clients import ClientRegistry
 from service.gateway.key_set import KeySet
 from service.keys import digest
@@ -33,6 +34,7 @@ from tests.gateway.upstream import (
     Request,
     RunningGateway,
     answers,
+    eventually,
     refuses,
     serve_gateway,
 )
@@ -267,6 +269,29 @@ def test_deleted_file_is_gone_and_one_in_use_is_not_deleted(tmp_path: Path) -> N
             with pytest.raises(openai.NotFoundError):
                 await client.files.content(batch.input_file_id)
             assert not there(tmp_path, batch.input_file_id)
+
+    run(work)
+
+
+def test_batch_of_a_model_that_does_not_start_waits_and_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No try of a line counts; they are answered once the model starts."""
+    monkeypatch.setattr(pool, "FAILED_FOR_S", 0.4)
+    monkeypatch.setattr(worker, "TRIES", 1)
+
+    async def work() -> None:
+        async with serve_batches(tmp_path) as (gateway, _):
+            gateway.app._inference._router.find("tiny")
+            one = gateway.pools["tiny"]
+            one.fails = "Its containers end."
+            client = client_of(gateway)
+            batch = await created(client, b"".join(line(f"{number}") for number in range(30)))
+            await eventually(lambda: one.wakes > 1, timeout_s=15)
+            assert (await client.batches.retrieve(batch.id)).request_counts.failed == 0
+            one.fails = None
+            batch = await ended(client, batch)
+            assert batch.request_counts.model_dump() == {"total": 30, "completed": 30, "failed": 0}
 
     run(work)
 

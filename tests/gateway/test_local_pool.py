@@ -408,15 +408,15 @@ def test_local_pool_whose_engine_dies_starts_another_with_the_next_request(caplo
 @pytest.mark.parametrize(
     ("refusal", "headers"),
     [
-        (GatedModelError("It is gated."), {"x-should-retry": "false"}),
-        (EngineError("Exit code 1."), {"x-should-retry": "false"}),
-        (OSError("Too many open files."), {"x-should-retry": "false"}),
+        (GatedModelError("It is gated."), {"Retry-After": "5", "x-should-retry": "false"}),
+        (EngineError("Exit code 1."), {"Retry-After": "5", "x-should-retry": "false"}),
+        (OSError("Too many open files."), {"Retry-After": "5", "x-should-retry": "false"}),
         (HubUnreachableError("The hub is not in reach."), {"Retry-After": "5"}),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_local_pool_that_cannot_start_answers_with_the_reason(refusal: Exception, headers: dict[str, str]) -> None:
-    """The client gets the reason, and is told to come back only where that may help."""
+    """The client gets the reason and the time of the next start, and repeats by itself only where that may help."""
 
     async def run() -> None:
         machine = FakeMachine()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import modal
 import pytest
 
-from service.gateway import modal_pool
+from service.boots.records import BootRecord
+from service.gateway import boot_volume, modal_pool
+from service.gateway.call_rate import CallRate
 from service.gateway.deployed_tier import DeployedTier
 from service.gateway.http_client.answer import ConnectError
 from service.gateway.http_client.connection import Connection
@@ -313,3 +316,84 @@ def test_modal_pool_whose_own_app_was_stopped_is_that_of_the_tier(monkeypatch: p
         assert apps.updates == ["vllm-h100: 3"]
 
     asyncio.run(run())
+
+
+class Deploys:
+    """A volume without records, and what Modal tells of deploys."""
+
+    def __init__(self) -> None:
+        self.is_deployed, self.asked = False, list[str]()
+
+    async def failure(self, *_: object) -> None:
+        """Return that nothing is recorded."""
+
+    async def boots(self, _: object) -> list[BootRecord]:
+        """Return none."""
+        return []
+
+    async def is_deployed_since(self, at: float, app: str, _: object) -> bool:
+        """Return what the test says."""
+        assert abs(time.time() - at) < 60
+        self.asked.append(app)
+        return self.is_deployed
+
+
+def test_modal_pool_that_failed_is_woken_at_once_after_a_deploy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its failure is told again, and Modal is asked for deploys every few seconds at most."""
+    deploys = Deploys()
+
+    async def fails(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 500 X\r\ncontent-length: 4\r\n\r\nNo.\n")
+        await writer.drain()
+
+    async def run() -> None:
+        async with Engine(fails).serving() as engine:
+
+            async def url(_: DeployedTier, command: str) -> str:
+                del command
+                return engine.url
+
+            async def refused() -> int:
+                with pytest.raises(APIError, match="did not start"):
+                    await one.ready()
+                return len(engine.requests)
+
+            monkeypatch.setattr(DeployedTier, "url", url)
+            one = pool(app="team")
+            one._volume = deploys  # type: ignore[assignment]
+            assert [await refused() for _ in range(4)] == [1, 1, 1, 1]
+            assert deploys.asked == ["team"]
+            deploys.is_deployed = True
+            assert await refused() == 1
+            one._deploys_read_at -= 10
+            assert await refused() == 2
+
+    asyncio.run(run())
+
+
+def test_modal_pool_that_is_not_deployed_tells_when_it_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch waits for the deploy; clients of OpenAI, which would give up soon, do not repeat."""
+    monkeypatch.setattr(modal.Cls, "from_name", Apps().handle)
+    with pytest.raises(APIError) as caught:
+        asyncio.run(pool().ready())
+    assert caught.value.code == "tier_not_deployed"
+    assert caught.value.headers == {"Retry-After": "10", "x-should-retry": "false"}
+
+
+def test_boot_volume_tells_of_deploys_since_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of none where Modal does not answer."""
+
+    async def deployed_at(app: str) -> float:
+        if app == "gone":
+            raise modal.exception.NotFoundError("gone")
+        return 100.0
+
+    monkeypatch.setattr(boot_volume, "_deployed_at", SimpleNamespace(aio=deployed_at))
+
+    async def run() -> list[bool]:
+        volume = boot_volume.BootVolume("cache")
+        return [
+            await volume.is_deployed_since(at, app, CallRate()) for at, app in ((99, "a"), (101, "a"), (99, "gone"))
+        ]
+
+    assert asyncio.run(run()) == [True, False, False]

@@ -98,7 +98,7 @@ def test_wake_in_a_crash_loop_fails_after_a_bound_with_the_log_to_look_at() -> N
                 APIError, match=r"end before they are ready\. Its log: vllm-service logs qwen3-8b"
             ) as told:
                 await one.ready()
-            assert told.value.headers == {"x-should-retry": "false"}
+            assert told.value.headers == {"Retry-After": "5", "x-should-retry": "false"}
             assert len(engine.requests) == redirects.MOST_AT_ONCE + 1
             assert [request.line.split()[1] for request in engine.requests[1:]] == ["/later?id=1"] * (
                 redirects.MOST_AT_ONCE

@@ -189,6 +189,25 @@ def test_pools_that_failed_say_why_until_they_are_woken_again() -> None:
     asyncio.run(run())
 
 
+def test_pools_that_failed_are_woken_at_once_when_an_operator_asks() -> None:
+    """Requests get the failure again for a while; an operator may have mended its cause."""
+
+    async def run() -> None:
+        async with serve_gateway(ClientRegistry(KEYS, ADMINS)) as gateway:
+            await pools(gateway)
+            pool = gateway.pools["tiny"]
+            pool.fails = "CUDA out of memory."
+            pool.may_wake.set()
+            for wakes in (1, 2):
+                async with gateway.post({"model": "tiny"}, "/admin/pools/wake", headers=ALICE) as answer:
+                    assert answer.status == 503
+                async with gateway.post(ASK, headers=ALICE) as answer:
+                    assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+                assert pool.wakes == wakes
+
+    asyncio.run(run())
+
+
 def test_pools_on_another_gpu_are_listed_once_they_were_named() -> None:
     """With a name that finds them."""
 

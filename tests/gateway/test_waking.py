@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from service.gateway import pool as pool_module
+from service.gateway.pool import Endpoint, WakeError
+from service.in_engine.vllm_service.api_error import APIError
 from tests.gateway.upstream import (
     ASK,
+    SPECS,
     STREAMED,
     Engine,
     RunningGateway,
+    TestPool,
     answers,
     eventually,
     refuses,
@@ -140,6 +146,93 @@ def test_waking_that_fails_answers_all_waiting_requests_with_the_reason(body: ob
             async with gateway.post(ASK) as answer:
                 assert answer.status == 503
             assert pool.wakes == 1
+
+    asyncio.run(run())
+
+
+class Faulty(TestPool):
+    """A pool whose wakes fail at once with this error."""
+
+    def __init__(self, error: WakeError | None) -> None:
+        super().__init__(SPECS["tiny"])
+        self.error = error
+
+    async def wake(self) -> Endpoint:
+        """Fail."""
+        self.wakes += 1
+        if self.error:
+            raise self.error
+        self._endpoint = Endpoint("http://127.0.0.1:9")
+        return self._endpoint
+
+    async def refusal(self) -> APIError:
+        """Return the answer to a request."""
+        with pytest.raises(APIError) as caught:
+            await self.ready()
+        return caught.value
+
+
+@pytest.mark.parametrize(
+    ("is_transient", "waits"), [(False, [5, 10, 20, 40, 80, 160, 300, 300]), (True, [5, 10, 20, 30, 30])]
+)
+def test_waking_that_fails_again_and_again_is_tried_less_and_less_often(
+    is_transient: bool, waits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All clients are told the time that is left, and begin no wake before; a wake that succeeds ends that."""
+    now = 1000.0
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def run() -> None:
+        nonlocal now
+        one = Faulty(WakeError("No.", is_transient=is_transient))
+        for number, wait in enumerate(waits, 1):
+            assert int((await one.refusal()).headers["Retry-After"]) == wait
+            now += wait - 1
+            again = await one.refusal()
+            assert (again.headers["Retry-After"], one.wakes) == ("1", number)
+            assert again.message == "Model 'tiny' on H100 did not start; a request in 1 s tries again. No."
+            assert ("x-should-retry" in again.headers) is not is_transient
+            now += 1
+        error, one.error = one.error, None
+        await one.ready()
+        one.mark_unreachable()
+        one.error = error
+        assert (await one.refusal()).headers["Retry-After"] == "5"
+
+    asyncio.run(run())
+
+
+def test_waking_that_is_known_not_to_help_is_tried_as_often_as_that_costs_no_boot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is recorded of a boot may be gone in a moment, and no client is told to come back."""
+    now = 1000.0
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def run() -> None:
+        nonlocal now
+        one = Faulty(WakeError("Recorded.", lasts_s=5.0))
+        for number in range(1, 5):
+            assert (await one.refusal()).headers == {"x-should-retry": "false"}
+            assert one.wakes == number
+            now += 5
+
+    asyncio.run(run())
+
+
+def test_waking_that_failed_makes_clients_of_openai_repeat_nothing() -> None:
+    """Although the answer tells when the next wake may begin."""
+
+    async def run() -> None:
+        async with serve_gateway() as gateway:
+            pool = _pool(gateway)
+            pool.fails = "No."
+            pool.may_wake.set()
+            async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=2) as client:
+                with pytest.raises(openai.InternalServerError) as caught:
+                    await client.chat.completions.create(model="tiny", messages=[])
+            assert caught.value.response.headers["retry-after"] == "5"
+            assert len(gateway.lines) == 1
 
     asyncio.run(run())
 
