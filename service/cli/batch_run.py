@@ -72,6 +72,11 @@ def outputs(named: Path, source: BatchInput) -> Outputs:
             raise UsageError(f"'{file}' is the input, and would be written.", hint="Name another file with -o.")
     for file in (found.answers, found.errors):
         _check_ours(file)
+    if found.table and named.exists() and not (_has_records(found.answers) or _has_records(found.errors)):
+        raise UsageError(
+            f"'{named}' has something else than a batch's answers: '{found.answers}' has no records of them.",
+            hint="Name another file with -o, or remove this one.",
+        )
     return found
 
 
@@ -80,6 +85,10 @@ def _check_ours(file: Path) -> None:
         begin = opened.read(len(_RECORD))
         if begin != _RECORD[: len(begin)]:
             raise UsageError(f"'{file}' has something else than a batch's records.", hint="Name another file with -o.")
+
+
+def _has_records(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 def run(
@@ -196,6 +205,7 @@ def _write_table(source: BatchInput, request: Request, files: Outputs, table: Pa
     columns = batch_rows.answer_columns(request.schema, source.columns)
     part = table.with_name(f".{table.name}.{secrets.token_hex(4)}.tmp")
     try:
+        part.touch(0o600)  # as the records are: it has their answers
         with part.open("w", encoding="utf-8", newline="") as out, files.answers.open("rb") as answers, \
                 files.errors.open("rb") as errors:  # fmt: skip
             writer = csv.writer(out, delimiter=batch_rows.delimiter(table), lineterminator="\n")

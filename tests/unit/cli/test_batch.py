@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -279,6 +280,23 @@ def test_batch_of_a_table_fills_its_columns(tmp_path: Path, environ: dict[str, s
         ["4", "refuse", "", "It has a wrong word."],
     ]
     assert stub.bodies[0]["messages"][0] == {"role": "system", "content": "Short."}
+    assert stat.S_IMODE((tmp_path / "out.csv").stat().st_mode) == 0o600
+    again = ran(environ, "in.csv", "-o", "out.csv", "--prompt", "Is {text} {{good}}?", "--system", "Short.")
+    assert "2 of 4 lines failed" in again.stderr, "a table of the same batch is written anew"
+
+
+@pytest.mark.parametrize("answers", [None, ""])
+def test_batch_leaves_a_table_that_it_has_not_written(answers: str | None, tmp_path: Path, refused: Refused) -> None:
+    """Before anything is sent; a run that ended before its first answer has left an empty file of records."""
+    write(tmp_path, "in.csv", "id,text", "1,good")
+    customers = write(tmp_path, "customers.csv", "name", "Ada")
+    if answers is not None:
+        (tmp_path / "customers.answers.jsonl").write_text(answers)
+    code, err = refused("in.csv", "-o", "customers.csv", "--prompt", "{text}")
+    assert code == 2
+    assert err.startswith("error: 'customers.csv' has something else than a batch's answers")
+    check_error(err)
+    assert customers.read_text() == "name\nAda\n"
 
 
 def test_batch_with_a_schema_makes_a_column_of_each_property(
