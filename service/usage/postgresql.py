@@ -17,6 +17,9 @@ from service.usage.database import PARAMETER, DatabaseError, DuplicateRowError, 
 
 _ANSWER_S = 10.0
 _SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_HINT = "Write postgresql://<user>:<password>@<host>/<database>."
+_PORTS = range(1, 65536)
 _T = TypeVar("_T")
 
 
@@ -34,12 +37,12 @@ class PostgresqlDatabase:
         parsed = check_url(url)
         self._place = f"{parsed.host or 'localhost'}/{parsed.database}"
         self._engine = create_async_engine(
-            parsed.set(drivername="postgresql+asyncpg"),
+            parsed.set(drivername="postgresql+asyncpg", query={}),
             pool_size=1,
             max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args={"timeout": _ANSWER_S, "command_timeout": _ANSWER_S},
+            connect_args={"timeout": _ANSWER_S, "command_timeout": _ANSWER_S, **_ssl(parsed)},
         )
         self._runner = asyncio.Runner()
 
@@ -79,7 +82,7 @@ class PostgresqlDatabase:
             return self._runner.run(work)
         except IntegrityError as error:
             raise DuplicateRowError(f"PostgreSQL at {self._place} has this row already.") from error
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except (SQLAlchemyError, OSError, TimeoutError, ValueError) as error:  # ValueError: asyncpg's own
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0] or type(error).__name__
             raise DatabaseError(
                 f"PostgreSQL at {self._place} cannot be used: {reason}.",
@@ -91,13 +94,42 @@ def check_url(url: str) -> sqlalchemy.URL:
     """Return the URL, parsed.
 
     Raises:
-        UsageError: It is none of a PostgreSQL database.
+        UsageError: It is none of a PostgreSQL database, or has what the client does not know. The message shows neither
+            user nor password.
     """
-    with contextlib.suppress(ArgumentError):
+    if url.count("@") > 1:  # the parser would take a part of the password for the host or the database
+        raise _wrong("has more than one @", "Write @ and / of a password as %40 and %2F.")
+    try:
         parsed = sqlalchemy.make_url(url)
-        if parsed.drivername in _SCHEMES and parsed.database:
-            return parsed
-    raise UsageError(
-        f"{DATABASE_URL} is not the URL of a PostgreSQL database.",
-        hint="Write postgresql://<user>:<password>@<host>/<database>.",
-    )
+    except ArgumentError:
+        parsed = None
+    except ValueError:  # its text has what stands there
+        raise _wrong("has no number as its port", _HINT) from None
+    if parsed is None or parsed.drivername not in _SCHEMES or not parsed.database:
+        raise _wrong("is not the URL of a PostgreSQL database", _HINT)
+    if parsed.port is not None and parsed.port not in _PORTS:
+        raise _wrong(f"has the port {parsed.port}, not one from 1 to 65535", _HINT)
+    if not _is_host(parsed.host or "localhost"):
+        raise _wrong(f"has '{parsed.host}' in place of the name or address of one host", _HINT)
+    if unknown := sorted(parsed.query.keys() - {"sslmode", "ssl"}):
+        raise _wrong(f"has '{unknown[0]}' after its ?, which is not known", "Leave it out; sslmode may stand there.")
+    if wrong := [mode for mode in _ssl(parsed).values() if mode not in _SSL_MODES]:
+        raise _wrong(f"has sslmode={wrong[0]}", f"Write one of {', '.join(_SSL_MODES)}.")
+    return parsed
+
+
+def _ssl(url: sqlalchemy.URL) -> dict[str, Any]:
+    """Return asyncpg's argument for what libpq calls `sslmode`; their words are the same."""
+    mode = url.query.get("sslmode") or url.query.get("ssl")
+    return {"ssl": mode} if mode else {}
+
+
+def _is_host(name: str) -> bool:
+    try:
+        return "," not in name and bool(name.encode("idna"))
+    except UnicodeError:
+        return False
+
+
+def _wrong(what: str, hint: str) -> UsageError:
+    return UsageError(f"{DATABASE_URL} {what}.", hint=hint)

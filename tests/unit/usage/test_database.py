@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import stat
 import subprocess
@@ -122,18 +123,39 @@ def test_locked_database_raises_after_a_while(tmp_path: Path, monkeypatch: pytes
     database.close()
 
 
-@pytest.mark.parametrize("url", ["mysql://u:secret@h/d", "postgresql://u:secret@h", "://secret"])
-def test_url_of_another_database_is_refused_without_showing_it(url: str) -> None:
-    """It has a password in it."""
-    with pytest.raises(UsageError, match="SERVICE_DATABASE_URL") as caught:
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("mysql://u:secret@h/d", "is not the URL of a PostgreSQL database"),
+        ("postgresql://u:secret@h", "is not the URL of a PostgreSQL database"),
+        ("://secret", "is not the URL of a PostgreSQL database"),
+        ("postgresql://u:geh@secret/secret@h/d", "has more than one @"),
+        ("postgresql://u:geh@a/secret?secret@h/d", "has more than one @"),
+        ("postgresql://u:geh@a:secret@h/d", "has more than one @"),
+        ("postgresql://u:secret@h:abc/d", "has no number as its port"),
+        ("postgresql://u:secret@h:99999/d", "has the port 99999"),
+        ("postgresql://u:secret@h:-1/d", "has the port -1"),
+        ("postgresql://u:secret@h:1,h2:2/d", "has no number as its port"),
+        ("postgresql://u:secret@h,h2/d", "has 'h,h2' in place of the name or address of one host"),
+        ("postgresql://u:secret@a..b/d", "has 'a..b' in place of the name or address of one host"),
+        ("postgresql://u:secret@h/d?channel_binding=require", "has 'channel_binding' after its ?"),
+        ("postgresql://u:secret@h/d?sslmode=on", "has sslmode=on"),
+        ("postgresql://u:secret@h/d?sslmode=require&sslmode=disable", "has sslmode="),
+    ],
+)
+def test_url_that_cannot_be_used_is_refused_without_showing_its_password(url: str, what: str) -> None:
+    """It says what is wrong in it, and what to write."""
+    with pytest.raises(UsageError, match=re.escape(f"SERVICE_DATABASE_URL {what}")) as caught:
         open_database(url)
 
-    assert "secret" not in str(caught.value)
+    assert caught.value.hint
+    assert "secret" not in caught.value.to_terminal()
 
 
-def test_database_that_is_not_there_is_told_without_its_password() -> None:
-    """Host and database name are enough to find the mistake."""
+@pytest.mark.parametrize("query", ["", "?sslmode=require", "?sslmode=verify-full", "?ssl=disable"])
+def test_database_that_is_not_there_is_told_without_its_password(query: str) -> None:
+    """Host and database name are enough to find the mistake; managed databases' URLs have an `sslmode`."""
     with pytest.raises(DatabaseError, match=r"PostgreSQL at 127\.0\.0\.1/usage cannot be used") as caught:
-        open_database("postgresql://u:secret@127.0.0.1:1/usage")
+        open_database(f"postgresql://u:secret@127.0.0.1:1/usage{query}")
 
     assert "secret" not in str(caught.value)
