@@ -50,7 +50,16 @@ class Conversation:
         return {"model": self.model, "messages": [*system, *self.messages]}
 
     def add_question(self, text: str) -> None:
-        """Add a question, with the pictures that were chosen for it."""
+        """Add a question, with the pictures that were chosen for it.
+
+        Raises:
+            UsageError: It is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            hint = "Write it in UTF-8: iconv converts other encodings."
+            raise UsageError("The question is not UTF-8.", hint=hint) from None
         content: Any = text
         if self.images:
             pictures = [{"type": "image_url", "image_url": {"url": url}} for _, url in self.images]

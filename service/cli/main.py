@@ -268,6 +268,8 @@ def _run() -> int | str | None:
         return end.code
     except ServiceError as error:
         return _failed(error)
+    except KeyboardInterrupt:  # before typer handles it: as it builds the commands
+        return 130
     except OSError as error:
         if error.filename is None:
             raise

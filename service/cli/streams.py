@@ -32,12 +32,17 @@ def lossy(stream: TextIO) -> TextIO:
 def prepare() -> None:
     """Give the process the standard streams that it was started without, and a standard error that loses nothing else.
 
-    Python has None in place of a stream whose descriptor is closed.
+    Python has None in place of a stream whose descriptor is closed. What comes in may be other than text, and what goes
+    out may have letters that a terminal's encoding lacks; neither raises.
     """
     if os.environ.get("COLUMNS") == "0":  # a terminal without a size; rich would print nothing
         del os.environ["COLUMNS"]
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - open to the end
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open to the end
     sys.stderr = lossy(sys.stderr or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - open to the end
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def is_of_output(error: OSError) -> bool:

@@ -46,7 +46,7 @@ def piped(stub: Stub, home: Path, question: str, *arguments: str) -> subprocess.
     """Ask a question from a pipe."""
     return subprocess.run(
         [*COMMAND, *arguments], cwd=ROOT, env=environment(stub, home), input=question, capture_output=True, text=True,
-        timeout=_WAIT_S, check=False,
+        errors="surrogateescape", timeout=_WAIT_S, check=False,
     )  # fmt: skip
 
 
@@ -140,6 +140,7 @@ def test_piped_question_is_answered_as_json(tmp_path: Path) -> None:
     ("question", "arguments", "code", "words"),
     [
         ("", [], 2, "Standard input is empty"),
+        ("caf\udce9", [], 2, "The question is not UTF-8."),
         ("Hi", ["--url", "http://127.0.0.1:9"], 1, "vllm-service up"),
         ("Hi", ["--image", "/nowhere.png"], 1, "'/nowhere.png' cannot be read"),
         ("Hi", ["--image", "pyproject.toml"], 1, "is no picture"),

@@ -15,6 +15,7 @@ from typing import IO
 
 import pytest
 
+from service.cli import main
 from tests.unit.cli.outputs import check_error
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
@@ -282,6 +283,38 @@ def test_standard_stream_that_is_closed_is_no_traceback(run: Run, closed: str) -
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("word", "code", "says"), [("chat", 2, "Standard input is empty"), ("doctor -", 0, "")])
+def test_standard_input_that_is_closed_is_an_empty_one(run: Run, word: str, code: int, says: str) -> None:
+    """A word that reads it finds nothing there."""
+    done = run("-c", f"exec {COMMAND} {word} <&-", program="/bin/sh")
+
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_output_in_an_encoding_without_a_letter_is_no_traceback(run: Run) -> None:
+    """The letter is written as its number."""
+    done = run("plan", "tiny", "--offline", PYTHONIOENCODING="ascii")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u" in done.stdout
+
+
+def test_ctrl_c_while_the_words_are_built_ends_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typer handles it later only."""
+
+    def pressed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.main.get_command", pressed)
+
+    assert main._run() == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_home_that_is_nowhere_is_one_sentence(home: Path) -> None:
