@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli import completion
-from service.cli.cloud import Env, Json, load_settings, modal_word, say
+from service.cli.cloud import Env, Json, is_meant, load_settings, modal_word, not_empty, say
 
 if TYPE_CHECKING:
     from service.cli.batch_input import BatchInput, Request
@@ -45,7 +45,8 @@ def batch(  # noqa: PLR0917 - every one is an option with a name
     ] = None,
     modal: Annotated[bool, typer.Option("--modal", help="By calls of Modal's class, spread with .map.")] = False,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", envvar="VLLM_GATEWAY_URL", help="Else that of 'up'.")
+        str | None,
+        typer.Option("--url", metavar="URL", help="Else VLLM_GATEWAY_URL, else that of 'up'.", callback=not_empty),
     ] = None,
     as_json: Json = False,
     env: Env = None,
@@ -69,7 +70,7 @@ def batch(  # noqa: PLR0917 - every one is an option with a name
         )
         found = batch_input.BatchInput(source, request)
         files = batch_run.outputs(output, found)
-        answer = _on_modal if modal else _at_gateway
+        answer = _on_modal if is_meant(modal, env, url) else _at_gateway
         answer(found, request, files, settings, model, gpu, replicas, url, as_json=as_json)
 
 

@@ -16,7 +16,27 @@ from service.cli import completion
 if TYPE_CHECKING:
     from service.settings import Settings
 
-Env = Annotated[str | None, typer.Option("--env", metavar="NAME", help="Modal's environment; else MODAL_ENVIRONMENT.")]
+
+def not_empty(option: typer.CallbackParam, value: str | None) -> str | None:
+    """Return the value of an option; an empty one is most often a variable of the shell that is not set.
+
+    Raises:
+        UsageError: It is empty. Taken as not given, it would choose another place, or no limit.
+    """
+    if value is not None and not value.strip():
+        from service.errors import UsageError
+
+        raise UsageError(
+            f"{option.opts[0]} '{value}' is empty; expected {option.metavar}.",
+            hint=f"Set the variable that it comes from, or leave {option.opts[0]} out.",
+        )
+    return value
+
+
+Env = Annotated[
+    str | None,
+    typer.Option("--env", metavar="NAME", help="Modal's environment; else MODAL_ENVIRONMENT.", callback=not_empty),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -219,6 +239,21 @@ def modal_word(env: str | None, stopped: str = "Stopped.") -> Iterator[None]:
     except KeyboardInterrupt:
         say(stopped)
         raise typer.Exit(130) from None
+
+
+def is_meant(modal: bool, env: str | None, url: str | None = None) -> bool:
+    """Tell whether a word is about the deployed service: by --modal, or by --env, which names an environment of it.
+
+    Raises:
+        UsageError: --url says that it is about another one.
+    """
+    if url and (modal or env):
+        from service.errors import UsageError
+
+        raise UsageError(
+            f"--url and {'--modal' if modal else '--env'} name two different gateways.", hint="Give one of them."
+        )
+    return modal or bool(env)
 
 
 def deployed_gateway() -> str:

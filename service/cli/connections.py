@@ -9,10 +9,13 @@ import typer
 
 from service.cli import completion
 from service.cli.clients import Client
-from service.cli.cloud import Env, Json, load_settings, modal_word
+from service.cli.cloud import Env, Json, is_meant, load_settings, modal_word, not_empty
 
 Modal = Annotated[bool, typer.Option("--modal", help="The deployed service, not this machine's.")]
-Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Another gateway; else VLLM_GATEWAY_URL.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Another gateway; else VLLM_GATEWAY_URL.", callback=not_empty),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +50,8 @@ def connect(  # noqa: PLR0917 - every one is an option with a name
         from service.cli import connect as cli_connect
         from service.cli import gateways
 
-        request = cli_connect.ConnectRequest(client, gateways.find(url, modal, settings), model, output, only_print)
+        gateway = gateways.find(url, is_meant(modal, env, url), settings)
+        request = cli_connect.ConnectRequest(client, gateway, model, output, only_print)
         cli_connect.run(request, settings, yes=yes, as_json=as_json)
 
 
@@ -82,7 +86,7 @@ def chat(  # noqa: PLR0917 - every one is an option with a name
         conversation = cli_chat.Conversation(model, system)
         for file in images or ():
             conversation.add_image(file)
-        gateway = gateways.find(url, modal, settings)
+        gateway = gateways.find(url, is_meant(modal, env, url), settings)
         if sys.stdin.isatty():
             cli_chat.Chat(gateway, conversation).run()
         else:
@@ -92,7 +96,12 @@ def chat(  # noqa: PLR0917 - every one is an option with a name
 def litellm(  # noqa: PLR0917 - every one is an option with a name
     url: Annotated[
         str | None,
-        typer.Option(envvar="VLLM_GATEWAY_URL", help="Of the gateway; else that of 'up'. os.environ/NAME: from there."),
+        typer.Option(
+            metavar="URL",
+            envvar="VLLM_GATEWAY_URL",
+            help="Of the gateway; else that of 'up'. os.environ/NAME: from there.",
+            callback=not_empty,
+        ),
     ] = None,
     gpus: Annotated[
         list[str] | None,

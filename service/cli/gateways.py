@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from service.cli import cloud
-from service.errors import UsageError
 from service.modal_app.gateway_access import api_key, base_url
 from service.ports import is_loopback
 from service.settings import Settings
@@ -35,11 +34,9 @@ def find(url: str | None, modal: bool, settings: Settings) -> Gateway:
     """Return the gateway that is meant: of the option, of Modal, of VLLM_GATEWAY_URL, or of `up`.
 
     Raises:
-        UsageError: Two of them are given, or the URL is none.
+        UsageError: The URL is none.
         ServiceError: It is looked up at Modal, and not there.
     """
-    if modal and url:
-        raise UsageError("--modal and --url are two different gateways.", hint="Give one of them.")
     local = f"http://127.0.0.1:{settings.port}"
     found = cloud.deployed_gateway() if modal else url or os.environ.get("VLLM_GATEWAY_URL") or local
     return Gateway(base_url(found), api_key())

@@ -15,7 +15,10 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key: a person, a team, a program.")]
 Modal = Annotated[bool, typer.Option("--modal", help="Of the deployed service (admin key in VLLM_API_KEY).")]
-Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Of this gateway, likewise.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Of this gateway, likewise.", callback=cloud.not_empty),
+]
 Models = Annotated[
     list[str] | None,
     typer.Option("--model", metavar="M", help="May use it; repeatable. 'all': all.", autocompletion=completion.models),
@@ -77,7 +80,7 @@ def list_keys(modal: Modal = False, url: Url = None, as_json: cloud.Json = False
     from service.cli.terminal import print_json, print_table
 
     with cloud.modal_word(env):
-        records = _place(modal, url).records()
+        records = _place(modal, url, env).records()
     if as_json:
         print_json({"keys": records})
         return
@@ -144,7 +147,7 @@ def _change(  # noqa: PLR0917 - the options that all words have
     from service.cli.terminal import print_json
 
     with cloud.modal_word(env):
-        record = _place(modal, url).change(word, name, fields)
+        record = _place(modal, url, env).change(word, name, fields)
     if as_json:
         print_json(record)
     elif key := record.get("key"):
@@ -191,13 +194,9 @@ class _LocalKeys:
         return {**record.to_fields(time.time()), **more}
 
 
-def _place(modal: bool, url: str | None) -> Any:
+def _place(modal: bool, url: str | None, env: str | None) -> Any:
     """Return whose keys are meant: those of this machine, of the deployed service, or of a gateway elsewhere."""
-    from service.errors import UsageError
-
-    if modal and url:
-        raise UsageError("--modal and --url are two different gateways.", hint="Give one of them.")
-    if not (modal or url):
+    if not cloud.is_meant(modal, env, url) and not url:
         return _LocalKeys()
     from service.modal_app.gateway_access import api_key
     from service.usage.remote_keys import RemoteKeys

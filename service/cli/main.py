@@ -132,7 +132,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
     from service.weights import prefetch as weights_prefetch
     from service.weights import revisions
 
-    settings = Settings.load()
+    settings, modal = Settings.load(), cloud.is_meant(modal, env)
     registry = revisions.registry(settings.models_file)
     if prune and not modal:
         from service.local.adapter_file import with_kept_adapters
@@ -180,6 +180,7 @@ def boots(
 
     if html:
         require_writable(html)
+    modal = cloud.is_meant(modal, env)
     if modal:
         cloud.use_environment(env)
         from service.modal_app import client
@@ -220,7 +221,7 @@ def usage(  # noqa: PLR0917 - every one is an option with a name
 
     column, begin = report.parse_by(by), report.parse_since(since, datetime.now(UTC)) if since else None
     url = database_url(os.environ)
-    if (modal or env) and not url:
+    if cloud.is_meant(modal, env) and not url:
         cloud.use_environment(env)
         from service.modal_app import client
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli import completion
-from service.cli.cloud import Json, say
+from service.cli.cloud import Json, not_empty, say
 
 if TYPE_CHECKING:
     from service.engine.installer import InstallProgress
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Url = Annotated[
     str | None,
-    typer.Option(metavar="URL", envvar="VLLM_GATEWAY_URL", help="Of the service; else that of 'up'."),
+    typer.Option(
+        metavar="URL", envvar="VLLM_GATEWAY_URL", help="Of the service; else that of 'up'.", callback=not_empty
+    ),
 ]
 Model = Annotated[str, typer.Option(metavar="M", help="As requests name it.", autocompletion=completion.models)]
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Draw it as a page, too.")]

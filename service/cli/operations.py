@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli import completion
-from service.cli.cloud import Env, Json, deployed_gateway, load_settings, modal_word
+from service.cli.cloud import Env, Json, deployed_gateway, is_meant, load_settings, modal_word, not_empty
 
 Gpu = Annotated[
     str | None,
@@ -56,7 +56,8 @@ def test(
     ] = None,
     gpu: Gpu = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="Another service's, such as that of 'up'.")
+        str | None,
+        typer.Option("--url", metavar="URL", help="Another service's, such as that of 'up'.", callback=not_empty),
     ] = None,
     as_json: Json = False,
     env: Env = None,
@@ -66,9 +67,7 @@ def test(
     from service.modal_app.gateway_access import api_key
 
     key = api_key()
-    if url and env:
-        raise UsageError("--url and --env were both given.", hint="Give one of them.")
-    if not (url or key):
+    if is_meant(not url, env, url) and not key:
         raise UsageError(
             "VLLM_API_KEY is not set, and the gateway answers nobody without a key.",
             hint="Set it to one of your keys; 'vllm-service deploy' has shown the first.",
