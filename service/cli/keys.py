@@ -198,10 +198,10 @@ def _place(modal: bool, url: str | None, env: str | None) -> Any:
     """Return whose keys are meant: those of this machine, of the deployed service, or of a gateway elsewhere."""
     if not cloud.is_meant(modal, env, url) and not url:
         return _LocalKeys()
-    from service.modal_app.gateway_access import api_key
+    from service.modal_app.gateway_access import api_key, base_url
     from service.usage.remote_keys import RemoteKeys
 
-    return RemoteKeys(url or cloud.deployed_gateway(), api_key())
+    return RemoteKeys(base_url(url or cloud.deployed_gateway()), api_key())
 
 
 def _limits_text(limits: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import typer
 from service.cli.terminal import print_json, results_console
 from service.errors import ServiceError, UsageError
 from service.modal_app import gateway_check, service_check
+from service.modal_app.gateway_access import base_url
 from service.modal_app.service_check import Check, Service
 from service.registry.models import DEFAULT_ALIAS
 from service.registry.tiers import parse_tier
@@ -28,10 +29,10 @@ def service_at(url: str, key: str, model: str | None, gpu: str | None, settings:
         settings: Say how long a boot may take.
 
     Raises:
-        UsageError: The GPU has a count, which no model's name has.
+        UsageError: The URL is none, or the GPU has a count, which no model's name has.
         ServiceError: It does not tell its default.
     """
-    base, name = url.rstrip("/").removesuffix("/v1"), model or DEFAULT_ALIAS
+    base, name = base_url(url), model or DEFAULT_ALIAS
     if gpu:
         kind, count = parse_tier(gpu)
         if count:

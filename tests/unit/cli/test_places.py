@@ -68,3 +68,13 @@ def test_environment_of_modal_says_that_modal_is_meant(word: str, monkeypatch: p
         message = refused(*given, "--url", "http://127.0.0.1:9")
         assert message == "--url and --env name two different gateways."
         assert asked == [word]
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if "--url" in OPTIONS[word] if word != "litellm"])
+def test_url_with_a_secret_is_refused_and_not_repeated(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word that asks a gateway prints its URL."""
+    monkeypatch.setenv("VLLM_API_KEY", "sk-1")
+    given = [part for part in example(word) if part != "--modal"]
+    message = refused(*given, "--url", "http://alice:s3cret@127.0.0.1:9")
+    assert message.startswith("The gateway's URL has a user")
+    assert "s3cret" not in message
