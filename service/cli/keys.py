@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,10 @@ MinuteTokens = Annotated[int | None, typer.Option("--tokens-per-minute", min=0, 
 DayTokens = Annotated[int | None, typer.Option("--tokens-per-day", min=0, metavar="N", help="Of a day in UTC.")]
 Dollars = Annotated[float | None, typer.Option("--dollars-per-month", min=0, metavar="X", help="Of a month in UTC.")]
 Concurrency = Annotated[int | None, typer.Option("--concurrency", min=0, metavar="N", help="Requests at once.")]
-Expires = Annotated[str | None, typer.Option("--expires", metavar="WHEN", help="A date, or such as 30d. 'never'.")]
+Expires = Annotated[
+    str | None,
+    typer.Option("--expires", metavar="WHEN", help="A date, or such as 30d. 'never'.", callback=cloud.not_empty),
+]
 Admin = Annotated[bool | None, typer.Option("--admin/--no-admin", help="May change keys and see all usage.")]
 
 
@@ -120,12 +124,26 @@ def _limits(
     """Return the limits that were given, as the routes for operators take them; None lifts one."""
     found: dict[str, object] = {name: value or None for name, value in given.items() if value is not None}
     if models:
-        found["models"] = None if models == ["all"] else models
+        found["models"] = _models(models)
     if expires:
         found["expires"] = None if expires == "never" else _time(expires)
     if admin is not None:
         found["admin"] = admin
     return found
+
+
+def _models(names: list[str]) -> list[str] | None:
+    from service.errors import UsageError
+
+    if "all" in names and {*names} != {"all"}:
+        raise UsageError(
+            f"--model {' --model '.join(names)}: 'all' goes with no other.", hint="Give 'all', or the others."
+        )
+    if not all(map(str.strip, names)):
+        raise UsageError(
+            "--model '' is empty; expected the name of a model.", hint="'vllm-service models' lists them; 'all' is all."
+        )
+    return None if "all" in names else names
 
 
 def _time(text: str) -> str:
@@ -182,6 +200,7 @@ class _LocalKeys:
         import time
 
         keys, more = self._keys, {}
+        _check_models(fields.get("models") or ())
         match word:
             case "new":
                 record, more["key"] = keys.new(name, fields)
@@ -192,6 +211,22 @@ class _LocalKeys:
             case _:
                 record = keys.limit(name, fields)
         return {**record.to_fields(time.time()), **more}
+
+
+def _check_models(names: Iterable[str]) -> None:
+    """Refuse names that no model of this machine has; `up` serves also hub ids and directories that have no entry."""
+    from service.gateway.key_set import KeySource
+    from service.local.adapter_file import with_kept_adapters
+    from service.registry.models import looks_like_a_source
+    from service.settings import Settings
+    from service.usage.limits import KeyLimits
+    from service.weights import revisions
+
+    entries = [name for name in names if not looks_like_a_source(name)]
+    if entries:
+        settings = Settings.load()
+        registry = with_kept_adapters(revisions.registry(settings.models_file))
+        KeySource({}, {}, None, settings.model).check_models(KeyLimits(models=entries), registry)
 
 
 def _place(modal: bool, url: str | None, env: str | None) -> Any:

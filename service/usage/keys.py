@@ -56,6 +56,7 @@ class Keys:
             )
         check_name(name, "New key")
         given = validated(limits)
+        self._check_end(given)
 
         def change(record: KeyRecord | None) -> KeyRecord:
             if name in self._others() or (record and record.revoked_at is None):
@@ -110,9 +111,19 @@ class Keys:
 
         def change(record: KeyRecord | None) -> KeyRecord:
             record = self._existing(name, record)
-            return replace(record, limits=validated(changes, record.limits))
+            limits = validated(changes, record.limits)
+            if limits.expires != record.limits.expires:
+                self._check_end(limits)
+            return replace(record, limits=limits)
 
         return self._change(name, change)
+
+    def _check_end(self, limits: KeyLimits) -> None:
+        if limits.expires_at is not None and limits.expires_at <= self._clock():
+            raise UsageError(
+                f"'expires' is {limits.expires}, which is not in the future: the key would be refused at once.",
+                hint="Give a later time; 'vllm-service keys revoke' ends all keys of a name.",
+            )
 
     def _existing(self, name: str, record: KeyRecord | None) -> KeyRecord:
         if record and record.revoked_at is None:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import main
+from service.errors import UsageError
 from service.keys import digest
 from service.usage.database import local_file, open_database
 from service.usage.ledger import insertion
@@ -83,3 +84,26 @@ def test_key_is_printed_once_and_its_changes_are_shown() -> None:
         assert one.startswith("sk-")
         assert one not in shown
         assert one.encode() not in content
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "tiney"], "models: Unknown model 'tiney'. Did you mean 'tiny'?"),
+        (["--model", "tiny", "--model", "all"], "--model tiny --model all: 'all' goes with no other."),
+        (["--model", ""], "--model '' is empty"),
+        (["--expires", ""], "--expires '' is empty"),
+        (["--expires", "0d"], "'expires' is 2"),
+        (["--expires", "2020-01-31"], "'expires' is 2020-01-31, which is not in the future"),
+    ],
+)
+@pytest.mark.parametrize("word", ["new", "limit"])
+def test_limit_that_makes_a_key_useless_or_unlimited_is_refused(word: str, options: list[str], reason: str) -> None:
+    """Nothing is made or changed."""
+    say("keys", "new", "alice", "--model", "tiny", "--model", "some-org/some-model")
+    before = say("keys", "list", "--json")
+
+    done = CliRunner().invoke(main.app, ["keys", word, "alice" if word == "limit" else "bob", *options])
+    assert isinstance(done.exception, UsageError), (done.output, done.exception)
+    assert done.exception.message.startswith(reason)
+    assert say("keys", "list", "--json") == before

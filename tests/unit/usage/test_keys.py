@@ -14,7 +14,7 @@ from service.keys import digest
 from service.usage.database import open_database
 from service.usage.key_records import DatabaseKeys, KeyConflictError, KeyRecord, StoredKey, database_keys
 from service.usage.keys import GRACE_S, Keys
-from service.usage.limits import KeyLimits
+from service.usage.limits import KeyLimits, parse_time
 
 NOW = 1_796_000_000.0
 
@@ -107,12 +107,25 @@ def test_limits_change_one_by_one_and_are_lifted_by_nothing_or_zero(store: Datab
     assert keys.limit("alice", {"admin": False}).limits == KeyLimits(tokens_per_day=10)
 
 
+def test_end_of_a_key_is_never_moved_into_the_past(store: DatabaseKeys) -> None:
+    """Other limits of a key that has expired may be changed all the same."""
+    now = 0.0
+    keys = Keys(store, clock=lambda: now)
+    keys.new("alice", {"expires": "2020-01-01"})
+    now = parse_time("2020-01-02")
+
+    assert keys.limit("alice", {"concurrency": 2, "expires": "2020-01-01"}).limits.concurrency == 2
+    with pytest.raises(UsageError, match="'expires' is 2020-01-02, which is not in the future"):
+        keys.limit("alice", {"expires": "2020-01-02"})
+
+
 @pytest.mark.parametrize(
     ("limits", "match"),
     [
         ({"concurrency": -1}, "'concurrency' is -1"),
         ({"rpm": 1}, "unknown field 'rpm'"),
         ({"expires": "soon"}, "'soon' is no date"),
+        ({"expires": "2020-01-01"}, "'expires' is 2020-01-01, which is not in the future"),
         ({"dollars_per_month": float("inf")}, "dollars_per_month"),
         ({"models": "tiny"}, "models"),
         ({"requests_per_minute": True}, "requests_per_minute"),
