@@ -162,14 +162,37 @@ def _time(text: str) -> str:
 def _change(  # noqa: PLR0917 - the options that all words have
     word: str, name: str, fields: dict[str, object], modal: bool, url: str | None, env: str | None, as_json: bool
 ) -> None:
-    from service.cli.terminal import print_json
+    import sys
 
+    from service.cli import streams
+    from service.cli.terminal import print_json
+    from service.errors import ServiceError
+
+    if word in {"new", "rotate"} and not streams.has_output():
+        raise ServiceError(
+            "Standard output is closed, and the key is shown there this once: nothing was changed.",
+            hint="Run it with a standard output, such as a terminal or a file.",
+        )
     with cloud.modal_word(env):
         record = _place(modal, url, env).change(word, name, fields)
+    key = record.get("key")
+    try:
+        if as_json:
+            print_json(record)
+        elif key:
+            typer.echo(key)
+        sys.stdout.flush()
+    except OSError as error:
+        if not key or not streams.is_of_output(error):
+            raise
+        streams.drop_output()
+        again = _rotation(name, fields.get("grace_s"), modal, url, env)
+        raise ServiceError(
+            f"The key of '{name}' was made and could not be shown: {error.strerror}.", hint=f"Make another: {again}"
+        ) from error
     if as_json:
-        print_json(record)
-    elif key := record.get("key"):
-        typer.echo(key)
+        return
+    if key:
         typer.echo(f"The key of '{name}': it is shown this once, since only its digest is kept.", err=True)
         if ending := [one["ends"] for one in record["keys"] if one["ends"]]:
             typer.echo(f"The one before it is valid until {max(ending)}.", err=True)
@@ -177,6 +200,14 @@ def _change(  # noqa: PLR0917 - the options that all words have
         typer.echo(f"The keys of '{name}' are revoked; a service refuses them within seconds.", err=True)
     else:
         typer.echo(f"{name}: {_limits_text(record['limits']) or 'no limits'}", err=True)
+
+
+def _rotation(name: str, grace_s: object, modal: bool, url: str | None, env: str | None) -> str:
+    """Return the command that replaces a key which nobody has seen; one before it stays valid as long as was asked."""
+    import shlex
+
+    options = [*(["--modal"] if modal else []), *(["--url", url] if url else []), *(["--env", env] if env else [])]
+    return shlex.join(["vllm-service", "keys", "rotate", name, "--grace", f"{grace_s}s" if grace_s else "0", *options])
 
 
 class _LocalKeys:

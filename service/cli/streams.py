@@ -45,6 +45,11 @@ def prepare() -> None:
             stream.reconfigure(errors=errors)
 
 
+def has_output() -> bool:
+    """Tell whether the process was started with a standard output; else `prepare` has opened one by its name."""
+    return getattr(sys.stdout, "name", "") != os.devnull
+
+
 def is_of_output(error: OSError) -> bool:
     """Tell whether an error may come from writing to a stream: it names no file."""
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EFBIG, errno.EDQUOT}
@@ -55,6 +60,11 @@ def give_up(error: OSError) -> None:
     if error.errno != errno.EPIPE:
         failed = ServiceError(f"The output cannot be written: {error.strerror}.", hint="Write it to another place.")
         sys.stderr.write(failed.to_terminal() + "\n")
+    drop_output()
+
+
+def drop_output() -> None:
+    """Write no more to standard output, not even what is buffered."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - what is still buffered must not fail once more at the exit
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

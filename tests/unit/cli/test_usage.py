@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from service.usage.ledger import insertion
 from service.usage.records import UsageRecord
 
 DAY_S = 86_400.0
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +111,48 @@ def test_limit_that_makes_a_key_useless_or_unlimited_is_refused(word: str, optio
     assert isinstance(done.exception, UsageError), (done.output, done.exception)
     assert done.exception.message.startswith(reason)
     assert say("keys", "list", "--json") == before
+
+
+def shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of the shell that begins with a word of the command."""
+    environ = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    line = f"{sys.executable} -m service.cli.main {line}"
+    return subprocess.run(
+        ["/bin/bash", "-c", line], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_key_is_not_made_where_standard_output_is_closed(state: Path) -> None:
+    """It would be shown to nobody, and the old one would have ended."""
+    say("keys", "new", "carl")
+    before = say("keys", "list", "--json")
+
+    for words in ("keys rotate carl --grace 0 >&-", "keys new dora --json >&-"):
+        done = shell(state, words)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: Standard output is closed, and the key is shown there this once: nothing")
+    assert say("keys", "list", "--json") == before
+    assert shell(state, "keys revoke carl >&-").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        ("new dora", "rotate dora --grace 0"),
+        ("new dora --json", "rotate dora --grace 0"),
+        ("rotate carl --grace 7d", "rotate carl --grace 604800s"),
+    ],
+)
+def test_key_that_cannot_be_shown_is_replaced_by_what_the_error_says(state: Path, words: str, again: str) -> None:
+    """The key before it stays valid as long as was asked."""
+    say("keys", "new", "carl")
+
+    done = shell(state, f"keys {words} >/dev/full")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        [
+            f"error: The key of '{words.split()[1]}' was made and could not be shown: No space left on device.",
+            f"hint: Make another: vllm-service keys {again}",
+        ],
+    )
+    assert say("keys", *again.split()).startswith("sk-")
