@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service import interrupts
-from service.cli import completion
+from service.cli import completion, modal_client
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -231,6 +232,7 @@ def scale(  # noqa: PLR0917 - every one is an option with a name
 def modal_word(env: str | None, stopped: str = "Stopped.") -> Iterator[None]:
     """Run a word that speaks to Modal: in this environment, with the service's logs shown; Ctrl-C ends it with 130."""
     from service.cli.terminal import logs_shown
+    from service.errors import ServiceError
 
     use_environment(env)
     try:
@@ -239,6 +241,12 @@ def modal_word(env: str | None, stopped: str = "Stopped.") -> Iterator[None]:
     except KeyboardInterrupt:
         say(stopped)
         raise typer.Exit(130) from None
+    except (ServiceError, typer.Exit):
+        raise
+    except Exception:
+        if "modal_version" in sys.modules:  # Modal's client was imported, or has failed at that: then it does again
+            modal_client.load()
+        raise
 
 
 def is_meant(modal: bool, env: str | None, url: str | None = None) -> bool:
@@ -270,6 +278,16 @@ def use_environment(env: str | None) -> None:
     interrupts.note()
     if env:
         os.environ["MODAL_ENVIRONMENT"] = env
+
+
+def use_modal(env: str | None) -> None:
+    """Choose Modal's environment, and import its client.
+
+    Raises:
+        ServiceError: It cannot read its configuration.
+    """
+    use_environment(env)
+    modal_client.load()
 
 
 def load_settings(names: Iterable[str] = (), gpu: str | None = None) -> Settings:

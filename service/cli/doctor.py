@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from service.cli import modal_client
 from service.cli.cloud import Env, Json, modal_word
 
 if TYPE_CHECKING:
@@ -52,9 +53,15 @@ def doctor(
 
 
 def _of_all() -> Iterator[Finding]:
+    from service.errors import ServiceError
     from service.local import checks
 
     yield from checks.run(checks.of_this_machine())
+    try:
+        modal_client.load()
+    except ServiceError as error:
+        yield checks.Finding("account", "failed", error.message, error.hint)
+        return
     from service.modal_app import account_checks  # importing Modal's client takes longer than all before
 
     yield from account_checks.findings()

@@ -149,7 +149,7 @@ def prefetch(  # noqa: PLR0917 - every one is an option with a name
         update=update,
     )
     if modal:
-        cloud.use_environment(env)
+        cloud.use_modal(env)
         from service.modal_app import client
 
         events = client.prefetch(request, settings)
@@ -182,7 +182,7 @@ def boots(
         require_writable(html)
     modal = cloud.is_meant(modal, env)
     if modal:
-        cloud.use_environment(env)
+        cloud.use_modal(env)
         from service.modal_app import client
         from service.settings import Settings
 
@@ -222,7 +222,7 @@ def usage(  # noqa: PLR0917 - every one is an option with a name
     column, begin = report.parse_by(by), report.parse_since(since, datetime.now(UTC)) if since else None
     url = database_url(os.environ)
     if cloud.is_meant(modal, env) and not url:
-        cloud.use_environment(env)
+        cloud.use_modal(env)
         from service.modal_app import client
 
         database, interval_s = client.usage_database(Settings.load().volume_prefix), writer_files.INTERVAL_S

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service import interrupts
-from service.cli import completion
+from service.cli import completion, modal_client
 from service.cli.cloud import Env, Json, modal_word
 
 if TYPE_CHECKING:
@@ -121,6 +120,10 @@ def _of_modal(settings: Settings, *, offline: bool) -> tuple[Prices, list[BootRe
 
     if offline or not _may_be_logged_in():
         return Prices(), []
+    try:
+        modal_client.load()
+    except ServiceError:  # 'vllm-service doctor' tells it
+        return Prices(), []
     from service.modal_app import account_checks, client, prices  # importing Modal's client takes longer than the rest
 
     current = prices.current() if account_checks.is_logged_in() else Prices()
@@ -134,5 +137,7 @@ def _of_modal(settings: Settings, *, offline: bool) -> tuple[Prices, list[BootRe
 
 def _may_be_logged_in() -> bool:
     """Tell whether there is a token or a file of Modal's client, which is not imported for that."""
-    file = Path(os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml")
-    return bool(os.environ.get("MODAL_TOKEN_ID")) or file.expanduser().is_file()
+    from service.files import expand_user
+
+    file = expand_user(os.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml")
+    return bool(os.environ.get("MODAL_TOKEN_ID")) or file.is_file()

@@ -451,6 +451,59 @@ main()
 """
 
 
+MODALS = pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("MODAL_CONFIG_PATH", "wrong.toml", "line 2 is no TOML"),
+        ("MODAL_CONFIG_PATH", "list.toml", "must contain table sections"),
+        ("MODAL_LOGLEVEL", "foo", "Unknown level: 'Level FOO'"),
+    ],
+)
+
+
+@pytest.fixture
+def damaged(home: Path) -> Path:
+    """Return a directory with damaged configurations of Modal's client."""
+    (home / "wrong.toml").write_text("[default]\ntoken_id = ak-t0psecret\n")
+    (home / "list.toml").write_text("default = 't0psecret'\n")
+    return home
+
+
+@MODALS
+@pytest.mark.usefixtures("damaged")
+def test_damaged_configuration_of_modals_client_is_one_error(name: str, value: str, why: str, run: Run) -> None:
+    """The client raises as it is imported, and its error may have the token in it."""
+    for word in (("list",), ("boots", "--modal")):
+        done = run(*word, **{name: value})
+
+        assert done.returncode == 1
+        check_error(done.stderr)
+        assert "Modal's configuration, '" in done.stderr
+        assert why in done.stderr
+        assert "t0psecret" not in done.stderr + done.stdout
+
+
+@MODALS
+@pytest.mark.usefixtures("damaged")
+def test_doctor_tells_a_damaged_configuration_of_modals_client(name: str, value: str, why: str, run: Run) -> None:
+    """After what it says of this machine."""
+    done = run("doctor", "--json", **{name: value})
+
+    assert (done.returncode, done.stderr) == (1, "")
+    account = json.loads(done.stdout)[-1]
+    assert (account["check"], account["state"]) == ("account", "failed")
+    assert why in account["text"]
+
+
+@pytest.mark.parametrize("file", ["wrong.toml", "~nosuch/x"])
+@pytest.mark.usefixtures("damaged")
+def test_plan_goes_without_modals_prices_where_its_client_cannot_be_imported(file: str, run: Run) -> None:
+    """Its own prices are there."""
+    done = run("plan", "tiny", MODAL_CONFIG_PATH=file, MODAL_LOGLEVEL="foo")
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_call_of_modals_client_that_still_runs_says_nothing_after_the_hint(run: Run) -> None:
     """A deploy that misses a secret was still at its upload: tracebacks of it followed the hint at times."""
     done = run("-c", LEFT_RUNNING, program=sys.executable)
