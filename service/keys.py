@@ -19,9 +19,12 @@ def digests(environ: Mapping[str, str]) -> dict[str, str]:
     `sha256:<hex>`. A name may have several keys: the old and the new one while they are rotated.
 
     Raises:
-        UsageError: A pair lacks name or key, two names share a key, a name is reserved, a digest is incomplete. The
-            message never contains a key.
+        UsageError: A variable is not UTF-8, a pair lacks name or key, two names share a key, a name is reserved, a
+            digest is incomplete. The message never contains a key.
     """
+    for variable in ("API_KEY", "API_KEYS"):
+        if any("\ud800" <= letter <= "\udfff" for letter in environ.get(variable, "")):  # bytes that are no text
+            raise UsageError(f"{variable} is not UTF-8.", hint="Write keys of letters and digits.")
     found: dict[str, str] = {}
     if key := environ.get("API_KEY", "").strip():
         found[_digest("default", key)] = "default"

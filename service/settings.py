@@ -225,7 +225,7 @@ def _expected(field: str) -> str:
         return f"a whole number from {lowest} to {highest}"
     if isinstance(types[0], str):
         return "one of " + ", ".join(types)
-    return _EXPECTED_TEXTS[field]
+    return _EXPECTED_TEXTS.get(field, "text in UTF-8")  # it takes any text: what is wrong are its bytes
 
 
 def _limits(info: FieldInfo) -> tuple[int, int]:

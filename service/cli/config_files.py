@@ -95,15 +95,22 @@ def plan(file: Path, merge: Callable[[str], str], load: Callable[[str], Any], *,
     Raises:
         ServiceError: The file cannot be read, or not be understood.
     """
-    file = file.resolve()
     try:
+        file = file.resolve()
         before = file.read_text("utf-8") if file.exists() else None
         if not isinstance(said := load(before or ""), Mapping):
             raise _not_understood(file, f"it holds {type(said).__name__} in place of an object")
         after = merge(before or "")
+        after.encode()  # a JSON string may have half a character: \ud800
         changed = tuple(_differences(said, load(after)))
     except OSError as error:
         raise _unusable(file, "read", error) from error
+    except RecursionError as error:
+        raise _not_understood(file, "it is nested too deep") from error
+    except RuntimeError as error:  # pathlib's
+        raise ServiceError(
+            f"'{file}' is a loop of symbolic links.", hint="Name another file: --output FILE."
+        ) from error
     except (ValueError, TOMLKitError, yaml.YAMLError) as error:
         raise _not_understood(file, one_line(error)) from error
     return Change(file, before, after if changed or before is None else before, changed, has_secret)

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx2
 
-from service.errors import ServiceError, one_line
+from service.errors import ServiceError, UsageError, one_line
 from service.ports import is_loopback
 
 _CHAT = "/v1/chat/completions"
@@ -49,9 +49,14 @@ def model(url: str, key: str, name: str) -> dict[str, Any]:
     """Return how `GET /v1/models/{id}` describes a model, by any of its names.
 
     Raises:
+        UsageError: The name is not UTF-8.
         ServiceError: It does not.
     """
-    found = _ask("GET", f"{url}/v1/models/{quote(name)}", key, None, _LIST_TIMEOUT_S)
+    try:
+        quoted = quote(name)
+    except UnicodeEncodeError:
+        raise UsageError("The name of the model is not UTF-8.", hint="vllm-service models lists the names.") from None
+    found = _ask("GET", f"{url}/v1/models/{quoted}", key, None, _LIST_TIMEOUT_S)
     if not isinstance(found, dict) or "state" not in found:
         raise _no_gateway(f"{url}/v1/models/{name}", "it tells no state of the model")
     return found

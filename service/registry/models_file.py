@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.errors import RegistryError
+from service.errors import RegistryError, one_line
 from service.registry.entries import ModelSpec
 from service.validation import explain
 
@@ -24,8 +24,10 @@ def read(file: Path) -> tuple[dict[str, ModelSpec], dict[str, str]]:
             f"Models file '{file}' cannot be read: {error.strerror}.",
             hint="Set SERVICE_MODELS_FILE to a TOML file, or unset it.",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RegistryError(f"Models file '{file}' is not TOML: {error}.") from error
+    except RecursionError as error:
+        raise RegistryError(f"Models file '{file}' is not TOML that can be read: it is nested too deep.") from error
+    except ValueError as error:  # TOML's, one of UTF-8, or a number of too many digits
+        raise RegistryError(f"Models file '{file}' is not TOML: {one_line(error)}.") from error
     aliases = _aliases(file, table.pop("aliases", None))
     entries = table.pop("models", {} if aliases else None)
     if table or not isinstance(entries, dict):

@@ -35,6 +35,15 @@ def test_keys_with_an_equals_sign_in_a_key_keep_it() -> None:
     assert digests({"API_KEYS": "alice=a=b=="}) == {hashlib.sha256(b"a=b==").hexdigest(): "alice"}
 
 
+@pytest.mark.parametrize("variable", ["API_KEY", "API_KEYS"])
+def test_keys_that_are_no_text_are_refused_without_showing_them(variable: str) -> None:
+    """Python has surrogates in place of the bytes."""
+    with pytest.raises(UsageError, match=rf"^{variable} is not UTF-8\.") as caught:
+        digests({variable: "alice=t0psecret\udcfc"})
+
+    assert "t0psecret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("written", [f"sha256:{HEX}", f"sha256:{HEX.upper()}"])
 def test_keys_given_as_a_digest_are_taken_as_they_are(written: str) -> None:
     """The deployer need not know the key itself."""

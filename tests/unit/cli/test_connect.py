@@ -160,7 +160,15 @@ def test_connect_asks_before_it_changes_a_file(answer: bytes, code: int, gateway
 
 @pytest.mark.parametrize(
     ("client", "text"),
-    [("codex", "model = = 1"), ("claude", "{// a comment\n}"), ("opencode", "[]"), ("litellm", "key: [sk-t0psecret")],
+    [
+        ("codex", "model = = 1"),
+        ("claude", "{// a comment\n}"),
+        ("claude", '{"theme": "\\ud800"}'),
+        ("claude", "[" * 100_000),
+        ("opencode", "[]"),
+        ("litellm", "key: [sk-t0psecret"),
+    ],
+    ids=range(6),
 )
 def test_connect_leaves_a_file_that_it_does_not_understand(
     client: str, text: str, gateway: Stub, tmp_path: Path
@@ -189,6 +197,17 @@ def test_connect_follows_a_symbolic_link(gateway: Stub, tmp_path: Path) -> None:
     assert link.is_symlink()
     assert 'model = "llm"' in file.read_text()
     assert len([*file.parent.glob("config.toml.backup-*")]) == 1
+
+
+def test_connect_to_a_loop_of_symbolic_links_is_refused(gateway: Stub, tmp_path: Path) -> None:
+    """There is no file behind it."""
+    link = tmp_path / FILES["codex"]
+    link.parent.mkdir()
+    link.symlink_to(link)
+    done = run(tmp_path, "codex", "--url", gateway.url, "--yes")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "symbolic links" in done.stderr
+    check_error(done.stderr)
 
 
 def test_connect_looks_for_files_where_the_clients_look(gateway: Stub, tmp_path: Path) -> None:
@@ -310,6 +329,7 @@ def test_connect_litellm_is_what_the_word_litellm_writes(gateway: Stub, tmp_path
     [
         (["codex", "--modal", "--url", "http://a"], 2, "--modal and --url"),
         (["codex", "--print", "--output", "x"], 2, "--print and --output"),
+        (["codex", "--print", "--model", "\udcff"], 2, "The name of the model is not UTF-8."),
         (["codex", "--url", "localhost:8000"], 2, "'localhost:8000' is not the URL"),
         (["codex", "--url", "http://me:t0psecret@h"], 2, "may be a secret"),
         (["env", "--output", "/nowhere/.env"], 2, "'/nowhere/.env' cannot be written"),

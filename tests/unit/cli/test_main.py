@@ -150,11 +150,13 @@ def test_unknown_setting_offers_the_nearest(run: Run, home: Path, command: str) 
         ("SERVICE_SNAPSHOT", "tpu", "one of off, cpu, gpu"),
         ("SERVICE_STARTUP_TIMEOUT_S", "20m", "hint: Write SERVICE_STARTUP_TIMEOUT_S=1200."),
         ("SERVICE_GPU", "H1000", "Modal offers"),
+        ("SERVICE_MODEL", "\udcff", "is not text in UTF-8"),
     ],
 )
 def test_wrong_setting_names_value_and_range(run: Run, home: Path, name: str, value: str, expected: str) -> None:
     """Name, value, what is valid."""
-    refused(run, home, 2, name, f"'{value}'", expected, **{name: value})
+    shown = value.encode(errors="backslashreplace").decode()
+    refused(run, home, 2, name, f"'{shown}'", expected, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,8 @@ def test_wrong_setting_names_value_and_range(run: Run, home: Path, name: str, va
         ("[models.mine]\nhub_id = 'a/b'\nn_gpu = 'two'\n", ("model 'mine'", "field 'n_gpu' is 'two'")),
         ("[models.mine]\nhub_id = 'a/b'\naliases = ['tiny']\n", ("'tiny' of model 'mine'", "model 'tiny'")),
         ("[models.mine]\nhub_id = 'a/b'\ngpu = 'H1000'\n", ("model 'mine'", "Unknown GPU 'H1000'")),
+        (f"x = {'[' * 5000}", ("is not TOML that can be read", "nested too deep")),
+        (f"x = {'1' * 5000}", ("is not TOML", "digits")),
         (None, ("cannot be read", "No such file")),
     ],
 )
