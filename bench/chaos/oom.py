@@ -75,9 +75,9 @@ class MemoryGroup:
         except psutil.NoSuchProcess:
             pass
         finally:
+            limit.write_text(_NO_LIMIT[self._version])  # first: without the hog the kernel would kill another one
             hog.kill()
             hog.wait()
-            limit.write_text(_NO_LIMIT[self._version])
 
     def remove(self) -> None:
         """Remove the group, once its processes have ended."""

@@ -14,7 +14,7 @@ from bench.chaos.run import Episode, Fault, faults, run
 from bench.chaos.site import Site
 from bench.report import Report
 
-_SITES = 2  # of a long run
+_SITES = 4  # of a long run
 
 
 async def run_all(
