@@ -327,7 +327,7 @@ def test_connect_litellm_is_what_the_word_litellm_writes(gateway: Stub, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["codex", "--modal", "--url", "http://a"], 2, "--modal and --url"),
+        (["codex", "--modal", "--url", "http://a"], 2, "--url and --modal"),
         (["codex", "--print", "--output", "x"], 2, "--print and --output"),
         (["codex", "--print", "--model", "\udcff"], 2, "The name of the model is not UTF-8."),
         (["codex", "--url", "localhost:8000"], 2, "'localhost:8000' is not the URL"),
