@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service import memory
+from service import interrupts, memory
 from service.engine.args import IN_ENGINE, EngineCommand
 from service.registry.models import Registry
 from service.replica.plan import Plan
@@ -34,6 +35,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(autouse=True)
+def _no_interrupt_is_left() -> Iterator[None]:
+    """Forget what a word that ran in this process has noted of Ctrl-C: the next test would be interrupted by it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+    interrupts.handled()
 
 
 @pytest.fixture
