@@ -375,8 +375,8 @@ class Pool(ABC):
     def _api_error(self, error: WakeError) -> APIError:
         """Return the answer to a request; it has the time of the next wake, unless a wake is known not to help.
 
-        Whoever repeats requests for long, such as a batch, waits for that time; OpenAI's and Anthropic's clients repeat
-        them at once, and do so only where the next wake may succeed without anybody's doing.
+        A client that repeats requests for long, such as a batch, waits for that time; OpenAI's and Anthropic's clients
+        repeat them at once, and do so only where the next wake may succeed without anybody's doing.
         """
         failed = f"Model '{self.spec.key}' on {self.location} did not start"
         if error.lasts_s is not None:

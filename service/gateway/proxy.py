@@ -272,14 +272,13 @@ class ProxiedRequest:
             headers += [(_COST_ANSWER, b"%.8f" % log.dollars)] if log.dollars is not None else []
         if comments and not self._started:
             await self._start(answer.status, headers, send)
-        ends_with_cost = comments is not None and reports_cost
         try:
-            has_ended = await self._pass_body(answer, headers, comments, ends=not ends_with_cost)
+            has_ended = await self._pass_body(answer, headers, comments, ends=not (comments and reports_cost))
         except EngineConnectionError as error:
             raise await self._broken_off(comments) from error
         if not self._started:  # it has no body
             await self._start(answer.status, headers, send)
-        if comments and comments.ends_event and ends_with_cost:
+        if comments and comments.ends_event and reports_cost:
             self._count_cost()
             if log.dollars is not None:
                 text = comment(self._request.path, f"cost {log.dollars:.8f} USD")

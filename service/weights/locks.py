@@ -5,8 +5,8 @@
 On Modal each container sees a volume as it was at its start or last `reload`, and others see its files after its
 `commit`; files are named by content and manifests written last, so two replicas of one cold model that both download
 are correct, and each pays the whole download, minutes of GPU time for a large model. The lease saves exactly that: a
-holder that was suspended and wakes up beside its successor only downloads what the successor downloads too. Whoever
-must not work beside a successor asks `Tenure.is_certain` as long as it works.
+holder that was suspended and wakes up beside its successor only downloads what the successor downloads too. A
+holder that must not work beside a successor asks `Tenure.is_certain` as long as it works.
 """
 
 from __future__ import annotations
