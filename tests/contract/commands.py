@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests import preloaded
 from tests.fakes.modal import ModalPlane
+from tests.processor_time import ended
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
 _OURS = ("SERVICE_", "MODAL_", "HF_", "VLLM_")
@@ -19,10 +20,9 @@ _OURS = ("SERVICE_", "MODAL_", "HF_", "VLLM_")
 def processor_time(plane: ModalPlane, *command: str) -> float:
     """Run a program to its end, imports included; return the processor time (in seconds) that it took."""
     process = _popen(plane, command, into=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    used_s = ended(process)
     assert process.returncode == 0, command
-    return used.ru_utime + used.ru_stime
+    return used_s
 
 
 def started(plane: ModalPlane, *arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""Lists of 10,000 rows come in pages: each of at most 100 KB, and of at most 50 ms of processor time."""
+"""Lists of 10,000 rows come in pages: each of at most 100 KB, and of little processor time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from service.usage.limits import KeyLimits
 from service.usage.records import UsageRecord
 from tests.gateway.test_admin import admin_gateway, ask
 from tests.gateway.upstream import ALICE, KEYS, serve_gateway
+from tests.processor_time import bare_s
 
-ROWS, LIMIT_S, LIMIT_BYTES = 10_000, 0.05, 100_000
+ROWS, LIMIT_BYTES = 10_000, 100_000
+CPU_LIMIT = 4  # times the processor time of a Python that does nothing; 1 was measured
 
 
 def name(number: int) -> str:
@@ -57,7 +59,7 @@ def test_keys_of_10_000_come_in_pages(tmp_path: Path) -> None:
         began = time.process_time()
         assert len(keys.page(after, 101)) in {100, 101}
         times.append(time.process_time() - began)
-    assert min(times) <= LIMIT_S
+    assert min(times) <= CPU_LIMIT * bare_s()
 
     async def run() -> None:
         async with admin_gateway(store) as gateway:
@@ -96,7 +98,7 @@ def test_usage_of_10_000_keys_comes_in_pages(tmp_path: Path) -> None:
         report.usage(database, "key", None, None, report.Page(201, offset))
         report.usage_total(database)
         times.append(time.process_time() - began)
-    assert min(times) <= LIMIT_S
+    assert min(times) <= CPU_LIMIT * bare_s()
     database.close()
 
     async def run() -> None:

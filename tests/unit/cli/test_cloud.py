@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.lora import RANK, lay_adapter
+from tests.processor_time import bare_s
 from tests.unit.cli.outputs import check_error
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
-CPU_LIMIT_S = 1.0  # of processor time; 0.2 s were measured on a quiet machine, and others may share this one
+CPU_LIMIT = 35  # times the processor time of a Python that does nothing; 7 to 17 were measured
 
 
 def run(home: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +50,7 @@ def test_word_with_wrong_input_is_refused_before_modals_client_is_imported(
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stdout) == (2, "")
     check_error(done.stderr)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_LIMIT_S
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_LIMIT * bare_s()
 
 
 def test_upload_of_an_adapter_above_the_rank_of_its_entry_sends_nothing(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from typing import IO
 import pytest
 
 from service.cli import main
+from tests.processor_time import bare_s
 from tests.unit.cli.outputs import check_error
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
-CPU_LIMIT_S = 2.0  # of processor time: what else runs on this machine has no part in it
+CPU_LIMIT = 60  # times the processor time of a Python that does nothing; 9 to 27 were measured
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -71,7 +72,7 @@ def refused(run: Run, home: Path, code: int, *words: str, arguments: tuple[str, 
         assert word in done.stderr
     assert (done.returncode, done.stdout) == (code, "")
     assert everything_in(home) == before
-    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < CPU_LIMIT_S
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < CPU_LIMIT * bare_s()
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), ()])

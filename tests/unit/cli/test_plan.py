@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from service.boots.records import BootRecord, keep, new_id
+from tests.processor_time import bare_s
 from tests.unit.cli.outputs import check_error
 from tests.unit.cli.test_words import env, ran  # noqa: F401 - a fixture
 
-LIMIT_S = 0.5  # of processor time; 0.3 s were measured
+CPU_LIMIT = 30  # times the processor time of a Python that does nothing; 15 were measured: 0.3 s
 ATTEMPTS = 3
 Env = dict[str, str]
 
@@ -34,10 +35,11 @@ def planned(env: Env, *arguments: str) -> dict[str, Any]:  # noqa: F811
     return dict(json.loads(done.stdout))
 
 
-def test_plan_takes_half_a_second_of_processor_time_without_a_network(env: Env) -> None:  # noqa: F811
+def test_plan_takes_little_processor_time_and_no_network(env: Env) -> None:  # noqa: F811
     """Shapes, prices and boots are on this machine."""
-    used = [ran(["plan", "qwen3-8b", "--market-price", "0.05/0.2"], env)[1] for _ in range(ATTEMPTS)]
-    assert min(used) <= LIMIT_S
+    arguments = ["plan", "qwen3-8b", "--market-price", "0.05/0.2"]
+    shares = [ran(arguments, env)[1] / bare_s() for _ in range(ATTEMPTS)]
+    assert min(shares) <= CPU_LIMIT, shares
 
 
 def test_plan_of_a_model_that_fits_has_all_parts(env: Env) -> None:  # noqa: F811

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import select
 import shlex
@@ -21,6 +20,7 @@ import pytest
 import typer
 
 from service.cli.main import app
+from tests.processor_time import bare_s, ended
 from tests.unit.cli.outputs import check_error
 
 COMMAND = Path(sys.executable).with_name("vllm-service")
@@ -74,23 +74,15 @@ def env(tmp_path: Path) -> dict[str, str]:
     } | nowhere
 
 
-def ran(
-    arguments: list[str], env: dict[str, str], program: Path = COMMAND
-) -> tuple[subprocess.CompletedProcess[str], float]:
+def ran(arguments: list[str], env: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run the command in its home; return also the processor time that it took, in seconds."""
     outputs = [Path(env["HOME"]) / name for name in (".out", ".err")]
     with outputs[0].open("w") as out, outputs[1].open("w") as err:
-        line = [str(program), *arguments]
+        line = [str(COMMAND), *arguments]
         process = subprocess.Popen(line, env=env, cwd=env["HOME"], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        used_s = ended(process)
     texts = [output.read_text() for output in outputs]
-    return subprocess.CompletedProcess(line, process.returncode, *texts), used.ru_utime + used.ru_stime
-
-
-def bare_s(env: dict[str, str]) -> float:
-    """Return the processor time of a Python that does nothing: machines differ by more than limits in seconds bear."""
-    return ran(["-c", "pass"], env, Path(sys.executable))[1]
+    return subprocess.CompletedProcess(line, process.returncode, *texts), used_s
 
 
 def fastest(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
