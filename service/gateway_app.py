@@ -6,6 +6,7 @@ the one wake of a pool is shared, in its process. Keys are read after a restore,
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from service.errors import SettingsError, UsageError, one_line
 from service.gateway import tracing
 from service.gateway.app import Gateway, create_app
 from service.gateway.boot_volume import BootVolume
+from service.gateway.call_rate import CALL_S
 from service.gateway.clients import ClientRegistry
 from service.gateway.gauges import SpendGauges
 from service.gateway.held import HeldRequests
@@ -114,7 +116,8 @@ def _batches(settings: Settings) -> GatewayBatches:
 
     async def on_create(store: ClientStore, batch: Batch) -> None:
         # where this fails, requests keep the gateway up all the same, and its next start goes on
-        await watch_batch.spawn.aio(store.owner, store.identity, batch.id)
+        async with asyncio.timeout(CALL_S):
+            await watch_batch.spawn.aio(store.owner, store.identity, batch.id)
 
     store = Store(batches_directory(DEPLOYMENT.app_name), publish)
     interval_s = batch_watch.COMMIT_INTERVAL_S

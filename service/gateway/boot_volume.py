@@ -19,7 +19,7 @@ from modal_proto import api_pb2 as pb
 from service.boots.failures import BootFailure, file_name
 from service.boots.records import DIRECTORY as BOOTS
 from service.boots.records import BootRecord, by_time, parse
-from service.gateway.call_rate import CallRate
+from service.gateway.call_rate import CALL_S, CallRate
 from service.registry.gpus import Gpu
 
 _log = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ class BootVolume:
     async def _read_new(self, calls: CallRate) -> None:
         await calls.wait()
         try:
-            entries = await modal.Volume.from_name(self._name).listdir.aio(BOOTS)
+            async with asyncio.timeout(CALL_S):
+                entries = await modal.Volume.from_name(self._name).listdir.aio(BOOTS)
         except (FileNotFoundError, modal.exception.NotFoundError):  # no replica has booted yet
             return
         for path in sorted(entry.path for entry in entries if entry.path.endswith(".json"))[-_NEWEST:]:
@@ -107,7 +108,8 @@ class BootVolume:
 
     async def _read(self, path: str) -> bytes:
         volume = modal.Volume.from_name(self._name)
-        return b"".join([piece async for piece in volume.read_file.aio(path)])
+        async with asyncio.timeout(CALL_S):
+            return b"".join([piece async for piece in volume.read_file.aio(path)])
 
 
 @synchronizer.create_blocking

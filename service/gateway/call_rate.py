@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 PER_S, BURST = 40.0, 40  # a fifth of the limit
+CALL_S = 10.0  # how long one call may take: Modal's client has no limit of its own
 
 
 class CallRate:

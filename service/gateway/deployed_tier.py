@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import modal
 
 from service.errors import one_line
-from service.gateway.call_rate import CallRate
+from service.gateway.call_rate import CALL_S, CallRate
 from service.gateway.pool import WakeError
 from service.in_engine.vllm_service.api_error import APIError
 from service.registry.tiers import Tier
@@ -54,7 +55,8 @@ class DeployedTier:
             raise self._not_deployed(command)
         await self.calls.wait()
         try:
-            url: str | None = await modal.Cls.from_name(self.app, "Server")().serve.get_web_url.aio()
+            async with asyncio.timeout(CALL_S):
+                url: str | None = await modal.Cls.from_name(self.app, "Server")().serve.get_web_url.aio()
         except modal.exception.NotFoundError as error:
             self.mark_missing()
             raise self._not_deployed(command) from error

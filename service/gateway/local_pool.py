@@ -209,7 +209,8 @@ class LocalPool(Pool):
                     if gpus is not None:
                         return self._mark_ready(await self._start(gpus))
                 with contextlib.suppress(TimeoutError):  # outside the lock: other engines may start meanwhile
-                    await asyncio.wait_for(changed.wait(), _RECHECK_S)
+                    async with asyncio.timeout(_RECHECK_S):  # Python 3.11's `wait_for` may swallow a cancel
+                        await changed.wait()
         except Exception as error:
             self.engine = None
             self._scheduler.notify_room()

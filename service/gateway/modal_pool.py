@@ -19,6 +19,7 @@ import modal
 from service.boots.records import BootRecord
 from service.errors import GpuFitError, one_line
 from service.gateway.boot_volume import BootVolume
+from service.gateway.call_rate import CALL_S
 from service.gateway.deployed_tier import DeployedTier
 from service.gateway.http_client.answer import Answer, ConnectError, EngineConnectionError
 from service.gateway.http_client.connections import Connections
@@ -135,13 +136,24 @@ class ModalPool(Pool):
         self._endpoint = None
         url = await self._locate()
         await self._check_recorded()
-        if self._guard:
-            await self._guard.admit(self)
+        await self._check_limits()
         try:
             return await self._wake_at(url)
         except WakeError:
             await self._check_recorded()
             raise
+
+    async def _check_limits(self) -> None:
+        """Refuse the wake where it is above a limit of spending, or where Modal does not tell what was spent."""
+        if not self._guard:
+            return
+        try:
+            await self._guard.admit(self)
+        except (modal.exception.Error, OSError) as error:
+            raise WakeError(
+                f"What the service has spent could not be read from Modal or kept there: {one_line(error)}.",
+                is_transient=True,
+            ) from error
 
     async def _check_recorded(self) -> None:
         """Raise the reason why a boot is known to fail."""
@@ -282,14 +294,16 @@ class ModalPool(Pool):
 
         Raises:
             APIError: 503: it is not deployed, maybe not any more.
-            WakeError: Modal did not answer.
+            WakeError: Modal did not tell the app's URL.
+            TimeoutError: Modal did not answer the call; other errors are those of its client.
         """
         while True:
             await self._locate()
             app = self._app
             await self._tier.calls.wait()
             try:
-                return await call(self._function())
+                async with asyncio.timeout(CALL_S):
+                    return await call(self._function())
             except modal.exception.NotFoundError:
                 app.mark_missing()
 
@@ -315,10 +329,12 @@ class ModalPool(Pool):
         self._before_stop = await self.scale_to_zero()
         try:
             self._endpoint = None
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(_STOP_S) as limit:
                 while await self.count_replicas():  # noqa: ASYNC110 - Modal reports no event
                     await asyncio.sleep(_STOP_POLL_S)
         except TimeoutError:
+            if not limit.expired():  # it was one call to Modal
+                raise
             _log.warning("%s still has replicas %d s after it was stopped: they have requests.", self.name, _STOP_S)
         finally:
             if self._before_stop is not None:  # else the limits of spending have taken them over

@@ -74,7 +74,8 @@ class GatewayPrices:
 
     async def _left(self) -> Prices | None:
         try:
-            per_hour = await asyncio.wait_for(spend_store.load_prices(self._app), _TIMEOUT_S)
+            async with asyncio.timeout(_TIMEOUT_S):
+                per_hour = await spend_store.load_prices(self._app)
         except (modal.exception.Error, OSError, TimeoutError):
             return None
         return Prices(per_hour) if per_hour else None
@@ -83,7 +84,8 @@ class GatewayPrices:
 async def _read() -> Prices | None:
     """Return Modal's prices by the hour; None: it does not tell them."""
     try:
-        rates = await asyncio.wait_for(modal.Workspace.from_context().billing.rates.aio(), _TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            rates = await modal.Workspace.from_context().billing.rates.aio()
     except (modal.exception.Error, OSError, TimeoutError):
         return None
     return Prices({name: float(value) for name, value in rates.items() if "_hour_cost" in name})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import modal
 
+from service.gateway.call_rate import CALL_S
 from service.modal_app import account
 
 _ENTRY, _PRICES = "day", "prices"
@@ -22,13 +24,23 @@ class DictStore:
         self._dict = modal.Dict.from_name(_name(app), create_if_missing=True)
 
     async def load(self) -> dict[str, Any] | None:
-        """Return what was saved last."""
-        found: dict[str, Any] | None = await self._dict.get.aio(_ENTRY)
+        """Return what was saved last.
+
+        Raises:
+            TimeoutError: Modal did not answer; other errors are those of its client.
+        """
+        async with asyncio.timeout(CALL_S):
+            found: dict[str, Any] | None = await self._dict.get.aio(_ENTRY)
         return found
 
     async def save(self, record: dict[str, Any]) -> None:
-        """Keep it."""
-        await self._dict.put.aio(_ENTRY, record)
+        """Keep it.
+
+        Raises:
+            TimeoutError: Modal did not answer; other errors are those of its client.
+        """
+        async with asyncio.timeout(CALL_S):
+            await self._dict.put.aio(_ENTRY, record)
 
 
 def save_prices(app: str, per_hour: dict[str, float]) -> None:

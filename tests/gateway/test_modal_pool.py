@@ -12,7 +12,7 @@ import modal
 import pytest
 
 from service.boots.records import BootRecord
-from service.gateway import boot_volume, modal_pool
+from service.gateway import boot_volume, deployed_tier, modal_pool
 from service.gateway.call_rate import CallRate
 from service.gateway.deployed_tier import DeployedTier
 from service.gateway.http_client.answer import ConnectError
@@ -21,6 +21,7 @@ from service.gateway.http_client.connections import Connections, Origin
 from service.gateway.modal_pool import ModalPool
 from service.gateway.tiers import Tiers
 from service.in_engine.vllm_service.api_error import APIError
+from service.modal_app import spend_store
 from service.registry.gpus import find_gpu
 from service.registry.models import Registry
 from service.settings import Settings
@@ -378,6 +379,57 @@ def test_modal_pool_that_is_not_deployed_tells_when_it_is_looked_up_again(monkey
         asyncio.run(pool().ready())
     assert caught.value.code == "tier_not_deployed"
     assert caught.value.headers == {"Retry-After": "10", "x-should-retry": "false"}
+
+
+@pytest.mark.parametrize("error", [modal.exception.ConnectionError("gone"), TimeoutError()])
+def test_modal_pool_is_not_woken_where_modal_does_not_tell_what_was_spent(error: Exception) -> None:
+    """A limit of spending that cannot be read allows nothing; the client is told to come back."""
+
+    async def admit(_: ModalPool) -> None:
+        raise error
+
+    async def run() -> APIError:
+        async with Engine(healthy).serving() as engine:
+            one = pool(app="team")
+            one._tier._url = engine.url
+            one._guard = SimpleNamespace(check_day=lambda: None, admit=admit)  # type: ignore[assignment]
+            with pytest.raises(APIError) as caught:
+                await one.ready()
+            assert engine.requests == []
+            return caught.value
+
+    refused = asyncio.run(run())
+    assert (refused.status, refused.code) == (503, "model_failed")
+    assert "could not be read from Modal" in refused.message
+    assert int(refused.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("what", ["url", "count", "scale", "load", "save"])
+def test_call_to_modal_that_hangs_ends(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one would keep every wake waiting, and the stop of a day from its pools."""
+    hanging = SimpleNamespace(aio=lambda *_, **__: asyncio.sleep(60))
+    handle = SimpleNamespace(
+        get_web_url=hanging, get_current_stats=hanging, autoscaler=SimpleNamespace(settings=hanging, update=hanging)
+    )
+    monkeypatch.setattr(modal.Cls, "from_name", lambda *_: lambda **_: SimpleNamespace(serve=handle))
+    monkeypatch.setattr(modal.Dict, "from_name", lambda *_, **__: SimpleNamespace(get=hanging, put=hanging))
+    for module in (modal_pool, deployed_tier, spend_store):
+        monkeypatch.setattr(module, "CALL_S", 0.05)
+    one, store = pool(app="team"), spend_store.DictStore("vllm")
+    if what != "url":
+        one._tier._url = "http://127.0.0.1:9"
+
+    async def run() -> None:
+        calls = {
+            "url": one.ready, "count": one.count_replicas, "scale": one.scale_to_zero, "load": store.load,
+            "save": lambda: store.save({}),
+        }  # fmt: skip
+        with pytest.raises((TimeoutError, APIError)):
+            async with asyncio.timeout(5) as limit:
+                await calls[what]()
+        assert not limit.expired()
+
+    asyncio.run(run())
 
 
 def test_boot_volume_tells_of_deploys_since_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
