@@ -20,8 +20,8 @@ serve: $(VENV)/light
 
 install: $(VENV)/light
 
-# The containers of the contract tests wait now and then, so three of these files run at a time, the longest first: the workers end
-# at about the same time. The other tests keep engines busy, so two run at a time.
+# The containers of the contract tests mostly wait, so three of these files run at a time, in the order of their names: with the short
+# ones of tests/fakes last, the three workers end at about the same time. The other tests keep engines busy, so two run at a time.
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/contract tests/fakes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=tests/,contract fakes clients cuda docs system security)

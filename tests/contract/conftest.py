@@ -35,14 +35,6 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 REPOSITORY = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
 UV = [sys.executable, "-m", "uv", "--quiet"]
-# Files that take a minute and more, the longest first: begun last, one would keep one worker busy and the others idle.
-LONGEST = ("gateway_requests", "failure", "strategies", "prefetch", "platform_faults", "usage", "watch", "lifecycle")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the others keep their order."""
-    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

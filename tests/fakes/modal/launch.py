@@ -9,7 +9,6 @@ from pathlib import Path
 import grpclib.server
 from modal_proto import api_pb2 as pb
 
-from . import bytecode
 from .apps import Apps, Line
 from .functions import Function
 from .gpus import lay_out_gpus
@@ -83,8 +82,6 @@ class Launcher:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
                 path.chmod((mode & 0o777) or 0o644)
-                if path.suffix == ".py":
-                    bytecode.lay_beside(path, content)
 
     def _arguments(self, task: Task) -> pb.ContainerArguments:
         definition = pb.Function()
