@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -133,6 +133,8 @@ class Batch(msgspec.Struct, kw_only=True):
 
 
 _T = TypeVar("_T", StoredFile, Batch)
+# msgspec 0.22 looks at a type when it first decodes one, and two threads that do so at once crash the interpreter.
+_DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {of: msgspec.json.Decoder(of) for of in (StoredFile, Batch)}
 
 
 class ClientStore:
@@ -294,7 +296,7 @@ class ClientStore:
 
     def _record(self, kind: str, name: str, of: type[_T]) -> _T | None:
         try:
-            record = msgspec.json.decode((self.directory / kind / name / "record.json").read_bytes(), type=of)
+            record: _T = _DECODERS[of].decode((self.directory / kind / name / "record.json").read_bytes())
         except (OSError, msgspec.DecodeError, ValueError):
             return None
         return record if isinstance(record, Batch) or record.expires_at > time.time() else None

@@ -81,7 +81,7 @@ class BootFailure:
     def parse(cls, text: bytes) -> BootFailure | None:
         """Return the failure of a file; None: it is damaged, or expired."""
         try:
-            found = msgspec.json.decode(text, type=cls)
+            found = _DECODER.decode(text)
         except (msgspec.DecodeError, RecursionError):
             return None
         return found if time.time() - found.at < EXPIRY_S else None
@@ -104,6 +104,9 @@ def directory_of(app: str) -> str:
 def file_name(app: str, model: str) -> str:
     """Return the path of a model's file within the volume."""
     return f"{directory_of(app)}/{quote(model, safe='')}.json"
+
+
+_DECODER = msgspec.json.Decoder(BootFailure)  # made before there are threads: see service/batch/store.py
 
 
 class FailureFile:

@@ -100,12 +100,15 @@ class BootRecord:
             ValueError: It is not JSON, or a field is missing or of another type.
         """
         try:
-            record = msgspec.json.decode(line, type=cls)
+            record = _DECODER.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(f"not a boot record: {error}") from error
         if record.when.utcoffset() is None:
             raise ValueError(f"at={record.at!r} has no offset from UTC")
         return record
+
+
+_DECODER = msgspec.json.Decoder(BootRecord)  # made before there are threads: see service/batch/store.py
 
 
 def new_id() -> str:

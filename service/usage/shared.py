@@ -126,9 +126,9 @@ def import_files(database: Database, files: Iterable[tuple[str, bytes]]) -> None
             if kind == REQUESTS:
                 _import_rows(database, content)
             elif kind == REPLICAS:
-                _put(database, "replicas", msgspec.json.decode(content, type=ReplicaRecord))
+                _put(database, "replicas", _REPLICA.decode(content))
             elif kind == GATEWAYS:
-                _put(database, "writers", msgspec.json.decode(content, type=GatewayRecord))
+                _put(database, "writers", _GATEWAY.decode(content))
 
 
 def imported_files(database: Database, names: Iterable[str]) -> set[str]:
@@ -146,11 +146,16 @@ class _Line(msgspec.Struct):
     number: int
 
 
+# Made before there are threads: see service/batch/store.py.
+_REPLICA, _GATEWAY = msgspec.json.Decoder(ReplicaRecord), msgspec.json.Decoder(GatewayRecord)
+_HEAD, _ROW = msgspec.json.Decoder(_Line), msgspec.json.Decoder(UsageRecord)
+
+
 def _import_rows(database: Database, content: bytes) -> None:
     by_writer: dict[str, dict[int, UsageRecord]] = {}
     for line in content.splitlines():
-        head = msgspec.json.decode(line, type=_Line)
-        by_writer.setdefault(head.writer, {})[head.number] = msgspec.json.decode(line, type=UsageRecord)
+        head = _HEAD.decode(line)
+        by_writer.setdefault(head.writer, {})[head.number] = _ROW.decode(line)
     for writer, records in by_writer.items():
         known = database.read(
             "SELECT number FROM requests WHERE writer = :writer AND number BETWEEN :first AND :last",
