@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-
-def used_s(command: Sequence[str], **popen: Any) -> float:
-    """Run a program to its end, imports included; return the processor time (in seconds) that it took."""
-    return ended(subprocess.Popen(command, **popen))
 
 
 def ended(process: subprocess.Popen[Any]) -> float:
@@ -23,4 +18,4 @@ def ended(process: subprocess.Popen[Any]) -> float:
 
 def bare_s(env: Mapping[str, str] | None = None) -> float:
     """Return the processor time of a Python that does nothing: 0.02 s on a fast machine, the unit of these limits."""
-    return used_s((sys.executable, "-c", "pass"), env=env)
+    return ended(subprocess.Popen((sys.executable, "-c", "pass"), env=env))

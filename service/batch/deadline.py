@@ -20,6 +20,9 @@ class _First(msgspec.Struct):
     body: _Model
 
 
+_FIRST = msgspec.json.Decoder(_First)  # made before there are threads: see store.py
+
+
 def warnings(batch: Batch, lines: int, lines_per_s: float | None, now: float) -> list[BatchError]:
     """Return the errors of a batch whose lines, at a rate, take longer than it has; none where no rate is known."""
     if not lines_per_s or lines <= 0 or now + lines / lines_per_s <= batch.expires_at:
@@ -36,7 +39,7 @@ def rate_name(batch: Batch, content: Path) -> str:
     """Return what the rate of a batch is kept under: its endpoint, and the model of its first line. Blocks."""
     try:
         with content.open("rb") as file:
-            model = msgspec.json.decode(file.readline(LINE_LIMIT), type=_First).body.model
+            model = _FIRST.decode(file.readline(LINE_LIMIT)).body.model
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         model = None
     return f"{batch.endpoint} {(model or '')[:100]}"

@@ -371,9 +371,10 @@ def files_of(batch: Batch) -> tuple[str, ...]:
 def _is_expired(record: Path, now: float) -> bool:
     """Tell whether a file's time is over; one whose record cannot be read now is kept."""
     try:
-        return msgspec.json.decode(record.read_bytes(), type=StoredFile).expires_at <= now
+        file: StoredFile = _DECODERS[StoredFile].decode(record.read_bytes())
     except (OSError, msgspec.DecodeError, ValueError):
         return False
+    return file.expires_at <= now
 
 
 def _write(file: Path, record: StoredFile | Batch) -> None:

@@ -17,7 +17,7 @@ from tests.processor_time import bare_s
 
 from .test_choices import HERE, TINY, claim_of
 
-CPU_LIMIT = 500  # times the processor time of a Python that does nothing; 210 to 240 were measured
+CPU_LIMIT = 400  # times the processor time of a Python that does nothing; 210 to 240 were measured
 IMPORTS = """
 import importlib, json, os, sys, time
 for name in json.loads(sys.argv[2]):
