@@ -35,6 +35,7 @@ from tests.fakes.modal import ContainerRuntime, ModalPlane, client_directory
 REPOSITORY = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
 UV = [sys.executable, "-m", "uv", "--quiet"]
+IMPORTED_BY_THE_GATEWAY = ("starlette.routing", "pydantic", "msgspec", "httpx2", "anyio", "prometheus_client")
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,9 @@ def runtime_with_engine(directory: Path) -> ContainerRuntime:
     mount = client_directory(directory)
     if decoders := importlib.util.find_spec("backports"):  # a part of Python from 3.14 on
         (mount / "backports").symlink_to(next(iter(decoders.submodule_search_locations or ())))
-    return ContainerRuntime(python=python, client_path=mount, environment={"ENGINE_DEVICE": "cpu", **ONE_THREAD})
+    imported = preloaded.serve(str(python), *preloaded.CONTAINER, *IMPORTED_BY_THE_GATEWAY, path=str(mount))
+    environment = {"ENGINE_DEVICE": "cpu", **ONE_THREAD}
+    return ContainerRuntime(python=python, client_path=mount, environment=environment, preloaded=imported)
 
 
 def reaching(runtime: ContainerRuntime, hub: Hub) -> ContainerRuntime:
@@ -112,7 +115,8 @@ def tiny_norm() -> bytes:
 @pytest.fixture
 def plane(tmp_path: Path, client_mount: Path) -> Iterator[ModalPlane]:
     """A plane of the test's own, for tests that deploy and start no container."""
-    with ModalPlane(tmp_path, container=ContainerRuntime(client_path=client_mount)) as plane:
+    imported = preloaded.serve(sys.executable, *preloaded.CONTAINER)
+    with ModalPlane(tmp_path, container=ContainerRuntime(client_path=client_mount, preloaded=imported)) as plane:
         yield plane
         assert plane.failures == []
         assert plane.unknown_calls == []

@@ -356,7 +356,7 @@ def test_batch_goes_on_after_a_deploy_and_no_line_is_answered_twice(
     gateway_plane: ModalPlane, url: str, warm: str
 ) -> None:
     """Until the gateway of the earlier deploy has answered its last stream and ended, it drives the batch."""
-    before, count = _completions(gateway_plane), 400
+    before, count = _completions(gateway_plane), 160
     body = {"model": warm, "prompt": "Hi", "max_tokens": 64, "ignore_eos": True}
     line = {"method": "POST", "url": "/v1/completions", "body": body}
     lines = "\n".join(json.dumps({"custom_id": str(number), **line}) for number in range(count))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import modal
 import pytest
+
+from tests import preloaded
 
 from .modal import ContainerRuntime, ModalPlane, client_directory
 from .sample import deploy, running
@@ -15,7 +18,8 @@ from .sample import deploy, running
 @pytest.fixture(scope="session")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> ContainerRuntime:
     """Containers that run with this environment's interpreter and the client mounted beside it."""
-    return ContainerRuntime(client_path=client_directory(tmp_path_factory.mktemp("client")))
+    client = client_directory(tmp_path_factory.mktemp("client"))
+    return ContainerRuntime(client_path=client, preloaded=preloaded.serve(sys.executable, *preloaded.CONTAINER))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Commands of this environment without the time that an interpreter takes to import them.
+"""Commands and containers without the time that an interpreter takes to import them.
 
 `modal deploy` takes 1.0 s of processor time, most of it for imports, and the tests run hundreds of commands. A server,
 one for each process of pytest, imports them once; a command is a fork of it with the environment, the directory and
@@ -18,19 +18,23 @@ import tempfile
 from pathlib import Path
 
 SOCKET = "PRELOADED_SOCKET"
+CONTAINER = ("modal._container_entrypoint", "modal._runtime.asgi")  # what Modal's program imports in every container
 _HERE = Path(__file__).parent
 
 
 @functools.cache
-def _directory() -> Path:
-    """Start the server; return the directory of its socket and of the executable that is its client."""
+def serve(python: str, *modules: str, path: str = "") -> Path:
+    """Start a server that ends with this process; return its socket.
+
+    Args:
+        python: Its interpreter.
+        modules: What it imports to run other programs than the commands.
+        path: A directory with modules that the interpreter itself has not.
+    """
     held = tempfile.TemporaryDirectory(prefix="preloaded-")
-    directory = Path(held.name)
-    executable = directory / "python"
-    executable.write_text(f"#!{sys.executable} -SI\n{(_HERE / 'client.py').read_text()}")
-    executable.chmod(0o755)
+    listening = Path(held.name, "socket")
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.preloaded.server", str(directory)],
+        [python, "-m", "tests.preloaded.server", str(listening), *([path, *modules] if modules else [])],
         cwd=_HERE.parents[1],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -45,14 +49,24 @@ def _directory() -> Path:
         held.cleanup()
 
     atexit.register(end)
-    return directory
+    return listening
+
+
+@functools.cache
+def _socket() -> Path:
+    """Start the server of the commands, with its client as an executable beside the socket."""
+    listening = serve(sys.executable)
+    executable = listening.with_name("python")
+    executable.write_text(f"#!{sys.executable} -SI\n{(_HERE / 'client.py').read_text()}")
+    executable.chmod(0o755)
+    return listening
 
 
 def python() -> str:
     """Return the executable to run in place of `sys.executable`, with `-m modal …` or `vllm-service …` behind it."""
-    return str(_directory() / "python")
+    return str(_socket().with_name("python"))
 
 
 def environment() -> dict[str, str]:
     """Return the variables that it needs."""
-    return {SOCKET: str(_directory() / "socket"), "PRELOADED_PYTHON": os.fspath(sys.executable)}
+    return {SOCKET: str(_socket()), "PRELOADED_PYTHON": os.fspath(sys.executable)}

@@ -1,4 +1,8 @@
-"""The process that has imported the commands; `python -m tests.preloaded.server DIRECTORY`, until its input ends."""
+"""The process that has imported what it runs in forks, until its input ends.
+
+`python -m tests.preloaded.server SOCKET` runs the commands. `… SOCKET PATH MODULE…` runs other programs, and has
+imported these modules; the directory PATH is the last in which it looks for them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ _READ_AT_IMPORT = ("huggingface_hub", "service.server", "service.gateway_app")
 
 @dataclass(frozen=True)
 class Request:
-    """A command to run, and its caller's files."""
+    """A command or a Python program to run, and its caller's files: 0, 1, 2 and, for a program, 3."""
 
     command: str
     arguments: list[str]
@@ -54,9 +58,15 @@ class Request:
         )
         sys.stdout.reconfigure(write_through=unbuffered)
         sys.stderr.reconfigure(line_buffering=True)
-        sys.executable = str(Path(self.environment["PRELOADED_SOCKET"]).with_name("python"))
         logging.getLogger("modal-client").handlers.clear()
         importlib.reload(sys.modules["modal.config"])  # it reads the environment at its import
+        if self.command.endswith(".py"):
+            os.setsid()
+            paths = [path for path in self.environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+            sys.argv, sys.path[:1] = [self.command, *self.arguments], [str(Path(self.command).parent), *paths]
+            runpy.run_path(self.command, run_name="__main__")
+            return
+        sys.executable = str(Path(self.environment["PRELOADED_SOCKET"]).with_name("python"))
         if self.command == "modal":
             sys.argv, sys.path[0] = ["modal", *self.arguments], self.directory
             runpy.run_module("modal", run_name="__main__", alter_sys=True)
@@ -108,7 +118,7 @@ class Server:
     def _accept(self) -> Request | None:
         """Start a fork; return its request there, and None here."""
         caller, _ = self._listening.accept()
-        header, files, _, _ = socket.recv_fds(caller, 4, 3)
+        header, files, _, _ = socket.recv_fds(caller, 4, 4)
         try:
             size = header + _exactly(caller, 4 - len(header))
             fields: dict[str, Any] = json.loads(_exactly(caller, int.from_bytes(size, "big")))
@@ -157,13 +167,16 @@ def _exactly(caller: socket.socket, size: int) -> bytes:
 
 def main() -> None:
     """Import, serve, and in a fork run the command."""
-    for name in MODULES:
+    path, *others = sys.argv[1:]
+    sys.path += others[:1]
+    for name in others[1:] or MODULES:
         importlib.import_module(name)
+    sys.modules.pop("modal._container_entrypoint", None)  # only what it imports: each container runs it as a program
     early = [name for name in _READ_AT_IMPORT if name in sys.modules]
     if early:
         raise SystemExit(f"imported before its environment is known: {early}")
     gc.freeze()
-    server = Server(Path(sys.argv[1]) / "socket")
+    server = Server(Path(path))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     if request := server.serve():

@@ -36,7 +36,7 @@ class Marks:
 
 def members(marks: Marks) -> list[int]:
     """List the live processes of a container (zombies left out)."""
-    pids = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
+    pids = (int(name) for name in os.listdir(PROC) if name.isdecimal())  # noqa: PTH208 - pathlib takes five times as long
     return [pid for pid in pids if _belongs(pid, marks) and not _is_zombie(pid)]
 
 
@@ -98,7 +98,7 @@ def _belongs(pid: int, marks: Marks) -> bool:
         if os.getsid(pid) == marks.session:
             return True
         if marks.namespace is not None:
-            return _link(PROC / str(pid) / "ns" / "net") == marks.namespace
+            return os.readlink(f"/proc/{pid}/ns/net") == marks.namespace  # noqa: PTH115 - the same
         return marks.environment in (PROC / str(pid) / "environ").read_bytes()
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return False

@@ -139,7 +139,8 @@ class Endpoint:
 
     def __mapping__(self) -> dict[str, grpclib.const.Handler]:
         return {
-            path: handler._replace(func=self._dispatcher(path.rsplit("/", 1)[1])) for path, handler in TEMPLATE.items()
+            path: grpclib.const.Handler(self._dispatcher(path.rsplit("/", 1)[1]), *types)
+            for path, (_, *types) in TEMPLATE.items()
         }
 
     def _dispatcher(self, name: str) -> Callable[[Any], Awaitable[None]]:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from modal_proto import api_pb2 as pb
 
-from . import processes
+from . import container_process, processes
+from .container_process import ContainerProcess
 from .errors import ContainerRuntimeError
 from .functions import OfFunction, gpu_of
 from .host_ports import HostPorts
@@ -47,6 +48,7 @@ class ContainerRuntime:
     environment: Mapping[str, str] = field(default_factory=dict)
     isolate_network: bool = True
     host_ports: Sequence[int] = ()  # of the host's loopback, reachable under the same numbers inside
+    preloaded: Path | None = None  # a socket of `tests.preloaded.serve`: the processes are its forks
 
     def check(self) -> None:
         """Check that the interpreter can run the client. Raises: ContainerRuntimeError."""
@@ -174,6 +176,7 @@ class Task(OfFunction):
     async def boot(self, runtime: ContainerRuntime, environment: Mapping[str, str], ports: Sequence[int]) -> None:
         """Start the process and follow it; returns at once. The task is dead when `died` is set."""
         host_ports = self.host_ports = HostPorts(ports)
+        channel = host_ports.container_end.fileno()
         spec = {
             "isolate_network": runtime.isolate_network,
             "client_path": str(runtime.client_path) if runtime.client_path else "",
@@ -183,23 +186,17 @@ class Task(OfFunction):
             "volume_sizes": {
                 str(v.path): v.volume.capacity_bytes for v in self.volume_views if v.volume.capacity_bytes
             },
-            "host_ports_fd": host_ports.container_end.fileno(),
+            "host_ports_fd": 3 if runtime.preloaded else channel,
         }
-        (self.work / "spec.json").write_text(json.dumps(spec))
+        spec_path = self.work / "spec.json"
+        spec_path.write_text(json.dumps(spec))
         self.spec_environ_path.write_text("\0".join(f"{k}={v}" for k, v in environment.items()))
         self.gpu_restore_path.touch()
         reading, writing = os.pipe()  # not asyncio's PIPE: its wait() also waits for all that inherited the pipe
-        process = await asyncio.create_subprocess_exec(
-            str(runtime.python),
-            str(Path(__file__).with_name("container_main.py")),
-            str(self.work / "spec.json"),
-            cwd=self.root,
-            env=dict(environment),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=writing,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[host_ports.container_end.fileno()],
+        process = await (
+            container_process.fork(runtime.preloaded, spec_path, self.root, environment, writing, channel)
+            if runtime.preloaded
+            else container_process.begin(str(runtime.python), spec_path, self.root, environment, writing, channel)
         )
         os.close(writing)
         host_ports.follow()
@@ -208,7 +205,7 @@ class Task(OfFunction):
             view.note_process(process.pid)
         self._following = asyncio.ensure_future(self._follow(process, reading))
 
-    async def _follow(self, process: asyncio.subprocess.Process, reading: int) -> None:
+    async def _follow(self, process: ContainerProcess, reading: int) -> None:
         output = asyncio.ensure_future(self._keep(reading))
         self.exit_code = await process.wait()
         self.left_behind = await processes.stragglers(self._marks(process.pid), END_BY_ITSELF_S)
