@@ -8,7 +8,6 @@ from pathlib import Path
 
 import modal
 import pytest
-
 from tests import preloaded
 
 from .modal import ContainerRuntime, ModalPlane, client_directory

@@ -34,7 +34,7 @@ _READ_AT_IMPORT = ("huggingface_hub", "service.server", "service.gateway_app")
 
 @dataclass(frozen=True)
 class Request:
-    """A command or a Python program to run, and its caller's files: 0, 1, 2 and, for a program, 3."""
+    """A command or a Python program to run, and its caller's files: 0, 1, 2 and, of a container, 3."""
 
     command: str
     arguments: list[str]

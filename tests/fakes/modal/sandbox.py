@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from modal_proto import api_pb2 as pb
 
-from . import container_process, processes
-from .container_process import ContainerProcess
+from . import processes
+from .container_process import CHANNEL_OF_A_FORK, ContainerProcess, Start
 from .errors import ContainerRuntimeError
 from .functions import OfFunction, gpu_of
 from .host_ports import HostPorts
@@ -186,18 +186,18 @@ class Task(OfFunction):
             "volume_sizes": {
                 str(v.path): v.volume.capacity_bytes for v in self.volume_views if v.volume.capacity_bytes
             },
-            "host_ports_fd": 3 if runtime.preloaded else channel,
+            "host_ports_fd": CHANNEL_OF_A_FORK if runtime.preloaded else channel,
         }
         spec_path = self.work / "spec.json"
         spec_path.write_text(json.dumps(spec))
         self.spec_environ_path.write_text("\0".join(f"{k}={v}" for k, v in environment.items()))
         self.gpu_restore_path.touch()
         reading, writing = os.pipe()  # not asyncio's PIPE: its wait() also waits for all that inherited the pipe
-        process = await (
-            container_process.fork(runtime.preloaded, spec_path, self.root, environment, writing, channel)
-            if runtime.preloaded
-            else container_process.begin(str(runtime.python), spec_path, self.root, environment, writing, channel)
-        )
+        start = Start(spec_path, self.root, environment, writing, channel)
+        if runtime.preloaded:
+            process = await start.in_fork(runtime.preloaded)
+        else:
+            process = await start.with_interpreter(str(runtime.python))
         os.close(writing)
         host_ports.follow()
         self.pid = process.pid

@@ -70,7 +70,9 @@ class Server:
         if self.model == "slow-in-prepare":
             trace("slow")
             time.sleep(3)
-        self.helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        until = "time.sleep(600)" if self.model == "leaves-a-process" else "sys.stdin.read()"  # the end of this process
+        command = [sys.executable, "-c", f"import sys, time; {until}"]
+        self.helper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         (CACHE / f"{self.model}.txt").write_text("prepared")
         cache.commit()
         if self.model == "holds-a-file":
@@ -87,7 +89,8 @@ class Server:
         cache.reload()
         files = sorted(path.name for path in CACHE.iterdir())
         trace("start", gpus=gpus(), files=files, note=os.environ["SAMPLE_NOTE"], late=os.environ.get("LATE"))
-        self.server = subprocess.Popen([sys.executable, "-m", "sample.web", str(PORT)], stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "sample.web", str(PORT)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if self.server.stdout is None or self.server.stdout.readline() != b"listening\n":
             raise RuntimeError("the web server did not start")
 
@@ -161,7 +164,7 @@ class Server:
 
     @modal.exit()
     def stop(self) -> None:
-        """Stop the web server; the platform kills the helper."""
+        """Stop the web server; the helper ends with this process, or the platform kills it."""
         (CACHE / "left-at-exit.txt").write_text(str(time.time()))
         self.server.terminate()
         trace("stop", code=self.server.wait(5))

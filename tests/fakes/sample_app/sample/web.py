@@ -1,6 +1,7 @@
 """A tiny web server on 0.0.0.0: `/health`, `/echo`, `/slow` (a stream) and `/silent` (no byte yet)."""
 
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -66,4 +67,5 @@ if __name__ == "__main__":
     server = ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler)
     sys.stdout.write("listening\n")
     sys.stdout.flush()
-    server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # until the container's program ends
