@@ -42,7 +42,7 @@ The interface for tests (all thread-safe; the plane has a thread and an event lo
     plane.transcript             [Call(name, caller, request, at)]; caller is "client" or a task id
     plane.calls(name)            the requests of that name; plane.unknown_calls: names answered UNIMPLEMENTED;
                                  plane.failures: errors inside the plane, for `assert plane.failures == []`
-    plane.wait_until(f, s, what) poll (50 ms at most) until f() is true, else PlaneTimeout with the logs' ends
+    plane.wait_until(f, s, what) poll (100 ms at most) until f() is true, else PlaneTimeout with the logs' ends
 
 Task states: STARTING (imports, hooks), READY (fetches inputs), STOPPING (was asked to stop), DEAD.
 The plane rejects calls and options that it does not know, with their names; a modal client that is not the pinned

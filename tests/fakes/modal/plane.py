@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import grpclib.server
 
 TOKEN_ID, TOKEN_SECRET = "ak-plane", "as-plane"  # not checked
-POLL_S = 0.02
+POLL_S, LONGEST_POLL_S = 0.02, 0.1  # many conditions ask the service over HTTP
 
 
 class ModalPlane:
@@ -237,9 +237,10 @@ class ModalPlane:
 
     def wait_until(self, condition: Callable[[], object], timeout_s: float, what: str = "the condition") -> None:
         """Poll the condition. Raises: PlaneTimeout with the end of every container's log."""
-        deadline = time.monotonic() + timeout_s
+        deadline, pause_s = time.monotonic() + timeout_s, POLL_S
         while not condition():
             if time.monotonic() > deadline:
                 logs = "".join(f"\n--- {task.id} ({task.state}):\n{task.log[-1500:]}" for task in self.tasks)
                 raise PlaneTimeout(f"Waited {timeout_s} s in vain for {what}.{logs}")
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, LONGEST_POLL_S)
