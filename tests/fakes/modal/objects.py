@@ -162,18 +162,20 @@ class MountedFile:
     mode: int
 
 
+_UPLOADED: dict[str, bytes] = {}  # contents by their hashes, for all planes of this process
+
+
 class Mounts:
     """Uploaded files by content, and mounts as {path in the container: file}."""
 
     def __init__(self, ids: Ids, storage: Storage) -> None:
         self._ids, self._storage = ids, storage
-        self._contents: dict[str, bytes] = {}
         self._mounts: dict[str, dict[str, MountedFile]] = {}
 
     def files(self, mount_id: str) -> dict[str, tuple[bytes, int]]:
         """Return {path in the container: (content, mode)}; empty for Modal's own mounts (client, Python)."""
         listed = self._mounts.get(mount_id, {})
-        return {path: (self._contents[file.sha256], file.mode) for path, file in listed.items()}
+        return {path: (_UPLOADED[file.sha256], file.mode) for path, file in listed.items()}
 
     @unary("MountGetOrCreate")
     async def get_or_create(
@@ -192,17 +194,17 @@ class Mounts:
     async def missing(
         self, request: pb.MountBatchedCheckExistenceRequest, task: Task | None
     ) -> pb.MountBatchedCheckExistenceResponse:
-        hashes = [digest for digest in request.sha256_hex_hashes if digest not in self._contents]
+        hashes = [digest for digest in request.sha256_hex_hashes if digest not in _UPLOADED]
         return pb.MountBatchedCheckExistenceResponse(missing_sha256_hex_hashes=hashes)
 
     @unary("MountPutFile")
     async def put_file(self, request: pb.MountPutFileRequest, task: Task | None) -> pb.MountPutFileResponse:
         kind = request.WhichOneof("data_oneof")
         if kind == "data_blob_id":
-            self._contents[request.sha256_hex] = self._storage.content(request.data_blob_id) or b""
+            _UPLOADED[request.sha256_hex] = self._storage.content(request.data_blob_id) or b""
         elif kind == "data":
-            self._contents[request.sha256_hex] = request.data
-        return pb.MountPutFileResponse(exists=request.sha256_hex in self._contents)
+            _UPLOADED[request.sha256_hex] = request.data
+        return pb.MountPutFileResponse(exists=request.sha256_hex in _UPLOADED)
 
 
 class Images:
