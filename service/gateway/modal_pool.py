@@ -343,7 +343,12 @@ class ModalPool(Pool):
 
     # what limits of spending need
 
-    def _check_spending(self) -> None:
+    def check_spending(self) -> None:
+        """Refuse a request once the day has cost its limit, also where a replica is up.
+
+        Raises:
+            APIError: 503 `daily_limit_reached`.
+        """
         if self._guard:
             self._guard.check_day()
 

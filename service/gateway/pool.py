@@ -218,8 +218,12 @@ class Pool(ABC):
     def why_unfit(self, name: str) -> APIError | None:
         """Return the error of a model that can never be served here; None: it can, or nobody knows yet."""
 
-    def _check_spending(self) -> None:  # noqa: B027 - engines of this machine cost nothing
-        """Refuse a request while the service may cost no more."""
+    def check_spending(self) -> None:  # noqa: B027 - engines of this machine cost nothing
+        """Refuse a request while the service may cost no more, whether or not this pool is ready.
+
+        Raises:
+            APIError: 503.
+        """
 
     def mark_unreachable(self) -> None:  # noqa: B027 - a pool that learns of its end in another way needs nothing here
         """Record that a request could not reach it: the next request checks whether it is there."""
@@ -262,7 +266,7 @@ class Pool(ABC):
         Raises:
             APIError: 503, with the reason why it did not wake, and when the next wake may begin.
         """
-        self._check_spending()
+        self.check_spending()
         if endpoint := self.endpoint():
             return endpoint
         if not self._waking:

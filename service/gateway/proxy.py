@@ -185,6 +185,7 @@ class ProxiedRequest:
         raise AssertionError("the last try returns or raises")
 
     async def _find_endpoint(self) -> Endpoint:
+        self._pool.check_spending()
         if endpoint := self._pool.endpoint():
             return endpoint
         self._log.cold = True

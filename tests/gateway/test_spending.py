@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.gateway.app import create_app
+from service.gateway.clients import ClientRegistry
 from service.gateway.gauges import SpendGauges
+from service.gateway.metrics import Metrics
+from service.gateway.router import ModelRouter
 from service.gateway.spending import SpendGuard
 from service.gateway.tiers import Tiers
 from service.in_engine.vllm_service.api_error import APIError
@@ -19,6 +24,8 @@ from service.registry.gpus import find_gpu
 from service.registry.models import Registry
 from service.registry.tiers import Tier
 from service.settings import Settings
+from tests.gateway.test_modal_pool import healthy
+from tests.gateway.upstream import ASK, STREAMED, Engine, Request, answers, serving
 
 NOON = datetime(2026, 11, 29, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86400.0
@@ -281,6 +288,40 @@ def test_day_above_its_dollars_stops_all_pools_until_midnight() -> None:
         assert pool.settings == {"min_containers": 1, "scaledown_window": 900}
         await guard.admit(pool)
         assert [event for event, _, _ in service.told] == ["first_wake", "daily_stop", "first_wake"]
+
+    asyncio.run(run())
+
+
+def test_day_above_its_dollars_ends_the_answers_of_a_pool_that_requests_keep_up() -> None:
+    """Its replica never is idle, so the scale to zero alone would not end it, and every request would be answered."""
+
+    async def behave(request: Request, writer: asyncio.StreamWriter) -> None:
+        await (healthy if request.line.startswith("GET /health") else answers)(request, writer)
+
+    async def run() -> None:
+        service = Service([OnePool("qwen3-8b on H100", 1)])
+        guard, registry = service.guard(max_dollars_per_day=4), Registry.load()
+        tiers = Tiers(Settings(app="team"), {"Modal-Key": "x"}, guard=guard)
+        pool = tiers.pool(registry.specs["qwen3-8b"], None)
+        router = ModelRouter(registry, "qwen3-8b", tiers.pool)
+        app = create_app(router, ClientRegistry({}), Metrics(), hold_s=5)
+        async with Engine(behave).serving() as engine, serving(app) as url, aiohttp.ClientSession() as http:
+            pool._tier._url = engine.url
+            service.pools = [one := OnePool(pool.name, 1)]
+
+            async def ask(body: dict[str, Any]) -> int:
+                body = body | {"model": "qwen3-8b"}
+                async with http.post(f"{url}/v1/chat/completions", json=body) as answer:
+                    return answer.status
+
+            pool.count_replicas = one.count_replicas  # type: ignore[method-assign]
+            assert await ask(ASK) == 200
+            await tick(guard)
+            service.now += HOUR
+            await tick(guard)
+            assert pool.endpoint(), "it answered a moment ago"
+            assert [await ask(ASK), await ask(STREAMED)] == [503, 503]
+            assert len([one for one in engine.requests if one.line.startswith("POST")]) == 1
 
     asyncio.run(run())
 
