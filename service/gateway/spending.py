@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -68,9 +68,9 @@ async def _nothing() -> None:
     """Leave all as it is."""
 
 
-async def _no_names() -> Iterable[str]:
+async def _no_schedules() -> Mapping[str, bool]:
     """Return none."""
-    return ()
+    return {}
 
 
 async def _no_gpus() -> int:
@@ -88,7 +88,8 @@ class SpendGuard:
         idle_timeout_s: After which an idle replica ends.
         notify: Told of the first wake of a day and of the stop.
         refresh: Has prices read again, where they are old.
-        kept_warm: Returns the names of the pools that a schedule keeps up.
+        kept_warm: Returns the names of the pools that have a schedule, and whether it has raised the least number of
+            their replicas.
         gpus_up: Returns the GPUs of all tiers' replicas, those too of pools that no gateway was asked for.
         clock: Seconds since 1970.
 
@@ -106,7 +107,7 @@ class SpendGuard:
         idle_timeout_s: float = 900.0,
         notify: Notify = ignore_event,
         refresh: Callable[[], Awaitable[None]] = _nothing,
-        kept_warm: Callable[[], Awaitable[Iterable[str]]] = _no_names,
+        kept_warm: Callable[[], Awaitable[Mapping[str, bool]]] = _no_schedules,
         gpus_up: Callable[[], Awaitable[int]] = _no_gpus,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -114,6 +115,7 @@ class SpendGuard:
         self._store, self._max_gpus, self._max_dollars = store, max_gpus, max_dollars_per_day
         self._idle_timeout_s, self._notify, self._clock = idle_timeout_s, notify, clock
         self._refresh, self._kept_warm, self._gpus_up = refresh, kept_warm, gpus_up
+        self._raised: Mapping[str, bool] = {}
         self._day: Day | None = None
         self._changing = asyncio.Lock()
 
@@ -189,8 +191,8 @@ class SpendGuard:
         return None
 
     async def _all_pools(self) -> list[SpendingPool]:
-        day = self._today()
-        return list(self.pools({*day.running, *day.lowered, *await self._kept_warm()}))
+        day, self._raised = self._today(), await self._kept_warm()
+        return list(self.pools({*day.running, *day.lowered, *self._raised}))
 
     async def _check_gpus(self, pool: SpendingPool, pools: list[SpendingPool], counts: dict[str, int]) -> None:
         if self._max_gpus is None:
@@ -279,12 +281,15 @@ class SpendGuard:
     async def _apply(self, pool: SpendingPool) -> None:
         """Scale a pool that runs to zero after the stop; give its autoscaler the settings back on the next day.
 
+        The replica of a schedule is not given back: the schedule raises the pool again, unless it has ended meanwhile.
         Where Modal does not take that now, the next round tries again: no pool keeps others from being scaled.
         """
         day = self._today()
         try:
             if day.stopped and pool.name in day.running:
-                settings = await pool.scale_to_zero()
+                settings = dict(await pool.scale_to_zero())
+                if self._raised.get(pool.name) and settings.get("min_containers") == 1:
+                    del settings["min_containers"]
                 day.lowered.setdefault(pool.name, settings)
             elif not day.stopped and (lowered := day.lowered.get(pool.name)):
                 await pool.restore(lowered)

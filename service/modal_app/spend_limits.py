@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -92,19 +92,23 @@ async def _gpus_up(names: Names) -> int:
 
 
 class _KeptWarm:
-    """The names of the pools that have a schedule; those that were known last, where Modal does not answer."""
+    """The names of the pools that have a schedule, and whether it has raised them.
+
+    Where Modal does not answer, as they were known last.
+    """
 
     def __init__(self, gateway: GatewayDeployment) -> None:
         self._schedules, self._names = Schedules(gateway.settings.volume_prefix), Names(gateway.settings)
-        self._known: list[str] = []
+        self._known: dict[str, bool] = {}
 
-    async def __call__(self) -> Iterable[str]:
+    async def __call__(self) -> Mapping[str, bool]:
         try:
             async with asyncio.timeout(_READ_TIMEOUT_S):
                 found = await asyncio.to_thread(self._schedules.all)
         except (ServiceError, TimeoutError) as error:
             _log.warning("The schedules of warm models were not read: %s", type(error).__name__)
         else:
-            tiers = [(one.model, self._names.tier_of(one.app)) for one in found]
-            self._known = [f"{model}{ON}{tier.label}" for model, tier in tiers if tier]
+            tiers = [(one, self._names.tier_of(one.app)) for one in found]
+            known = [(f"{one.model}{ON}{tier.label}", one.raised) for one, tier in tiers if tier]
+            self._known = {name: any(raised for other, raised in known if other == name) for name, _ in known}
         return self._known

@@ -60,10 +60,10 @@ class OnePool:
         return before
 
     async def restore(self, settings: dict[str, int]) -> None:
-        """Take them, or fail."""
+        """Take them, or fail; those that are not given stay."""
         if self.refuses:
             raise OSError("gone")
-        self.settings = settings
+        self.settings = self.settings | settings
 
 
 @dataclass
@@ -135,8 +135,8 @@ def test_pool_that_a_schedule_keeps_up_counts_for_the_gpu_limit() -> None:
         kept, cold = OnePool("a on 2 x H200", 1, n_gpu=2), OnePool("b on H100")
         service = Service([cold, kept])
 
-        async def kept_warm() -> list[str]:
-            return [kept.name]
+        async def kept_warm() -> dict[str, bool]:
+            return {kept.name: True}
 
         guard = service.guard(max_gpus=2, kept_warm=kept_warm)
         guard.pools = lambda names: [pool for pool in service.pools if pool is cold or pool.name in names]
@@ -364,6 +364,33 @@ def test_settings_that_modal_does_not_take_are_given_back_later() -> None:
         pool.refuses = False
         await tick(guard)
         assert (pool.settings, service.record["lowered"]) == (before, {})
+
+    asyncio.run(run())
+
+
+def test_replica_of_a_schedule_is_not_given_back_after_the_stop() -> None:
+    """The schedule may have ended meanwhile, and then nobody would lower the pool again; one that goes on raises it."""
+
+    async def run() -> None:
+        raised, own, more = OnePool("a on H100", 1), OnePool("b on H100", 1), OnePool("c on H100", 1)
+        more.settings = {"min_containers": 2, "scaledown_window": 900}  # by `scale`, after the schedule had raised it
+        service = Service([raised, own, more])
+
+        async def kept_warm() -> dict[str, bool]:
+            return {raised.name: True, own.name: False, more.name: True}
+
+        guard = service.guard(max_dollars_per_day=12, kept_warm=kept_warm)
+        await tick(guard)
+        service.now += HOUR
+        await tick(guard)
+        assert [pool.settings["min_containers"] for pool in service.pools] == [0, 0, 0]
+        service.now += DAY
+        await tick(guard)
+        assert [pool.settings["min_containers"] for pool in service.pools] == [0, 1, 2]
+        assert {pool.settings["scaledown_window"] for pool in service.pools} == {900}
+        raised.settings["min_containers"] = 1  # as its schedule does on the next day
+        await tick(guard)
+        assert raised.settings["min_containers"] == 1
 
     asyncio.run(run())
 

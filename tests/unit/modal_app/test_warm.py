@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -13,8 +14,11 @@ import modal
 import pytest
 
 from service.errors import ServiceError, UsageError
-from service.modal_app import account, warm
+from service.modal_app import account, spend_limits, warm
+from service.modal_app.gateway_deployment import GatewayDeployment
 from service.modal_app.warm_schedule import Schedule, parse_duration, parse_weekdays
+from service.registry.models import Registry
+from service.settings import Settings
 
 BERLIN = ZoneInfo("Europe/Berlin")
 WEEKLY = Schedule("vllm-l4", "tiny", 0.8, begin=8 * 60, end=18 * 60, tz="Europe/Berlin")
@@ -243,6 +247,17 @@ def test_end_of_a_schedule_lowers_its_pool(pool: Account) -> None:
     assert (pool.log, len(pool.entries)) == ([1, 1, 1, 0], 2)
     warm.end(schedules, {"vllm-l4", "vllm-h100"})
     assert pool.entries == {}
+
+
+@pytest.mark.usefixtures("pool")
+def test_limits_of_spending_know_which_pools_a_schedule_has_raised() -> None:
+    """A pool of the tier's app and one of the model's own app have one name; an app of another service has none."""
+    kept_warm = spend_limits._KeptWarm(GatewayDeployment(Settings(), Registry.load()))
+    raised = replace(WEEKLY, raised=True)
+    for schedule in (raised, replace(WEEKLY, app="vllm-tiny-l4"), replace(WEEKLY, app="vllm-h100")):
+        warm.Schedules(None).put(schedule)
+    warm.Schedules(None).put(replace(raised, app="other"))
+    assert asyncio.run(kept_warm()) == {"tiny on L4": True, "tiny on H100": False}
 
 
 class KeepWarm:
