@@ -120,12 +120,19 @@ class SpendGuard:
         self._changing = asyncio.Lock()
 
     async def run(self) -> None:
-        """Count what the day costs, for as long as the gateway runs; at once where there is no limit a day."""
-        while self._max_dollars:
+        """Count what the day costs, for as long as the gateway runs.
+
+        Where there is no limit a day it ends once the pools have back what an earlier limit has lowered.
+        """
+        while True:
             try:
                 async with self._changing:
                     await self._load()
-                    await self._update(await self._all_pools())
+                    lowered = self._today().lowered
+                    pools = await self._all_pools() if self._max_dollars or lowered else []
+                    if not (self._max_dollars or any(pool.name in lowered for pool in pools)):
+                        return
+                    await self._update(pools)
             except Exception as error:  # noqa: BLE001 - Modal or the store; the next round counts the time again
                 _log.warning("What the pools cost could not be counted: %s", type(error).__name__)
             await asyncio.sleep(INTERVAL_S)
@@ -322,7 +329,9 @@ class SpendGuard:
     async def _load(self) -> None:
         await self._refresh()
         if self._day is None:
-            self._day = Day.of_record(await self._store.load())
+            self._day = day = Day.of_record(await self._store.load())
+            if day and (self._max_dollars is None or day.dollars < self._max_dollars):
+                day.stopped = False  # a deploy since has raised the limit, or removed it
 
     async def _save(self) -> None:
         await self._store.save(self._today().model_dump())

@@ -36,7 +36,8 @@ def limited_tiers(
 ) -> tuple[Tiers, SpendGuard | None, Callable[[], Coroutine[Any, Any, None]]]:
     """Return the pools, what bounds their spending (None: nothing is limited and nobody is told), and what runs beside.
 
-    What runs beside the gateway keeps the prices current, and counts a day's dollars where they are limited.
+    What runs beside the gateway keeps the prices current, and counts a day's dollars where they are limited. Where they
+    are not any more, it gives pools back what the limit has lowered.
 
     Args:
         gateway: Whose limits hold.
@@ -47,8 +48,6 @@ def limited_tiers(
     """
     settings, app = gateway.settings, gateway.app_name
     prices = GatewayPrices(app, settings.region)
-    if not (settings.max_gpus or settings.max_dollars_per_day) and notify is ignore_event:
-        return Tiers(settings, headers, on_wake, volume, price=prices.of), None, prices.watch
     guard = SpendGuard(
         DictStore(app),
         max_gpus=settings.max_gpus,
@@ -59,9 +58,15 @@ def limited_tiers(
         kept_warm=_KeptWarm(gateway),
         gpus_up=partial(_gpus_up, Names(settings)),
     )
-    tiers = Tiers(settings, headers, on_wake, volume, guard, price=prices.of)
+    is_asked = bool(settings.max_gpus or settings.max_dollars_per_day) or notify is not ignore_event
+    tiers = Tiers(settings, headers, on_wake, volume, guard if is_asked else None, price=prices.of)
     guard.pools = lambda names: tiers.all(gateway.registry.specs, names)
-    return tiers, guard, guard.run if settings.max_dollars_per_day else prices.watch
+
+    async def watch() -> None:
+        await guard.run()
+        await prices.watch()
+
+    return tiers, guard if is_asked else None, watch
 
 
 def why_not(gateway: GatewayDeployment, schedule: Schedule) -> str | None:

@@ -16,10 +16,14 @@ from service.gateway.app import create_app
 from service.gateway.clients import ClientRegistry
 from service.gateway.gauges import SpendGauges
 from service.gateway.metrics import Metrics
+from service.gateway.modal_pool import ModalPool
 from service.gateway.router import ModelRouter
 from service.gateway.spending import SpendGuard
 from service.gateway.tiers import Tiers
 from service.in_engine.vllm_service.api_error import APIError
+from service.modal_app import spend_limits
+from service.modal_app.gateway_deployment import GatewayDeployment
+from service.modal_app.warm import Schedules
 from service.registry.gpus import find_gpu
 from service.registry.models import Registry
 from service.registry.tiers import Tier
@@ -409,6 +413,77 @@ def test_gateway_that_starts_again_remembers_the_day() -> None:
         assert (await refused(again, pool)).code == "daily_limit_reached"
         await tick(again)
         assert [event for event, _, _ in service.told] == ["first_wake", "daily_stop"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("limits", "goes_on"), [({"max_dollars_per_day": 13}, True), ({"max_dollars_per_day": 11}, False), ({}, True)]
+)
+def test_deploy_that_raises_or_removes_the_limit_ends_the_stop(limits: dict[str, Any], goes_on: bool) -> None:
+    """On the same day, with the settings that the pools had before; a limit that is reached already stops on."""
+
+    async def run() -> None:
+        service = Service([OnePool("a on H100", 1)])
+        guard, (pool,) = service.guard(max_dollars_per_day=10), service.pools
+        before = pool.settings
+        await tick(guard)
+        service.now += 3 * HOUR
+        await tick(guard)
+        assert pool.settings["scaledown_window"] == 2
+        again = service.guard(**limits)
+        running = asyncio.create_task(again.run())
+        await asyncio.wait({running}, timeout=0.1)
+        running.cancel()
+        assert (pool.settings == before) is goes_on
+        if goes_on:
+            await again.admit(pool)
+        else:
+            assert "$12.00 of the $11" in (await refused(again, pool)).message
+        assert [event for event, _, _ in service.told] == ["daily_stop", *(["first_wake"] if goes_on else [])]
+
+    asyncio.run(run())
+
+
+def test_gateway_without_any_limit_gives_back_what_an_earlier_one_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its replicas would end after two idle seconds until their tier is deployed again, and each end is a boot."""
+    settings = {"min_containers": 1, "scaledown_window": 900}
+    record = {"day": "2026-11-29", "at": NOON, "stopped": True, "lowered": {"qwen3-8b on H100": settings}}
+    given: list[tuple[str, dict[str, int]]] = []
+
+    async def restore(pool: ModalPool, lowered: dict[str, int]) -> None:
+        given.append((pool.name, lowered))
+
+    async def nothing(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(spend_limits, "DictStore", lambda _: Service([], record))
+    monkeypatch.setattr(spend_limits.GatewayPrices, "refresh", nothing)
+    monkeypatch.setattr(Schedules, "all", lambda _: [])
+    monkeypatch.setattr(ModalPool, "count_replicas", nothing)
+    monkeypatch.setattr(ModalPool, "restore", restore)
+
+    async def run() -> None:
+        _, guard, watch = spend_limits.limited_tiers(GatewayDeployment(Settings(), Registry.load()), {})
+        assert guard is None, "requests are not counted"
+        watching = asyncio.create_task(watch())
+        await asyncio.wait({watching}, timeout=0.2)
+        watching.cancel()
+
+    asyncio.run(run())
+    assert given == [("qwen3-8b on H100", settings)]
+
+
+def test_service_without_a_limit_a_day_counts_nothing_beside() -> None:
+    """What would count ends at once, and has saved nothing; a pool that a models file has no more is no work."""
+
+    async def run() -> None:
+        service = Service([OnePool("a on H100", 1)])
+        await asyncio.wait_for(service.guard().run(), 1)
+        record = {"day": "2026-11-29", "at": NOON, "lowered": {"gone on H100": {"min_containers": 1}}}
+        await asyncio.wait_for(Service(service.pools, record).guard().run(), 1)
+        await asyncio.wait_for(service.guard(max_gpus=2).run(), 1)
+        assert (service.pools[0].asked, service.record) == (0, None)
 
     asyncio.run(run())
 
