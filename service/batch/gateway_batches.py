@@ -138,6 +138,7 @@ def sender(requests: OwnRequests, store: ClientStore) -> Send:
             tokens_in=tokens[0],
             tokens_out=tokens[1],
             dollars=log.dollars or 0.0,
+            model=f"{log.model} on {log.pool}",
         )
 
     return send

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from service.batch import deadline
 from service.batch.commit_log import INTERVAL_S, CommitLog, nothing
+from service.batch.failed_starts import FailedStarts
 from service.batch.lines import MAX_LINES, Line, count_lines, read_lines
 from service.batch.store import QUOTA, Batch, BatchError, ClientStore, End, Store, StoredFile, size_of
 from service.batch.worker import Progress, Send, drive, ignore_progress
@@ -78,6 +79,7 @@ class BatchRunner:
         self._store, self._sender, self._interval_s, self._commit = store, sender, interval_s, commit
         self._running: dict[str, _Driven] = {}  # by the batch's id
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failed_starts = FailedStarts()
         self._failures: dict[Path, int] = {}  # of a client's batches, one after the other
         self._resting: set[Path] = set()  # clients whose batches wait after a failure
         self._changed = asyncio.Event()
@@ -139,6 +141,7 @@ class BatchRunner:
             store,
             batch.id,
             self._sender(store),
+            self._failed_starts,
             interval_s=self._interval_s,
             commit=self._commit,
             on_progress=partial(self._on_progress, driven),
@@ -197,6 +200,7 @@ async def run_batch(
     store: ClientStore,
     name: str,
     send: Send,
+    failed_starts: FailedStarts,
     *,
     interval_s: float = INTERVAL_S,
     commit: Callable[[], None] = nothing,
@@ -209,6 +213,7 @@ async def run_batch(
         store: Its client's.
         name: Its id.
         send: Sends a line.
+        failed_starts: Of all batches; those that the batch's record has from an earlier process are added.
         interval_s: Between two commits.
         commit: Makes what was written outlive the machine. Blocks.
         on_progress: Called after each commit.
@@ -222,7 +227,7 @@ async def run_batch(
         return
     driven = _Batch(everything, store, batch, interval_s=interval_s, commit=commit, on_progress=on_progress)
     try:
-        await driven.run(send)
+        await driven.run(send, failed_starts)
     except Exception as error:
         if isinstance(error, OSError) and (batch.end or time.time() < batch.expires_at):
             raise
@@ -246,7 +251,7 @@ class _Batch:
         self._interval_s, self._commit, self._tell = interval_s, commit, on_progress
         self._stop, self._is_full, self._saving = asyncio.Event(), False, threading.Lock()
 
-    async def run(self, send: Send) -> None:
+    async def run(self, send: Send, failed_starts: FailedStarts) -> None:
         batch, counts = self._batch, self._batch.request_counts
         if batch.status == "finalizing" and batch.end:
             await self._finish(batch.end)
@@ -258,6 +263,7 @@ class _Batch:
                 await self._save()
                 return
         batch.status, batch.in_progress_at = "in_progress", batch.in_progress_at or int(time.time())
+        batch.failed_starts = failed_starts.join(batch.failed_starts)
         await self._look_and_save()
         log = await in_thread(self._open_log)
         try:
@@ -266,6 +272,7 @@ class _Batch:
                     read_lines(file, batch.endpoint),
                     send,
                     log,
+                    failed_starts=failed_starts,
                     on_progress=self._on_progress,
                     stop=self._stop,
                     deadline_s=batch.expires_at - time.time(),

@@ -92,6 +92,7 @@ class Batch(msgspec.Struct, kw_only=True):
         error_id: The file of its errors.
         output_kept_s: How long both are kept.
         end: Its last status, once it is finalizing.
+        failed_starts: Of models, as `FailedStarts` has them.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Batch(msgspec.Struct, kw_only=True):
     error_file_id: str | None = None
     output_kept_s: int = KEPT_S
     end: End | None = None
+    failed_starts: dict[str, tuple[float, float]] = {}
     in_progress_at: int | None = None
     finalizing_at: int | None = None
     completed_at: int | None = None
@@ -126,7 +128,7 @@ class Batch(msgspec.Struct, kw_only=True):
     def to_fields(self) -> dict[str, object]:
         """Return it as OpenAI's API has it."""
         fields: dict[str, object] = msgspec.to_builtins(self)
-        for own in ("output_id", "error_id", "output_kept_s", "end"):
+        for own in ("output_id", "error_id", "output_kept_s", "end", "failed_starts"):
             del fields[own]
         fields["errors"] = {"object": "list", "data": fields["errors"]} if self.errors else None
         return {**fields, "object": "batch"}

@@ -1,6 +1,7 @@
 """Drives the lines of a batch: sends them, as many at a time as saturate the pool, and records what came of each.
 
-No error of a line ends it. It waits where the service asks it to, and repeats what may succeed a little later.
+No error of a line ends it. It waits where the service asks it to, and repeats what may succeed a little later; for a
+model that does not start it waits for a bounded time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 
 from service.batch.commit_log import CommitLog
 from service.batch.concurrency import ConcurrencySearch
+from service.batch.failed_starts import FailedStarts, named_model
 from service.batch.lines import BadLine, Line
 from service.gateway.threads import in_thread
 
@@ -43,6 +45,7 @@ class Answer:
         tokens_in: Of the prompt.
         tokens_out: Of the answer.
         dollars: What it cost.
+        model: The model that was asked, and where it runs; empty: one service does not tell it from others.
     """
 
     status: int
@@ -53,6 +56,7 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     dollars: float = 0.0
+    model: str = ""
 
 
 # Sends a line. It raises ConnectionRefusedError where nothing was sent, and any other OSError where no answer came.
@@ -105,6 +109,7 @@ async def drive(
     log: CommitLog,
     *,
     search: ConcurrencySearch | None = None,
+    failed_starts: FailedStarts | None = None,
     on_progress: OnProgress = ignore_progress,
     stop: asyncio.Event | None = None,
     deadline_s: float | None = None,
@@ -119,6 +124,7 @@ async def drive(
         send: Sends one.
         log: Gets the records.
         search: Says how many may be in flight.
+        failed_starts: Of the models; default: none is known yet.
         on_progress: Called after each commit, and at the end.
         stop: Once it is set nothing more is sent, and it ends with what is in flight.
         deadline_s: Seconds after which it ends, and cancels what is in flight; None: never.
@@ -128,7 +134,16 @@ async def drive(
         OSError: The log cannot be written.
     """
     stop = stop or asyncio.Event()
-    run = _Run(lines, send, log, search or ConcurrencySearch(), on_progress=on_progress, stop=stop, retry_s=retry_s)
+    run = _Run(
+        lines,
+        send,
+        log,
+        search or ConcurrencySearch(),
+        failed_starts or FailedStarts(),
+        on_progress=on_progress,
+        stop=stop,
+        retry_s=retry_s,
+    )
     return await run.run(deadline_s)
 
 
@@ -139,12 +154,15 @@ class _Run:
         send: Send,
         log: CommitLog,
         search: ConcurrencySearch,
+        failed_starts: FailedStarts,
         *,
         on_progress: OnProgress,
         stop: asyncio.Event,
         retry_s: float,
     ) -> None:
         self._lines, self._send, self._log, self._search = iter(lines), send, log, search
+        self._failed_starts = failed_starts
+        self._given_up: dict[str, Answer] = {}  # name of a model -> what all its lines get: a request may wake it
         self._on_progress, self._stop, self._retry_s = on_progress, stop, retry_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._suspects: deque[tuple[Line, int]] = deque()  # they are sent alone; and how often each was sent
@@ -259,6 +277,9 @@ class _Run:
     async def _answer(self, line: Line, tries: int, *, alone: bool) -> None:
         losses = 0
         while True:
+            if self._given_up and (known := self._given_up.get(named_model(line.body))):
+                self._record(line, known)
+                return
             try:
                 answer: Answer | OSError = await self._send(line)
             except ConnectionRefusedError as error:
@@ -266,7 +287,7 @@ class _Run:
                 continue
             except OSError as error:
                 answer = error
-            if isinstance(answer, Answer) and self._is_final(answer):
+            if isinstance(answer, Answer) and (self._gives_up(line, answer) or self._is_final(answer)):
                 self._record(line, answer)
                 return
             if isinstance(answer, Answer) and answer.retry_after_s is not None and answer.status in {429, 503}:
@@ -281,6 +302,12 @@ class _Run:
                 self._suspects.append((line, tries))
                 return
             await self._pause(line, min(_LONGEST_RETRY_S, self._retry_s * 2 ** (tries - 1)), _why(answer))
+
+    def _gives_up(self, line: Line, answer: Answer) -> bool:
+        """Tell whether the line's model has failed to start for so long that none of its lines waits or is sent."""
+        if is_given_up := self._failed_starts.take(answer):
+            self._given_up[named_model(line.body)] = answer
+        return is_given_up
 
     @staticmethod
     def _is_final(answer: Answer) -> bool:

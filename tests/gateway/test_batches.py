@@ -14,7 +14,7 @@ import openai
 import pytest
 from grpclib.exceptions import StreamTerminatedError
 
-from service.batch import gateway_batches, room, worker
+from service.batch import failed_starts, gateway_batches, room, worker
 from service.batch import store as batch_store
 from service.batch.gateway_batches import GatewayBatches
 from service.batch.store import Store
@@ -292,6 +292,68 @@ def test_batch_of_a_model_that_does_not_start_waits_and_loses_no_line(
             one.fails = None
             batch = await ended(client, batch)
             assert batch.request_counts.model_dump() == {"total": 30, "completed": 30, "failed": 0}
+
+    run(work)
+
+
+def test_lines_of_a_model_that_does_not_start_end_with_the_reason_and_the_next_batch_wakes_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an hour, here 0.5 s, of failed wakes; lines of another model are answered."""
+    monkeypatch.setattr(pool, "FAILED_FOR_S", 0.4)
+    monkeypatch.setattr(pool, "_LONGEST_S", 0.4)
+    monkeypatch.setattr(failed_starts, "GIVEN_UP_S", 0.5)
+
+    async def work() -> None:
+        async with serve_batches(tmp_path) as (gateway, _):
+            gateway.app._inference._router.find("tiny")
+            one = gateway.pools["tiny"]
+            one.fails = "Its containers end."
+            client = client_of(gateway)
+            other = line("other", body={"model": "other", "messages": []})
+            content = other + b"".join(line(f"{number}") for number in range(30))
+            batch = await ended(client, await created(client, content))
+            assert (batch.status, batch.errors, one.wakes) == ("completed", None, 2)
+            assert batch.request_counts.model_dump() == {"total": 31, "completed": 1, "failed": 30}
+            for record in await records(client, batch.error_file_id):
+                assert record["response"]["status_code"] == 503
+                assert record["response"]["body"]["error"]["code"] == "model_failed"
+                assert "Its containers end." in record["response"]["body"]["error"]["message"]
+
+            batch = await ended(client, await created(client, content))
+            assert batch.request_counts.failed == 30
+            assert one.wakes <= 3
+
+            one.fails = None
+            one.forget_failure()  # as an operator does
+            batch = await ended(client, await created(client, content))
+            assert batch.request_counts.completed == 31
+
+    run(work)
+
+
+def test_batch_on_a_model_that_does_not_start_waits_no_longer_in_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hour goes on over a restart of the gateway, which clients do not see in the batch."""
+    monkeypatch.setattr(pool, "FAILED_FOR_S", 0.4)
+    batches = Store(tmp_path / "batches")
+
+    async def work() -> None:
+        async with serve_batches(tmp_path) as (gateway, _):
+            gateway.app._inference._router.find("tiny")
+            gateway.pools["tiny"].fails = "Its containers end."
+            client = client_of(gateway)
+            batch = await created(client, line("a"))
+            [store] = batches.clients()
+            await eventually(lambda: bool((found := store.batch(batch.id)) and found.failed_starts), timeout_s=15)
+            assert "failed_starts" not in (await client.batches.retrieve(batch.id)).model_dump()
+        monkeypatch.setattr(failed_starts, "GIVEN_UP_S", 0.001)
+        async with serve_batches(tmp_path) as (gateway, _):
+            gateway.app._inference._router.find("tiny")
+            gateway.pools["tiny"].fails = "Its containers end."
+            batch = await ended(client_of(gateway), batch)
+            assert (batch.request_counts.failed, gateway.pools["tiny"].wakes) == (1, 1)
 
     run(work)
 
