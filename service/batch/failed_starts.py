@@ -1,4 +1,4 @@
-"""Models that do not start: for how long their lines wait until they end with the reason.
+"""Models that do not start, or whose engine dies under each line: for how long their lines wait until they end so.
 
 Each try costs a boot, and nobody watches a batch. A time bounds what the tries cost, however long a boot takes.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GIVEN_UP_S = 3600.0  # from the first start in a row that failed
 _FORGOTTEN_S = 7200.0  # without a word of a model; a line that waits has one at least once in `SERVICE_HOLD_S`
-_FAILED, _WAKING = "model_failed", "model_waking"
+_FAILED, _WAKING = {"model_failed", "engine_lost"}, "model_waking"
 
 
 class _Body(msgspec.Struct):
@@ -54,9 +54,9 @@ class FailedStarts:
         """Take the answer to a line; tell whether its model has failed for so long that the line waits no more."""
         if answer.status == 200:
             self.rows.pop(answer.model, None)
-        if answer.code not in {_FAILED, _WAKING}:
+        has_failed, now = answer.code in _FAILED, time.time()
+        if not has_failed and answer.code != _WAKING:
             return False
-        has_failed, now = answer.code == _FAILED, time.time()
         first, last = self.rows.get(answer.model, (now, now))
         if now - last > _FORGOTTEN_S:
             first = now

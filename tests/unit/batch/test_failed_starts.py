@@ -1,4 +1,4 @@
-"""A batch on a model that does not start: how many boots it buys, and how its lines end."""
+"""A batch on a model that does not start, or whose engine dies: how many boots it buys, and how its lines end."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ async def at_once(work: Callable[[], Any]) -> Any:
     return work()
 
 
+def use_virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the worker, its log, failed starts and pools read the loop's clock, and use no threads."""
+    monkeypatch.setattr(worker, "in_thread", at_once)
+    monkeypatch.setattr(commit_log, "in_thread", at_once)
+    for module, clock in ((failed_starts, "time"), (pool_module, "monotonic")):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**{clock: lambda: asyncio.get_running_loop().time()}))
+
+
 @pytest.mark.parametrize(
     ("boot_s", "is_transient", "wakes"),
     [(0, False, 18), (60, False, 16), (180, False, 12), (1800, False, 3), (60, True, 42)],
@@ -59,10 +67,7 @@ def test_batch_on_a_model_that_never_starts_wakes_it_for_an_hour_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boot_s: float, is_transient: bool, wakes: int
 ) -> None:
     """It woke it until its window ended: 293, 245, 184, 42 and 961 times in a day. Later lines are not sent."""
-    monkeypatch.setattr(worker, "in_thread", at_once)
-    monkeypatch.setattr(commit_log, "in_thread", at_once)
-    for module, clock in ((failed_starts, "time"), (pool_module, "monotonic")):
-        monkeypatch.setattr(module, "time", SimpleNamespace(**{clock: lambda: asyncio.get_running_loop().time()}))
+    use_virtual_time(monkeypatch)
     lines = [Line(number, f"id {number}", "/v1/completions", b"{}") for number in range(1, 31)]
 
     async def run() -> tuple[Progress, FailingPool]:
@@ -77,6 +82,32 @@ def test_batch_on_a_model_that_never_starts_wakes_it_for_an_hour_and_ends(
     for record in map(json.loads, (tmp_path / "err").read_text().splitlines()):
         assert record["response"]["status_code"] == 503
         assert record["response"]["body"]["error"]["code"] == "model_failed"
+
+
+def test_batch_whose_lines_all_kill_their_engine_ends_after_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in flight die with one engine, and each engine is a boot, here of a minute: 1,400 in a day before."""
+    use_virtual_time(monkeypatch)
+    lines = [Line(number, f"id {number}", "/v1/completions", b"{}") for number in range(1, 3001)]
+    boots = 0
+    booting: asyncio.Future[None] | None = None
+
+    async def send(_: Line) -> Answer:
+        nonlocal boots, booting
+        if booting is None or booting.done():
+            boots, booting = boots + 1, asyncio.ensure_future(asyncio.sleep(60))
+        await asyncio.shield(booting)
+        return Answer(502, b'{"error":{"code":"engine_lost"}}', retry_after_s=1, code="engine_lost", model="tiny")
+
+    async def run() -> Progress:
+        log = CommitLog(tmp_path / "out", tmp_path / "err", interval_s=600)
+        progress = await drive(lines, send, log, deadline_s=86_400)
+        log.close()
+        return progress
+
+    progress = run_in_virtual_time(run())
+    assert (progress.end, progress.failed, boots) == ("done", 3000, 60)
 
 
 def answer(code: str | None = "model_failed", model: str = "tiny") -> Answer:
