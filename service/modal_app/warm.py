@@ -226,7 +226,8 @@ def apply(schedules: Schedules, schedule: Schedule, now: float, why_not: WhyNot)
     """Bring a pool to what its schedule says of a moment; one that is over is removed.
 
     Only a pool without any replica that is always up is raised, if nothing speaks against it, and only one that was
-    raised, and has not been scaled since, is lowered: what `scale` and `SERVICE_MIN_CONTAINERS` set stays.
+    raised, and has not been scaled since, is lowered: what `scale` and `SERVICE_MIN_CONTAINERS` set stays. A schedule
+    that `end` has removed meanwhile does not come back, and its pool is not left raised.
 
     Returns:
         Why it was not raised; None: it was, or need not be.
@@ -239,8 +240,12 @@ def apply(schedules: Schedules, schedule: Schedule, now: float, why_not: WhyNot)
             return None
         if reason := why_not(schedule):
             return reason
+        if not schedules.like(schedule):
+            return None
         schedules.put(replace(schedule, raised=True))  # first: what is raised is lowered, whatever happens here
         account.set_autoscaler(schedule.app, schedule.model, min_containers=1)
+        if not schedules.like(schedule):
+            account.set_autoscaler(schedule.app, schedule.model, min_containers=0)
         return None
     _lower(schedule)
     if schedule.is_over(now):

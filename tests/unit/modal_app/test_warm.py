@@ -249,6 +249,32 @@ def test_end_of_a_schedule_lowers_its_pool(pool: Account) -> None:
     assert pool.entries == {}
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_schedule_that_is_ended_while_it_is_applied_stays_ended(pool: Account, begun: bool) -> None:
+    """Before its pool is raised, while the limits are asked, or between: it would be paid for until somebody looks."""
+    schedules = warm.Schedules(None)
+    schedules.put(WEEKLY)
+
+    def end() -> None:
+        warm.end(schedules, {"vllm-l4"})
+
+    def why_not(_: Schedule) -> None:
+        if not begun:
+            end()
+
+    raise_pool = pool.set_autoscaler
+
+    def set_autoscaler(app: str, model: str, *, min_containers: int) -> None:
+        if begun and min_containers:
+            end()
+        raise_pool(app, model, min_containers=min_containers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "set_autoscaler", set_autoscaler)
+        assert warm.apply(schedules, WEEKLY, at("2026-11-30T09:00"), why_not) is None
+    assert (pool.entries, pool.least) == ({}, 0)
+
+
 @pytest.mark.usefixtures("pool")
 def test_limits_of_spending_know_which_pools_a_schedule_has_raised() -> None:
     """A pool of the tier's app and one of the model's own app have one name; an app of another service has none."""
