@@ -58,12 +58,12 @@ def own_row(url: str) -> dict[str, Any]:
     return next((row for row in json.loads(body)["data"] if row["name"] == "alice"), {"requests": 0})
 
 
-def rows_on_volume(plane: ModalPlane, name: str) -> set[tuple[str, int]]:
-    """Return writer and number of the rows of a key that a gateway has committed."""
+def rows_on_volume(plane: ModalPlane, key: str) -> set[tuple[str, int]]:
+    """Return writer and number of a key's rows that a gateway has committed."""
     volume = plane.volumes["vllm-cache"]
     files = [name for name in volume.files() if name.startswith("usage/requests/")]
     rows = [json.loads(line) for name in files for line in volume.read(name).splitlines()]
-    return {(row["writer"], row["number"]) for row in rows if row["key"] == name and row["status"]}
+    return {(row["writer"], row["number"]) for row in rows if row["key"] == key and row["status"]}
 
 
 class Run(threading.Thread):
