@@ -278,7 +278,7 @@ def test_load_test_runs_at_modal_in_an_image_of_its_own(
     options = ["--python", python, "--require-hashes", "--no-deps", "-r", str(PINS / locust_run.LOCK)]
     subprocess.run([*UV, "pip", "install", *options], check=True, timeout=120)
     page = tmp_path / "load.html"
-    load = ["--users", "6", "--spawn-rate", "6", "--run-time", "4s", "--pause", "0", "--output-tokens", "8"]
+    load = ["--users", "6", "--spawn-rate", "6", "--run-time", "2s", "--pause", "0", "--output-tokens", "8"]
     runtime = ContainerRuntime(python=python, client_path=client_mount, host_ports=[urlsplit(service.url).port or 0])
     with ModalPlane(tmp_path, container=runtime) as plane:
         done = modal_cli(
@@ -292,7 +292,7 @@ def test_load_test_runs_at_modal_in_an_image_of_its_own(
         layers = "".join(plane.images.layers(plane.function("vllm-loadtest", "run").image_id))
     said = done.stdout + done.stderr + task.log
     assert re.search(r"^\d+ answered, 0 failed in ", done.stdout, re.MULTILINE), said
-    assert f"tiny at {service.url}\n6 users, 6 more per second, for 4 s, pauses of 0 to 0 s" in done.stdout
+    assert f"tiny at {service.url}\n6 users, 6 more per second, for 2 s, pauses of 0 to 0 s" in done.stdout
     assert "Locust" in page.read_text()
     assert "locust.lock" in layers
     assert service.key not in said
@@ -323,7 +323,7 @@ def test_batch_spreads_lines_over_modals_map(service: Service, tmp_path: Path) -
 def test_batch_on_modal_is_ended_by_ctrl_c_and_goes_on(service: Service, tmp_path: Path) -> None:
     """What is answered stays, and the same command answers the rest; the lines are of the key."""
     line = {"method": "POST", "url": CHAT, "body": QUESTION}
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({**line, "custom_id": f"q{n}"}) + "\n" for n in range(300)))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({**line, "custom_id": f"q{n}"}) + "\n" for n in range(160)))
     out = tmp_path / "out.jsonl"
     files = ["batch", str(tmp_path / "in.jsonl"), "-o", str(out), "--modal", "--model", "tiny"]
     with started(service.plane, *files, VLLM_API_KEY=service.key) as process:
@@ -332,12 +332,12 @@ def test_batch_on_modal_is_ended_by_ctrl_c_and_goes_on(service: Service, tmp_pat
         said, err = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, ""), err
     assert re.fullmatch(
-        r"Stopped\. \d+ of 300 lines are kept; the same command goes on from there\.", err.splitlines()[-1]
+        r"Stopped\. \d+ of 160 lines are kept; the same command goes on from there\.", err.splitlines()[-1]
     )
     assert "Traceback" not in err
     assert run(service.plane, *files, VLLM_API_KEY=service.key).returncode == 0
     ids = [json.loads(one)["custom_id"] for one in out.read_text().splitlines()]
-    assert sorted(ids) == sorted(f"q{n}" for n in range(300))
+    assert sorted(ids) == sorted(f"q{n}" for n in range(160))
 
 
 def test_stop_ends_replicas_then_a_tier_then_all(service: Service) -> None:
