@@ -92,16 +92,18 @@ def test_web_endpoint_passes_a_disconnect_on(shared: ModalPlane) -> None:
 def test_web_endpoint_cancels_a_queued_request_whose_client_left(shared: ModalPlane) -> None:
     """A request that no container has taken is cancelled when its client disconnects."""
     with connection(shared.url_of("sample", "Server", "serve")) as opened:
-        opened.request("GET", "/health?model=leaves")
+        opened.request("GET", "/health?model=slow-in-prepare")
         shared.wait_until(
-            lambda: live(shared, "leaves") and pool_of(shared, "leaves").tasks[0].pid, BOOT_S, "a container"
+            lambda: live(shared, "slow-in-prepare") and pool_of(shared, "slow-in-prepare").tasks[0].pid,
+            BOOT_S,
+            "a container",
         )
-        pool = pool_of(shared, "leaves")
-        os.kill(pool.tasks[0].pid or 0, signal.SIGSTOP)  # it never gets ready
+        pool = pool_of(shared, "slow-in-prepare")
+        os.kill(pool.tasks[0].pid or 0, signal.SIGSTOP)  # in its hook: it never gets ready
         assert pool.queued == 1
     shared.wait_until(lambda: not pool.queued, 5, "the cancellation")
     pool.tasks[0].kill()
-    left = ("GET", "/health?model=leaves", 499)
+    left = ("GET", "/health?model=slow-in-prepare", 499)
     shared.wait_until(lambda: left in shared.web_endpoints.requests, 5, "the request's record")
     assert (len(pool.tasks), pool.tasks[0].inputs_served) == (1, 0)
 

@@ -5,16 +5,21 @@ one for each process of pytest, imports them once; a command is a fork of it wit
 the files of its caller. `client.py` is what the caller starts: it passes signals on and ends as the command ends. A
 command finds it as `sys.executable`, so what it starts in turn is as quick. Any other program of this interpreter runs
 as usual.
+
+Containers of the control plane are forks of further servers, one for each interpreter; `ask` starts them.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SOCKET = "PRELOADED_SOCKET"
@@ -60,6 +65,34 @@ def _socket() -> Path:
     executable.write_text(f"#!{sys.executable} -SI\n{(_HERE / 'client.py').read_text()}")
     executable.chmod(0o755)
     return listening
+
+
+def ask(
+    server: Path, command: Sequence[str], environment: Mapping[str, str], directory: Path, files: Sequence[int]
+) -> socket.socket:
+    """Have a server run a Python program in a fork that leads a session.
+
+    Args:
+        server: Its socket.
+        command: The program's file, and its arguments.
+        environment: All its variables.
+        directory: Where it runs.
+        files: What it gets as files 0, 1, 2 and 3.
+
+    Returns:
+        A socket from which its pid is read, and its exit code when it has ended: four bytes each. Closing it kills it.
+    """
+    request = {
+        "command": command[0],
+        "arguments": command[1:],
+        "environment": dict(environment),
+        "directory": str(directory),
+    }
+    body, caller = json.dumps(request).encode(), socket.socket(socket.AF_UNIX)
+    caller.connect(str(server))
+    socket.send_fds(caller, [len(body).to_bytes(4, "big")], files)
+    caller.sendall(body)
+    return caller
 
 
 def python() -> str:

@@ -42,6 +42,11 @@ class Request:
     directory: str
     files: list[int]
 
+    @property
+    def is_container(self) -> bool:
+        """Whether it is a program, which leads a session of its own."""
+        return self.command.endswith(".py")
+
     def run(self) -> None:
         """Become the command. Its end is that of this process."""
         for number, file in enumerate(self.files):
@@ -60,8 +65,7 @@ class Request:
         sys.stderr.reconfigure(line_buffering=True)
         logging.getLogger("modal-client").handlers.clear()
         importlib.reload(sys.modules["modal.config"])  # it reads the environment at its import
-        if self.command.endswith(".py"):
-            os.setsid()
+        if self.is_container:
             paths = [path for path in self.environment.get("PYTHONPATH", "").split(os.pathsep) if path]
             sys.argv, sys.path[:1] = [self.command, *self.arguments], [str(Path(self.command).parent), *paths]
             runpy.run_path(self.command, run_name="__main__")
@@ -128,13 +132,15 @@ class Server:
             return None
         pid = os.fork()
         if pid == 0:
-            caller.close()
-            return Request(**fields, files=files)
+            request = Request(**fields, files=files)
+            if request.is_container:
+                os.setsid()  # before its pid is known: by its session it is found
+            with caller, contextlib.suppress(ConnectionError):
+                caller.sendall(os.getpid().to_bytes(4, "big"))
+            return request
         for file in files:
             os.close(file)
         self._callers[pid] = caller
-        with contextlib.suppress(ConnectionError):  # of a caller that has gone: what it left is read as its end
-            caller.sendall(pid.to_bytes(4, "big"))
         self._selector.register(caller, selectors.EVENT_READ, pid)
         return None
 
@@ -167,8 +173,8 @@ def _exactly(caller: socket.socket, size: int) -> bytes:
 
 def main() -> None:
     """Import, serve, and in a fork run the command."""
-    path, *others = sys.argv[1:]
-    sys.path += others[:1]
+    listening, *others = sys.argv[1:]
+    sys.path += [path for path in others[:1] if path]
     for name in others[1:] or MODULES:
         importlib.import_module(name)
     sys.modules.pop("modal._container_entrypoint", None)  # only what it imports: each container runs it as a program
@@ -176,7 +182,7 @@ def main() -> None:
     if early:
         raise SystemExit(f"imported before its environment is known: {early}")
     gc.freeze()
-    server = Server(Path(path))
+    server = Server(Path(listening))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     if request := server.serve():

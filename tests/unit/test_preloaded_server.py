@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.preloaded.server import Server
 
 
@@ -36,6 +39,17 @@ def test_caller_that_ends_within_its_request_is_dropped(sent: bytes, server: Ser
             socket.send_fds(caller, [sent], [0, 1, 2])
     assert server._accept() is None
     assert (server._callers, open_files()) == ({}, before)
+
+
+def test_container_leads_its_session_once_its_pid_is_known(tmp_path: Path) -> None:
+    """A test may stop or kill it at that moment, and the plane finds it by its session."""
+    program = tmp_path / "program.py"
+    program.write_text("import time; time.sleep(60)")
+    listening = preloaded.serve(sys.executable, *preloaded.CONTAINER)
+    for _ in range(20):
+        with preloaded.ask(listening, [str(program)], {}, tmp_path, [0, 1, 2]) as caller:
+            pid = int.from_bytes(caller.recv(4), "big")
+            assert os.getsid(pid) == pid
 
 
 def test_caller_that_is_gone_when_its_command_was_reported_is_no_error(server: Server) -> None:

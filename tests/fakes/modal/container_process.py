@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from tests import preloaded
 
 PROGRAM = Path(__file__).with_name("container_main.py")
 CHANNEL_OF_A_FORK = 3
@@ -61,19 +62,10 @@ class Start:
 
     async def in_fork(self, server: Path) -> ContainerProcess:
         """Start a fork of the server that `tests.preloaded.serve` has started; this is its socket."""
-        request = {
-            "command": str(PROGRAM),
-            "arguments": [str(self.spec)],
-            "environment": dict(self.environment),
-            "directory": str(self.directory),
-        }
-        body, caller = json.dumps(request).encode(), socket.socket(socket.AF_UNIX)
-        caller.connect(str(server))
         nothing = os.open(os.devnull, os.O_RDONLY)
         files = [nothing, self.output, self.output, self.channel]
-        socket.send_fds(caller, [len(body).to_bytes(4, "big")], files)
+        caller = preloaded.ask(server, [str(PROGRAM), str(self.spec)], self.environment, self.directory, files)
         os.close(nothing)
-        caller.sendall(body)
         caller.setblocking(False)
         pid = int.from_bytes(await asyncio.get_running_loop().sock_recv(caller, 4), "big")
         return _Fork(pid, caller)
