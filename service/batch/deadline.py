@@ -6,18 +6,14 @@ from pathlib import Path
 
 import msgspec
 
-from service.batch.lines import LINE_LIMIT
+from service.batch.lines import LINE_LIMIT, named_model
 from service.batch.store import Batch, BatchError, Store
 
 AT_RISK = "deadline_at_risk"
 
 
-class _Model(msgspec.Struct):
-    model: str | None = None
-
-
 class _First(msgspec.Struct):
-    body: _Model
+    body: msgspec.Raw
 
 
 _FIRST = msgspec.json.Decoder(_First)  # made before there are threads: see store.py
@@ -39,10 +35,10 @@ def rate_name(batch: Batch, content: Path) -> str:
     """Return what the rate of a batch is kept under: its endpoint, and the model of its first line. Blocks."""
     try:
         with content.open("rb") as file:
-            model = _FIRST.decode(file.readline(LINE_LIMIT)).body.model
+            model = named_model(_FIRST.decode(file.readline(LINE_LIMIT)).body)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        model = None
-    return f"{batch.endpoint} {(model or '')[:100]}"
+        model = ""
+    return f"{batch.endpoint} {model[:100]}"
 
 
 def last_rate(store: Store, batch: Batch, content: Path) -> float | None:

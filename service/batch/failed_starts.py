@@ -9,29 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
-
 if TYPE_CHECKING:
     from service.batch.worker import Answer
 
 GIVEN_UP_S = 3600.0  # from the first start in a row that failed
 _FORGOTTEN_S = 7200.0  # without a word of a model; a line that waits has one at least once in `SERVICE_HOLD_S`
 _FAILED, _WAKING = {"model_failed", "engine_lost"}, "model_waking"
-
-
-class _Body(msgspec.Struct):
-    model: str | None = None
-
-
-_BODY = msgspec.json.Decoder(_Body)  # made before there are threads: see store.py
-
-
-def named_model(body: bytes) -> str:
-    """Return the model that a line's body names; empty: none."""
-    try:
-        return _BODY.decode(body).model or ""
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
 
 
 class FailedStarts:

@@ -66,6 +66,10 @@ class _Body(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"null")
 
 
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
 class _LineError(Exception):
     """Why a line is no request.
 
@@ -80,6 +84,15 @@ class _LineError(Exception):
 
 
 _FIELDS, _BODY, _TEXT = msgspec.json.Decoder(_Fields), msgspec.json.Decoder(_Body), msgspec.json.Decoder(str)
+_NAMED = msgspec.json.Decoder(_Named)
+
+
+def named_model(body: bytes | msgspec.Raw) -> str:
+    """Return the model that a line's body names; empty: none, or it is no body."""
+    try:
+        return _NAMED.decode(body).model or ""
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def count_lines(file: BinaryIO, most: int | None = None) -> int:

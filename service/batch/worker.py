@@ -17,8 +17,8 @@ from typing import Literal
 
 from service.batch.commit_log import CommitLog
 from service.batch.concurrency import ConcurrencySearch
-from service.batch.failed_starts import FailedStarts, named_model
-from service.batch.lines import BadLine, Line
+from service.batch.failed_starts import FailedStarts
+from service.batch.lines import BadLine, Line, named_model
 from service.gateway.threads import in_thread
 
 TRIES = 5  # of a line that the service failed at

@@ -58,15 +58,15 @@ def limited_tiers(
         kept_warm=_KeptWarm(gateway),
         gpus_up=partial(_gpus_up, Names(settings)),
     )
-    is_asked = bool(settings.max_gpus or settings.max_dollars_per_day) or notify is not ignore_event
-    tiers = Tiers(settings, headers, on_wake, volume, guard if is_asked else None, price=prices.of)
+    asked = guard if settings.max_gpus or settings.max_dollars_per_day or notify is not ignore_event else None
+    tiers = Tiers(settings, headers, on_wake, volume, asked, price=prices.of)
     guard.pools = lambda names: tiers.all(gateway.registry.specs, names)
 
     async def watch() -> None:
         await guard.run()
         await prices.watch()
 
-    return tiers, guard if is_asked else None, watch
+    return tiers, asked, watch
 
 
 def why_not(gateway: GatewayDeployment, schedule: Schedule) -> str | None:
@@ -113,7 +113,9 @@ class _KeptWarm:
         except (ServiceError, TimeoutError) as error:
             _log.warning("The schedules of warm models were not read: %s", type(error).__name__)
         else:
-            tiers = [(one, self._names.tier_of(one.app)) for one in found]
-            known = [(f"{one.model}{ON}{tier.label}", one.raised) for one, tier in tiers if tier]
-            self._known = {name: any(raised for other, raised in known if other == name) for name, _ in known}
+            self._known = {}
+            for one in found:
+                if tier := self._names.tier_of(one.app):
+                    name = f"{one.model}{ON}{tier.label}"
+                    self._known[name] = one.raised or self._known.get(name, False)
         return self._known

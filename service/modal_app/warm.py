@@ -67,6 +67,16 @@ class Schedules:
         with account.translate_errors("keep the schedule"):
             self._dict()[_key(schedule)] = schedule.fields()
 
+    def note_raised(self, schedule: Schedule, *, raised: bool) -> bool:
+        """Note whether the pool of a schedule is raised; tell whether it still has one: what was ended stays so.
+
+        Raises:
+            ServiceError: Modal refused.
+        """
+        if is_there := bool(self.like(schedule)):
+            self.put(replace(schedule, raised=raised))
+        return is_there
+
     def remove(self, schedule: Schedule) -> None:
         """Forget it.
 
@@ -240,9 +250,9 @@ def apply(schedules: Schedules, schedule: Schedule, now: float, why_not: WhyNot)
             return None
         if reason := why_not(schedule):
             return reason
-        if not schedules.like(schedule):
+        # noted first: what is raised is lowered, whatever happens here
+        if not schedules.note_raised(schedule, raised=True):
             return None
-        schedules.put(replace(schedule, raised=True))  # first: what is raised is lowered, whatever happens here
         account.set_autoscaler(schedule.app, schedule.model, min_containers=1)
         if not schedules.like(schedule):
             account.set_autoscaler(schedule.app, schedule.model, min_containers=0)
@@ -251,7 +261,7 @@ def apply(schedules: Schedules, schedule: Schedule, now: float, why_not: WhyNot)
     if schedule.is_over(now):
         schedules.remove(schedule)
     elif schedule.raised:
-        schedules.put(replace(schedule, raised=False))
+        schedules.note_raised(schedule, raised=False)
     return None
 
 

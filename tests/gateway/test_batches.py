@@ -33,6 +33,7 @@ from tests.gateway.upstream import (
     Engine,
     Request,
     RunningGateway,
+    TestPool,
     answers,
     eventually,
     refuses,
@@ -273,6 +274,14 @@ def test_deleted_file_is_gone_and_one_in_use_is_not_deleted(tmp_path: Path) -> N
     run(work)
 
 
+def failing_pool(gateway: RunningGateway) -> TestPool:
+    """Have a gateway's pool of the tiny model fail to wake, and return it."""
+    gateway.app._inference._router.find("tiny")
+    one = gateway.pools["tiny"]
+    one.fails = "Its containers end."
+    return one
+
+
 def test_batch_of_a_model_that_does_not_start_waits_and_loses_no_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,9 +291,7 @@ def test_batch_of_a_model_that_does_not_start_waits_and_loses_no_line(
 
     async def work() -> None:
         async with serve_batches(tmp_path) as (gateway, _):
-            gateway.app._inference._router.find("tiny")
-            one = gateway.pools["tiny"]
-            one.fails = "Its containers end."
+            one = failing_pool(gateway)
             client = client_of(gateway)
             batch = await created(client, b"".join(line(f"{number}") for number in range(30)))
             await eventually(lambda: one.wakes > 1, timeout_s=15)
@@ -306,9 +313,7 @@ def test_lines_of_a_model_that_does_not_start_end_with_the_reason_and_the_next_b
 
     async def work() -> None:
         async with serve_batches(tmp_path) as (gateway, _):
-            gateway.app._inference._router.find("tiny")
-            one = gateway.pools["tiny"]
-            one.fails = "Its containers end."
+            one = failing_pool(gateway)
             client = client_of(gateway)
             other = line("other", body={"model": "other", "messages": []})
             content = other + b"".join(line(f"{number}") for number in range(30))
@@ -341,8 +346,7 @@ def test_batch_on_a_model_that_does_not_start_waits_no_longer_in_the_next_proces
 
     async def work() -> None:
         async with serve_batches(tmp_path) as (gateway, _):
-            gateway.app._inference._router.find("tiny")
-            gateway.pools["tiny"].fails = "Its containers end."
+            failing_pool(gateway)
             client = client_of(gateway)
             batch = await created(client, line("a"))
             [store] = batches.clients()
@@ -350,10 +354,9 @@ def test_batch_on_a_model_that_does_not_start_waits_no_longer_in_the_next_proces
             assert "failed_starts" not in (await client.batches.retrieve(batch.id)).model_dump()
         monkeypatch.setattr(failed_starts, "GIVEN_UP_S", 0.001)
         async with serve_batches(tmp_path) as (gateway, _):
-            gateway.app._inference._router.find("tiny")
-            gateway.pools["tiny"].fails = "Its containers end."
+            one = failing_pool(gateway)
             batch = await ended(client_of(gateway), batch)
-            assert (batch.request_counts.failed, gateway.pools["tiny"].wakes) == (1, 1)
+            assert (batch.request_counts.failed, one.wakes) == (1, 1)
 
     run(work)
 

@@ -13,8 +13,8 @@ import pytest
 
 from service.batch import commit_log, failed_starts, worker
 from service.batch.commit_log import CommitLog
-from service.batch.failed_starts import FailedStarts, named_model
-from service.batch.lines import Line
+from service.batch.failed_starts import FailedStarts
+from service.batch.lines import Line, named_model
 from service.batch.worker import Answer, Progress, drive
 from service.gateway import pool as pool_module
 from service.gateway.pool import Endpoint, WakeError
